@@ -1,0 +1,52 @@
+# The pipeline: each artifact is a target with its prerequisites, so only what is stale reruns. A stage that was stopped continues from its checkpoint.
+#   make run     every stage at the `small` preset, then the tables   (about 20 minutes on 2 CPU cores, installation included)
+#   make smoke   the same in minutes, for CI          make hour / make paper   the same code, larger
+#   make test    the tests                            make check               style, types and tests
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: run smoke hour paper test check clean
+.SECONDARY:
+
+run: artifacts/small/results/metrics.json
+smoke: artifacts/smoke/results/metrics.json
+hour: artifacts/hour/results/metrics.json
+paper: artifacts/paper/results/metrics.json
+
+# What each stage computes with, beside its own script (where its settings are).
+DATA := lib/scm.py lib/scm_prior.py lib/buffer.py lib/posterior.py
+EXPERT := $(DATA) lib/doubly_robust.py lib/causal_gp.py lib/parent_scale.py lib/trajectories.py
+NETWORK := $(DATA) lib/surrogate.py lib/baselines.py
+POLICY := $(NETWORK) lib/policy.py lib/rewards.py lib/grpo.py
+
+artifacts/%/demos.npz: 01_extract_demos.py $(EXPERT) | .venv/runtime
+	$(RUN) $< $*
+artifacts/%/surrogate.eqx: 02_train_surrogate.py artifacts/%/demos.npz $(NETWORK) | .venv/runtime
+	$(RUN) $< $*
+artifacts/%/policy.eqx: 03_warmstart_acquisition.py artifacts/%/surrogate.eqx artifacts/%/demos.npz $(POLICY) | .venv/runtime
+	$(RUN) $< $*
+artifacts/%/acbo.eqx: 04_train_e2e.py artifacts/%/policy.eqx artifacts/%/surrogate.eqx $(POLICY) lib/system.py | .venv/runtime
+	$(RUN) $< $*
+artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx lib/metrics.py lib/benchmarks.py | .venv/runtime
+	$(RUN) $< $*
+
+test: .venv/development
+	$(RUN) -m pytest
+
+check: .venv/development
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest
+
+clean:
+	rm -rf artifacts
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+.venv/runtime: requirements.txt | .venv/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+.venv/development: requirements-dev.txt .venv/runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,169 @@
+"""`ExperienceBuffer`: what has been observed and what has been done, as fixed-size arrays that jit, vmap and scan."""
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lib.scm import Intervention
+
+
+MIN_OBSERVATIONS = 10
+INTERVENED = "intervened"
+
+
+class DataError(ValueError):
+    """Bad input from a person; the message names file, row and column and says what to do."""
+
+
+class ExperienceBuffer(eqx.Module):
+    """Rows of experience; immutable, every `add_*` returns a new buffer.
+
+    `values[samples, vars]`, `intervened[samples, vars]` (true where the value was set by hand), `valid[samples]` (false rows are free space).
+    """
+
+    values: Float[Array, "samples vars"]
+    intervened: Bool[Array, "samples vars"]
+    valid: Bool[Array, " samples"]
+
+    @staticmethod
+    def empty(num_vars: int, capacity: int) -> "ExperienceBuffer":
+        """A buffer with room for `capacity` rows of `num_vars` variables."""
+        return ExperienceBuffer(jnp.zeros((capacity, num_vars)), jnp.zeros((capacity, num_vars), bool), jnp.zeros(capacity, bool))
+
+    @property
+    def size(self):
+        """How many rows are filled."""
+        return self.valid.sum()
+
+    @property
+    def observational(self) -> Bool[Array, " samples"]:
+        """Filled rows without an intervention."""
+        return self.valid & ~self.intervened.any(1)
+
+    def grow(self, extra: int) -> "ExperienceBuffer":
+        """The same rows with `extra` more free places at the end."""
+        return ExperienceBuffer(
+            jnp.pad(self.values, ((0, extra), (0, 0))), jnp.pad(self.intervened, ((0, extra), (0, 0))), jnp.pad(self.valid, (0, extra))
+        )
+
+    def add_observation(self, row: Float[Array, " vars"]) -> "ExperienceBuffer":
+        """One more passively observed row."""
+        return self.add_intervention(Intervention.none(self.values.shape[1]), row)
+
+    def add_intervention(self, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
+        """One more row, observed under `intervention`.
+
+        The row takes the first free place. Rows are filled from the front, so inside `jit` the caller reserves capacity; a full buffer raises
+        (`eqx.error_if`), it never drops a row.
+        """
+        index = eqx.error_if(self.size, self.size >= self.valid.shape[0], "the ExperienceBuffer is full: reserve more capacity with grow()")
+        return self.write(index, intervention, outcome)
+
+    def write(self, index, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
+        """`add_intervention` at a known free place, without the check: for loops that count their own steps."""
+        return ExperienceBuffer(
+            self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True)
+        )
+
+    def to_csv(self, path: Path, names: tuple[str, ...]) -> None:
+        """Write the filled rows in the format that `from_csv` reads (single-variable interventions)."""
+        temporary = Path(f"{path}.tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, INTERVENED])
+            for row, mask in zip(np.asarray(self.values)[np.asarray(self.valid)], np.asarray(self.intervened)[np.asarray(self.valid)], strict=True):
+                writer.writerow([*(f"{v:.6g}" for v in row), "".join(names[i] for i in np.flatnonzero(mask)[:1])])
+        temporary.rename(path)
+
+    @staticmethod
+    def from_csv(path: Path) -> "NamedBuffer":
+        """Read experiments: one column per variable, one row per experiment; a column `intervened` names the variable set by hand (empty: an observation).
+
+        Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
+        """
+        names, table = read_table(path)
+        if INTERVENED not in names:
+            raise DataError(f"{path}: no column '{INTERVENED}': add one, empty for observations, else the variable that was set by hand")
+        column = names.index(INTERVENED)
+        variables = tuple(n for n in names if n != INTERVENED)
+        if len(variables) < 2:
+            raise DataError(f"{path}: only {len(variables)} variable column(s): give the target and at least one other variable")
+        values, intervened = np.zeros((len(table), len(variables)), np.float32), np.zeros((len(table), len(variables)), bool)
+        for r, row in enumerate(table):
+            line = r + 2
+            chosen = row[column].strip()
+            if chosen and chosen not in variables:
+                raise DataError(f"{path}, row {line}, column '{INTERVENED}': '{chosen}' is not a column; the variables are {', '.join(variables)}")
+            if chosen:
+                intervened[r, variables.index(chosen)] = True
+            cells = [c for i, c in enumerate(row) if i != column]
+            values[r] = [parse_number(cell, path, line, name) for cell, name in zip(cells, variables, strict=True)]
+        observations = int((~intervened.any(1)).sum())
+        if observations < MIN_OBSERVATIONS:
+            raise DataError(f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least {MIN_OBSERVATIONS} are needed: add observations")
+        constant = [n for i, n in enumerate(variables) if np.ptp(values[~intervened.any(1), i]) == 0]
+        if constant:
+            raise DataError(f"{path}, column '{constant[0]}': zero variance over the observational rows: drop the column or add rows in which it varies")
+        return NamedBuffer(variables, ExperienceBuffer(jnp.asarray(values), jnp.asarray(intervened), jnp.ones(len(table), bool)))
+
+
+class NamedBuffer(NamedTuple):
+    """A buffer and the names of its columns."""
+
+    names: tuple[str, ...]
+    buffer: ExperienceBuffer
+
+
+def parse_number(cell: str, path: Path, line: int, name: str) -> float:
+    """A finite number, or a `DataError` that says where it is not one."""
+    where = f"{path}, row {line}, column '{name}'"
+    try:
+        number = float(cell)
+    except ValueError:
+        raise DataError(f"{where}: '{cell}' is not a number: correct or remove the row") from None
+    if not math.isfinite(number) or abs(number) > 1e30:  # beyond this, float32 squares overflow
+        raise DataError(f"{where}: '{cell}' is not a finite number below 1e30: correct or remove the row")
+    return number
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV file; raises `DataError` where it is missing, empty or ragged."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: give the path of a CSV file") from None
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error}): save it as comma-separated UTF-8 text") from None
+    if not rows:
+        raise DataError(f"{path}: empty: the first row names the columns")
+    names = [name.strip() for name in rows[0]]
+    duplicate = [name for i, name in enumerate(names) if name in names[:i] or not name]
+    if duplicate:
+        raise DataError(f"{path}, row 1: column name '{duplicate[0]}' is empty or used twice: name every column once")
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise DataError(f"{path}, row {line}: {len(row)} cells, but the header has {len(names)} columns: complete the row")
+    return names, rows[1:]
+
+
+def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
+    """Ranges of intervention from a CSV with columns `variable,low,high`: a variable that it does not list may not be intervened on (range of zero width)."""
+    header, rows = read_table(path)
+    if header != ["variable", "low", "high"]:
+        raise DataError(f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high")
+    low, high = np.zeros(len(names), np.float32), np.zeros(len(names), np.float32)
+    for line, (name, a, b) in enumerate(rows, 2):
+        if name.strip() not in names:
+            raise DataError(f"{path}, row {line}, column 'variable': '{name}' is not in the data; the variables are {', '.join(names)}")
+        i = names.index(name.strip())
+        low[i], high[i] = parse_number(a, path, line, "low"), parse_number(b, path, line, "high")
+        if low[i] >= high[i]:
+            raise DataError(f"{path}, row {line}, columns 'low' and 'high': {a} is not below {b}: a range needs positive width")
+    return jnp.asarray(low), jnp.asarray(high)

@@ -1,0 +1,156 @@
+"""A prior over parent sets from observational data: bootstrapped doubly robust causal feature selection, in closed form.
+
+Quinzan, Soleymani, Jaillet, Rojas, Bauer, "DRCFS: Doubly Robust Causal Feature Selection" (ICML 2023), as PARENT_SCALE uses it. There every
+nuisance is a three-layer network; here it is a ridge regression on [1, x, random Fourier features], so that all bootstraps, folds and left-out
+variables are one batch of linear systems. Three further differences: rows keep their fold across bootstraps, so a row that a bootstrap drew
+twice is never on both sides of a split; the regression without a variable uses the features of the full one with that variable's
+frequencies set to zero, which pairs the two and removes noise from their difference; and leaving a parent out must make the product
+of residuals larger, where the published test also accepts a significant fall.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+LINEAR_PENALTY = 1e-3  # per row; only there to make the system regular
+
+
+def doubly_robust_prior(
+    key: Key[Array, ""],
+    rows: Float[Array, "samples vars"],
+    target: Int[Array, ""] | int,
+    var_mask: Bool[Array, " vars"],
+    *,
+    num_bootstraps: int = 10,
+    num_folds: int = 5,
+    num_features: int = 100,
+    penalty: float = 0.01,
+    alpha: float = 0.05,
+    drop_empty: bool = False,
+) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """Candidate parent sets of `target` and their log-probabilities: the frequencies with which bootstraps select them.
+
+    `rows[samples, vars]` are observational, in any units. The number of places for sets is `max(num_bootstraps, vars)`, and no selected set can
+    be lost; unused places (repeated sets too) have log-probability -inf. If every bootstrap selects the empty set, the prior is uniform over
+    single variables. `drop_empty` gives the empty set probability zero without renormalising the rest, as the published code does.
+    `penalty` is that of the Fourier features, per row.
+    """
+    real = var_mask & (jnp.arange(var_mask.shape[0]) != target)
+    feature_key, bootstrap_key = jr.split(key)
+    x, y = standardise(rows), jnp.take(standardise(rows), target, axis=1)
+    residuals = held_out_residuals(feature_key, jnp.where(real[None, :], x, 0.0), y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty)
+    p_values = increase_p_values(*residuals)
+    selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, alpha))(p_values)
+    return set_frequencies(selected, real, drop_empty)
+
+
+def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
+    """Columns with mean zero and standard deviation one; constant columns become zero."""
+    centred = rows - rows.mean(0, keepdims=True)
+    deviation = centred.std(0, keepdims=True)
+    return centred / jnp.where(deviation > 0, deviation, 1.0)
+
+
+def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty):
+    """Products of the two nuisances' held-out residuals.
+
+    Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one left out), and how often each bootstrap drew
+    each row, `counts[bootstraps, samples]`. Rows are padded to a multiple of `num_folds`; padding has count zero.
+    """
+    num_rows, num_vars = x.shape
+    omega_key, phase_key = jr.split(feature_key)
+    squares = (x**2).sum(1)
+    distance = jnp.sqrt(jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0.0))
+    bandwidth = jnp.maximum(jnp.median(distance), 1e-3)
+    # One key per variable: padding variables leave the draws of the others as they are.
+    draw = jax.vmap(lambda i: jr.normal(jr.fold_in(omega_key, i), (2, num_features)), out_axes=1)
+    omega = draw(jnp.arange(num_vars)) / bandwidth
+    phase = jr.uniform(phase_key, (2, num_features), maxval=2 * jnp.pi)
+
+    order_key, draw_key = jr.split(bootstrap_key)
+    per_fold = -(-num_rows // num_folds)
+    order = jr.permutation(order_key, num_rows)  # one assignment of rows to folds, common to all bootstraps
+    pad = num_folds * per_fold - num_rows
+    drawn = jr.randint(draw_key, (num_bootstraps, num_rows), 0, num_rows)
+    counts = jax.vmap(lambda d: jnp.bincount(d, length=num_rows))(drawn).astype(x.dtype)
+    counts = jnp.pad(counts[:, order], ((0, 0), (0, pad)))
+    weights = counts.reshape(num_bootstraps, num_folds, per_fold)
+    x = jnp.pad(x[order], ((0, pad), (0, 0)))
+    folds_y = jnp.pad(y[order], (0, pad)).reshape(num_folds, per_fold)
+    # The intercept is penalised as weakly as the slopes: the data are standardised.
+    ridge = num_rows * jnp.concatenate([jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, penalty)])
+
+    def products(kept):
+        """Residual products [bootstraps, samples] of the regression on the variables in `kept`."""
+        used = x * kept[None, :]
+
+        def nuisance(omega, phase):
+            waves = jnp.sqrt(2 / num_features) * jnp.cos(used @ omega + phase[None, :])
+            phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(num_folds, per_fold, -1)
+
+            def bootstrap(w):
+                weighted = phi * w[:, :, None]
+                gram = jnp.einsum("frm,frk->fmk", weighted, phi)
+                moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
+                train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
+                factor = jnp.linalg.cholesky(train)
+                coefficients = jax.scipy.linalg.cho_solve((factor, True), (moment.sum(0)[None] - moment)[:, :, None])
+                return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
+
+            return jax.vmap(bootstrap)(weights)
+
+        return jax.vmap(nuisance)(omega, phase).prod(0)
+
+    kept = jnp.concatenate([jnp.ones((1, num_vars)), 1 - jnp.eye(num_vars)])
+    full, *_ = all_products = jax.lax.map(products, kept)
+    return full, all_products[1:], counts
+
+
+def increase_p_values(full, without, counts) -> Float[Array, "bootstraps vars"]:
+    """Paired two-sided t-test of z0 against z_i; one where leaving the variable out did not increase the product of residuals.
+
+    With z = y r - a (r - y), z = y^2 - (y - a)(y - r), so z0 - z_i is the product of residuals without variable i minus the full product.
+    """
+    difference = without - full[None]
+    num_rows = counts.sum(1)
+    mean = (difference * counts[None]).sum(2) / num_rows[None]
+    variance = (counts[None] * (difference - mean[:, :, None]) ** 2).sum(2) / (num_rows - 1)[None]
+    degrees = jnp.broadcast_to((num_rows - 1)[None], mean.shape)
+    usable = (variance > 0) & (mean > 0)
+    t_squared = jnp.where(usable, mean**2 / jnp.where(variance > 0, variance / num_rows[None], 1.0), 0.0)
+    p_values = jax.scipy.special.betainc(degrees / 2, jnp.full_like(mean, 0.5), degrees / (degrees + t_squared))
+    return jnp.where(usable, p_values, 1.0).T
+
+
+def benjamini_yekutieli(p_values: Float[Array, " vars"], real: Bool[Array, " vars"], alpha: float) -> Bool[Array, " vars"]:
+    """Hypotheses rejected at false discovery rate `alpha` under any dependence, among those in `real` (Benjamini and Yekutieli, 2001)."""
+    ranks = jnp.arange(1, p_values.shape[0] + 1)
+    count = real.sum()
+    harmonic = jnp.where(ranks <= count, 1 / ranks, 0.0).sum()
+    p_values = jnp.where(real, p_values, jnp.inf)
+    ordered = jnp.sort(p_values)
+    passing = ordered <= alpha * ranks / (jnp.maximum(count, 1) * harmonic)
+    threshold = jnp.where(passing, ordered, -jnp.inf).max()  # step-up: everything up to the last that passes
+    return p_values <= threshold
+
+
+def set_frequencies(
+    selected: Bool[Array, "bootstraps vars"], real: Bool[Array, " vars"], drop_empty: bool
+) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """The distinct rows of `selected` with their frequencies; single variables, equally probable, if every row is empty."""
+    num_bootstraps, num_vars = selected.shape
+    same = (selected[:, None, :] == selected[None, :, :]).all(2)
+    first = jnp.argmax(same, axis=1) == jnp.arange(num_bootstraps)
+    frequency = jnp.where(first, same.mean(1), 0.0)
+    empty = ~selected.any(1)
+    if drop_empty:
+        frequency = jnp.where(empty, 0.0, frequency)
+    places = max(num_bootstraps, num_vars)
+    sets = jnp.pad(selected, ((0, places - num_bootstraps), (0, 0)))
+    frequency = jnp.pad(frequency, (0, places - num_bootstraps))
+    singles = jnp.pad(jnp.diag(real), ((0, places - num_vars), (0, 0)))
+    uniform = jnp.pad(real / jnp.maximum(real.sum(), 1), (0, places - num_vars))
+    sets = jnp.where(empty.all(), singles, sets)
+    return sets, jnp.log(jnp.where(empty.all(), uniform, frequency))

@@ -1,0 +1,187 @@
+"""The acquisition policy: from what is known to a distribution over single-variable interventions, value included."""
+
+from dataclasses import asdict, dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float, Int, Key
+
+from lib.buffer import ExperienceBuffer
+from lib.posterior import ParentSetPosterior
+from lib.scm import Task
+from lib.surrogate import NUM_EVIDENCE, ParentSetPredictionModel, SurrogateOutput, linear, make_mlp, mlp, rms_norm
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes of the policy network."""
+
+    policy_hidden_dim: int = 64
+    """Width of a (variable, value) cell."""
+    policy_n_layers: int = 2
+    """Layers, each followed by a summary over all cells."""
+
+    @property
+    def hyperparameters(self) -> dict:
+        """What an artifact needs to rebuild the policy."""
+        return asdict(self)
+
+
+class AcquisitionState(eqx.Module):
+    """What a decision is based on: data, the surrogate's reading of it, and how far the campaign is. Holds no ground truth."""
+
+    buffer: ExperienceBuffer
+    output: SurrogateOutput
+    step: Int[Array, ""]
+    steps_left: Int[Array, ""]
+
+    @property
+    def posterior(self) -> ParentSetPosterior:
+        """The posterior over the target's parent sets."""
+        return self.output.posterior()
+
+    @property
+    def task(self) -> Task:
+        """Target, ranges and mask."""
+        return self.output.task
+
+    @property
+    def best_value(self) -> Float[Array, ""]:
+        """The incumbent: predicted E[Y | do] of the action that would be recommended now, in the target's units."""
+        return jnp.where(self.task.candidates[:, None], self.output.effect_mean, jnp.inf).min()
+
+
+def make_state(surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task, step, steps_left) -> AcquisitionState:
+    """The state after `step` experiments with `steps_left` to go."""
+    return AcquisitionState(buffer, surrogate.predict(buffer, task), jnp.asarray(step), jnp.asarray(steps_left))
+
+
+class InterventionDistribution(eqx.Module):
+    """A piecewise-constant density over each candidate variable's range.
+
+    A cell is a variable and the values nearest to one bin of its grid; cells at the ends of the range are half as wide. Values are measured as a
+    fraction of the range, so log-probabilities, entropies and divergences are exact and free of units.
+    """
+
+    task: Task
+    logits: Float[Array, "vars bins"]  # normalised log-probabilities of cells
+
+    @property
+    def num_bins(self) -> int:
+        """Cells per variable."""
+        return self.logits.shape[-1]
+
+    @property
+    def log_widths(self) -> Float[Array, " bins"]:
+        """Log of each cell's share of the range."""
+        ends = (jnp.arange(self.num_bins) == 0) | (jnp.arange(self.num_bins) == self.num_bins - 1)
+        return jnp.log(jnp.where(ends, 0.5, 1.0) / (self.num_bins - 1))
+
+    def cell(self, variable: Int[Array, ""], value: Float[Array, ""]) -> Int[Array, ""]:
+        """Index of the cell of `variable` that holds `value`."""
+        low, high = self.task.low[variable], self.task.high[variable]
+        return jnp.clip(jnp.round((value - low) / (high - low) * (self.num_bins - 1)), 0, self.num_bins - 1).astype(int)
+
+    def log_prob(self, variable: Int[Array, ""], value: Float[Array, ""]) -> Float[Array, ""]:
+        """Log-density of one intervention, per unit of (variable, fraction of its range)."""
+        index = self.cell(variable, value)
+        return self.logits[variable, index] - self.log_widths[index]
+
+    def sample(self, key: Key[Array, ""]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """A variable and a value."""
+        cell_key, value_key = jr.split(key)
+        variable, index = jnp.unravel_index(jr.categorical(cell_key, self.logits.reshape(-1)), self.logits.shape)
+        fraction = (index + jr.uniform(value_key, minval=-0.5, maxval=0.5)) / (self.num_bins - 1)
+        # the ends' cells are half cells: fold the outer half back in
+        fraction = jnp.where(fraction < 0, -fraction, jnp.where(fraction > 1, 2 - fraction, fraction))
+        return variable, self.value(variable, fraction)
+
+    def mode(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """The centre of the most probable cell."""
+        variable, index = jnp.unravel_index(jnp.argmax(self.logits), self.logits.shape)
+        return variable, self.value(variable, index / (self.num_bins - 1))
+
+    def value(self, variable: Int[Array, ""], fraction: Float[Array, ""]) -> Float[Array, ""]:
+        """The value that lies at `fraction` of a variable's range."""
+        return self.task.low[variable] + (self.task.high - self.task.low)[variable] * fraction
+
+    def entropy(self) -> Float[Array, ""]:
+        """Differential entropy in nats (0 is uniform over the range of a single variable)."""
+        return -(self._probs * (self._finite - self.log_widths[None])).sum()
+
+    def kl(self, other: "InterventionDistribution") -> Float[Array, ""]:
+        """KL(self || other) in nats."""
+        return (self._probs * (self._finite - other._finite)).sum()
+
+    @property
+    def _probs(self):
+        return jnp.exp(self.logits)
+
+    @property
+    def _finite(self):
+        return jnp.where(self.task.candidates[:, None], self.logits, 0.0)
+
+
+def expected_improvement(mean: Float[Array, "..."], std: Float[Array, "..."], best: Float[Array, "..."]) -> Float[Array, "..."]:
+    """E[max(best - N(mean, std^2), 0)]."""
+    z = (best - mean) / std
+    return std * (z * norm.cdf(z) + norm.pdf(z))
+
+
+NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
+
+
+def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
+    """What the policy sees of every (variable, value), in deviations of the target: predicted effect, its uncertainty, what was tried nearby, progress."""
+    output = state.output
+    std = output.effect_std / output.spread
+    gap = (output.effect_mean - state.best_value) / output.spread
+    improvement = expected_improvement(gap, std, jnp.zeros_like(gap))
+    everywhere = jnp.ones_like(gap)
+    left = state.steps_left.astype(gap.dtype)
+    features = [
+        gap,
+        jnp.tanh(gap),
+        jnp.log(std),
+        gap / (std + 0.1),
+        jnp.log(improvement + 1e-3),
+        output.marginals()[:, None] * everywhere,
+        jnp.log1p(left) * everywhere / 3.0,
+        jnp.log1p(state.step.astype(gap.dtype)) * everywhere / 3.0,
+    ]
+    return jnp.clip(jnp.concatenate([jnp.stack(features, -1), output.evidence], -1), -10.0, 10.0)
+
+
+class AcquisitionPolicyNetwork(eqx.Module):
+    """Scores every (variable, value) cell from its features, its variable's token and a summary over all cells; no gradient reaches the surrogate."""
+
+    cell: eqx.nn.Linear
+    token: eqx.nn.Linear
+    layers: tuple[tuple[eqx.nn.Linear, ...], ...]
+    score: tuple[eqx.nn.Linear, ...]
+    config: PolicyConfig = eqx.field(static=True)
+
+    def __init__(self, config: PolicyConfig, token_dim: int, *, key: Key[Array, ""]):
+        cell_key, token_key, layer_key, score_key = jr.split(key, 4)
+        dim = config.policy_hidden_dim
+        self.cell = eqx.nn.Linear(NUM_CELL_FEATURES, dim, key=cell_key)
+        self.token = eqx.nn.Linear(token_dim, dim, key=token_key)
+        self.layers = tuple(make_mlp((3 * dim, dim, dim), key=k) for k in jr.split(layer_key, config.policy_n_layers))
+        self.score = make_mlp((dim, dim, 1), key=score_key)
+        self.config = config
+
+    def __call__(self, state: AcquisitionState) -> InterventionDistribution:
+        state = jax.lax.stop_gradient(state)
+        allowed = state.task.candidates[:, None, None]
+        hidden = linear(self.cell, cell_features(state)) + linear(self.token, state.output.tokens)[:, None]
+        cells = jnp.maximum(allowed.sum() * hidden.shape[1], 1)
+        for layer in self.layers:
+            mean = jnp.where(allowed, hidden, 0.0).sum((0, 1)) / cells
+            peak = jnp.where(allowed, hidden, -jnp.inf).max((0, 1))
+            context = jnp.broadcast_to(jnp.concatenate([mean, jnp.where(jnp.isfinite(peak), peak, 0.0)]), (*hidden.shape[:2], 2 * mean.shape[0]))
+            hidden = hidden + mlp(layer, jnp.concatenate([rms_norm(hidden), rms_norm(context)], -1))
+        logits = jnp.where(allowed[..., 0], mlp(self.score, rms_norm(hidden))[..., 0], -jnp.inf)
+        return InterventionDistribution(state.task, jax.nn.log_softmax(logits, axis=(0, 1)))

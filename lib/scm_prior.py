@@ -1,0 +1,288 @@
+"""The distribution of problems: random graphs, random mechanisms, a target worth optimising, and a first data set."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lib.buffer import ExperienceBuffer
+from lib.scm import Intervention, SyntheticSCM, Task, antithetic_normal, value_grid
+
+
+FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider")
+MECHANISMS = ("linear", "fourier")
+NUM_FEATURES = 16  # cosines per Fourier mechanism: enough for a varied function of up to a few parents
+NUM_CALIBRATION = 256  # rows behind each variable's standardisation
+MIN_EFFECT = 0.5  # standard deviations by which some intervention must lower the target: no problem is without something to gain
+
+
+@dataclass(frozen=True)
+class SCMPrior:
+    """What `sample_scm` draws from. Values are in observational standard deviations of each variable."""
+
+    max_vars: int = 8
+    """Size of the bucket that every model is padded to."""
+    min_size: int = 3
+    """Fewest variables."""
+    max_size: int = 8
+    """Most variables."""
+    families: tuple[str, ...] = FAMILIES
+    """Graph families, drawn with equal probability."""
+    mechanisms: tuple[str, ...] = MECHANISMS
+    """Mechanism families, drawn with equal probability."""
+    min_density: float = 0.15
+    """Smallest edge probability of an Erdős–Rényi graph."""
+    max_density: float = 0.5
+    """Largest edge probability of an Erdős–Rényi graph."""
+    min_noise: float = 0.3
+    """Smallest noise scale, before standardisation."""
+    max_noise: float = 1.0
+    """Largest noise scale, before standardisation."""
+    min_range: float = 1.5
+    """Shortest distance from the observational mean to an end of a variable's range of intervention."""
+    max_range: float = 4.0
+    """Longest distance from the observational mean to an end of a variable's range of intervention."""
+
+    def __post_init__(self):
+        for field, known in (("families", FAMILIES), ("mechanisms", MECHANISMS)):
+            unknown = [name for name in getattr(self, field) if name not in known]
+            if unknown or not getattr(self, field):
+                raise ValueError(f"{field}: unknown or none: {', '.join(unknown) or '(empty)'}; choose from {', '.join(known)}")
+        if not 2 <= self.min_size <= self.max_size <= self.max_vars:
+            raise ValueError(f"sizes {self.min_size} to {self.max_size} do not fit 2 <= min_size <= max_size <= max_vars = {self.max_vars}")
+
+
+def draw(sampler: Callable, key: Key[Array, ""], **shapes: tuple[int, ...]) -> dict[str, Float[Array, "..."]]:
+    """Named independent draws from one call of `sampler` (`jr.uniform` or `jr.normal`): every further call would cost half a second of compilation."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = jnp.split(sampler(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def between(fraction: Float[Array, "..."], low, high) -> Float[Array, "..."]:
+    """Map the unit interval to [low, high)."""
+    return low + (high - low) * fraction
+
+
+def whole(fraction: Float[Array, "..."], low, high) -> Int[Array, "..."]:
+    """Map the unit interval to the whole numbers low, ..., high - 1."""
+    return jnp.minimum(jnp.floor(between(fraction, low, high)).astype(int), high - 1)
+
+
+def pick(fraction: Float[Array, "..."], allowed: Bool[Array, " vars"]) -> Int[Array, "..."]:
+    """Map the unit interval to an index where `allowed`, uniformly (index 0 where none is)."""
+    rank = whole(fraction, 0, jnp.maximum(allowed.sum(), 1))
+    return jnp.argsort(~allowed, stable=True)[rank]
+
+
+def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, size: Int[Array, ""]) -> Bool[Array, "vars vars"]:
+    """Adjacency `[parent, child]` over the first `size` places of a topological order; at least one edge.
+
+    `family` indexes `FAMILIES`. Scale-free: each variable attaches to one or two earlier ones with probability proportional to degree + 1
+    (Barabási–Albert). Chain: each variable causes the next. Fork: the first causes all others. Collider: a random variable has all earlier ones
+    (up to three) as parents and there are no other edges except into a chain of its descendants.
+    """
+    d = prior.max_vars
+    u = draw(jr.uniform, key, density=(), edge=(d, d), attach=(d, d), two=(d,), centre=())
+    index = jnp.arange(d)
+    earlier = index[:, None] < index
+
+    erdos_renyi = (u["edge"] < between(u["density"], prior.min_density, prior.max_density)) & earlier
+    gumbel, two = -jnp.log(-jnp.log(u["attach"] + 1e-7)), u["two"] < 0.5
+
+    def attach(adjacency, k):
+        degree = (adjacency.sum(0) + adjacency.sum(1) + 1.0).astype(float)
+        score = jnp.where(index < k, jnp.log(degree) + gumbel[k], -jnp.inf)
+        rank = (score[:, None] < score).sum(1)  # Gumbel top-k: draws without replacement
+        return adjacency.at[:, k].set((rank < 1 + two[k]) & (index < k)), None
+
+    scale_free, _ = jax.lax.scan(attach, jnp.zeros((d, d), bool), index)
+    chain = index[:, None] + 1 == index
+    fork = (index[:, None] == 0) & (index > 0)
+    centre = whole(u["centre"], 1, size)
+    collider = ((index[:, None] < centre) & (index[:, None] >= centre - 3) & (index == centre)) | (chain & (index > centre))
+
+    graph = jnp.stack([erdos_renyi, scale_free, chain, fork, collider])[family]
+    graph &= (index < size)[:, None] & (index < size)
+    return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
+
+
+def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
+    """A random model whose target has an ancestor that can lower it by at least `MIN_EFFECT` standard deviations (redrawn until it does)."""
+
+    def attempt(state):
+        key, _, _ = state
+        key, draw_key = jr.split(key)
+        return (key, *_sample_once(draw_key, prior))
+
+    shape = jax.eval_shape(lambda k: _sample_once(k, prior)[0], key)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+    _, scm, _ = jax.lax.while_loop(lambda state: ~state[2], attempt, (key, nothing, jnp.array(False)))
+    return scm
+
+
+def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bool[Array, ""]]:
+    """One draw, and whether some variable of it qualifies as a target."""
+    d = prior.max_vars
+    graph_key, uniform_key, normal_key = jr.split(key, 3)
+    names = dict(size=(), family=(), mechanism=(), target=(), order=(d,), length=(d,), noise=(d,), range=(2, d))
+    u = draw(jr.uniform, uniform_key, **names, weight=(d, d), sign=(d, d), phase=(d, NUM_FEATURES))
+    n = draw(jr.normal, normal_key, frequency=(d, d, NUM_FEATURES), amplitude=(d, NUM_FEATURES))
+    size = whole(u["size"], prior.min_size, prior.max_size + 1)
+    family = jnp.array([FAMILIES.index(f) for f in prior.families])[whole(u["family"], 0, len(prior.families))]
+    mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[whole(u["mechanism"], 0, len(prior.mechanisms))]
+    lengthscale = jnp.exp(between(u["length"], jnp.log(0.7), jnp.log(2.5)))
+    low, high = between(u["range"], prior.min_range, prior.max_range)
+    scm = SyntheticSCM(
+        # a random name for each place, padding kept last
+        order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
+        adjacency=sample_graph(graph_key, family, prior, size),
+        nonlinear=mechanism == MECHANISMS.index("fourier"),
+        weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
+        frequencies=n["frequency"] / lengthscale[:, None],
+        phases=2 * jnp.pi * u["phase"],
+        amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
+        noise_scale=jnp.exp(between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))),
+        shift=jnp.zeros(d),
+        spread=jnp.ones(d),
+        target=jnp.array(0),
+        low=jnp.where(jnp.arange(d) < size, -low, 0.0),
+        high=jnp.where(jnp.arange(d) < size, high, 0.0),
+        var_mask=jnp.arange(d) < size,
+    )
+    scm = _standardise(scm)
+    qualifies = scm.var_mask & (_largest_drops(scm) >= MIN_EFFECT)
+    return _replace(scm, target=pick(u["target"], qualifies)), qualifies.any()
+
+
+def _replace(scm: SyntheticSCM, **changes) -> SyntheticSCM:
+    return SyntheticSCM(**({name: getattr(scm, name) for name in scm.__dataclass_fields__} | changes))
+
+
+def _standardise(scm: SyntheticSCM) -> SyntheticSCM:
+    """Set `shift` and `spread` so that every variable has mean 0 and deviation 1 without intervention, in the order of generation."""
+    noise = antithetic_normal(7, NUM_CALIBRATION, scm.order.shape[0])
+
+    def calibrate(x, k):
+        raw = scm.mechanism(x, k) + scm.noise_scale[k] * noise[:, k]
+        shift, spread = raw.mean(), raw.std()
+        return x.at[:, k].set((raw - shift) / spread), (shift, spread)
+
+    _, (shift, spread) = jax.lax.scan(calibrate, jnp.zeros_like(noise), jnp.arange(noise.shape[1]))
+    return _replace(scm, shift=shift, spread=spread)
+
+
+def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " vars"]:
+    """For every variable j as a target: the largest E[X_j] - E[X_j | do(X_i = v)] over other variables i and a coarse grid of values."""
+    num_vars = scm.order.shape[0]
+    grid = value_grid(scm.low, scm.high, num_values)
+    noise = scm.reference_noise()[::4]
+
+    def means(i, v):
+        return scm.simulate(noise, Intervention.single(i, v, num_vars)).mean(0)
+
+    shifted = jax.lax.map(lambda i: jax.vmap(lambda v: means(i, v))(grid[i]), jnp.arange(num_vars))
+    baseline = scm.simulate(noise, Intervention.none(num_vars)).mean(0)
+    moved = (baseline[None, None] - shifted).max(1)
+    return jnp.where(jnp.eye(num_vars, dtype=bool) | ~scm.var_mask[:, None], 0.0, moved).max(0)
+
+
+def initial_buffer(
+    key: Key[Array, ""], scm: SyntheticSCM, num_obs: int, per_variable: int, capacity: int, *, valid_obs: Int[Array, ""] | None = None
+) -> ExperienceBuffer:
+    """`num_obs` observational rows, then `per_variable` interventions at uniform values on every candidate variable, then free places up to `capacity`.
+
+    Rows of variables that may not be intervened on are skipped by leaving their places free *behind* the filled ones. With `valid_obs`, only that many
+    observational rows are filled (the rest stay free): a data set of varying length in an array of fixed length.
+    """
+    obs_key, value_key, row_key = jr.split(key, 3)
+    num_vars = scm.var_mask.shape[0]
+    observed = scm.sample(obs_key, Intervention.none(num_vars), num_obs)
+    variables = jnp.tile(jnp.arange(num_vars), per_variable)
+    values = scm.low[variables] + (scm.high - scm.low)[variables] * jr.uniform(value_key, variables.shape)
+    noise = scm.draw_noise(row_key, variables.shape[0])
+    masks = variables[:, None] == jnp.arange(num_vars)
+    done = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0])(noise, masks, values)
+    rows, flags = jnp.concatenate([observed, done]), jnp.concatenate([jnp.zeros((num_obs, num_vars), bool), masks])
+    kept_obs = jnp.ones(num_obs, bool) if valid_obs is None else jnp.arange(num_obs) < valid_obs
+    valid = jnp.concatenate([kept_obs, scm.candidates[variables]])
+    front = jnp.argsort(~valid, stable=True)
+    rows, flags, valid = rows[front], flags[front], valid[front]
+    keep = valid[:, None]
+    return ExperienceBuffer(jnp.where(keep, rows, 0.0), flags & keep, valid).grow(capacity - rows.shape[0])
+
+
+def sample_problem(
+    key: Key[Array, ""], prior: SCMPrior, num_obs: int, per_variable: int, capacity: int
+) -> tuple[SyntheticSCM, ExperienceBuffer]:
+    """A model and its first data set (multi_stage_training.md)."""
+    scm_key, data_key = jr.split(key)
+    scm = sample_scm(scm_key, prior)
+    return scm, initial_buffer(data_key, scm, num_obs, per_variable, capacity)
+
+
+@dataclass(frozen=True)
+class DataDesign:
+    """How much data a training example holds: every count is drawn anew, so one network serves all of them."""
+
+    min_obs: int = 20
+    """Fewest observational rows."""
+    max_obs: int = 200
+    """Most observational rows."""
+    max_interventions: int = 36
+    """Most interventional rows."""
+
+
+class Example(NamedTuple):
+    """One training example: a data set, what is public about its system, and the truth."""
+
+    buffer: ExperienceBuffer
+    task: Task
+    parents: Bool[Array, " vars"]
+    effects: Float[Array, "vars bins"]
+
+
+def sample_examples(key: Key[Array, ""], prior: SCMPrior, design: DataDesign, num_bins: int, num_buffers: int = 2) -> Example:
+    """One random model with `num_buffers` independent data sets of different sizes (leading axis): the effect table is the costly part and is shared."""
+    scm_key, noise_key, data_key = jr.split(key, 3)
+    scm = sample_scm(scm_key, prior)
+    half = jr.normal(noise_key, (16, prior.max_vars))
+    effects = scm.effect_table(value_grid(scm.low, scm.high, num_bins), jnp.concatenate([half, -half]))
+    buffers = jax.vmap(lambda k: varied_buffer(k, scm, design))(jr.split(data_key, num_buffers))
+
+    def repeat(x):
+        return jnp.broadcast_to(x[None], (num_buffers, *x.shape))
+
+    return Example(buffers, jax.tree.map(repeat, scm.task), repeat(scm.parents), repeat(effects))
+
+
+def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) -> ExperienceBuffer:
+    """A data set as it may stand at any moment of a campaign.
+
+    Log-uniformly many observational rows; interventions first at uniform values, on random candidate variables or (every other time) going round them, then,
+    from a random point on, more and more concentrated around one random variable and value, as an optimiser's are.
+    """
+    uniform_key, observation_key, row_key = jr.split(key, 3)
+    num_vars, most, candidates = scm.var_mask.shape[0], design.max_interventions, scm.candidates
+    u = draw(jr.uniform, uniform_key, obs=(), total=(), wide=(), focus=(), centre=(), round=(), stray=(most,), variable=(most,), fraction=(most,))
+    observed = scm.sample(observation_key, Intervention.none(num_vars), design.max_obs)
+    noise = scm.draw_noise(row_key, most)
+    num_obs = jnp.exp(between(u["obs"], jnp.log(design.min_obs), jnp.log(design.max_obs + 1)))
+    total, index = whole(u["total"], 0, most + 1), jnp.arange(most)
+    spread_out = index < whole(u["wide"], 0, most + 1)
+    around = pick((index % jnp.maximum(candidates.sum(), 1) + 0.5) / jnp.maximum(candidates.sum(), 1), candidates)
+    roaming = jnp.where(u["round"] < 0.5, around, pick(u["variable"], candidates))
+    variables = jnp.where(spread_out | (u["stray"] < 0.3), roaming, pick(u["focus"], candidates))
+    near = jnp.clip(u["centre"] + 0.4 * (u["fraction"] - 0.5), 0.0, 1.0)
+    values = between(jnp.where(spread_out, u["fraction"], near), scm.low[variables], scm.high[variables])
+    masks = variables[:, None] == jnp.arange(num_vars)
+    done = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0])(noise, masks, values)
+    valid = jnp.concatenate([jnp.arange(design.max_obs) < num_obs, index < total])
+    flags = jnp.concatenate([jnp.zeros((design.max_obs, num_vars), bool), masks])
+    return ExperienceBuffer(jnp.where(valid[:, None], jnp.concatenate([observed, done]), 0.0), flags & valid[:, None], valid)

@@ -1,0 +1,17 @@
+"""Strictness for every test: no silent rank promotion, warnings are errors (pyproject.toml), shapes and types checked at run time in `lib`."""
+
+import itertools
+
+import jax
+import jax.random as jr
+import pytest
+
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """Fresh random keys, the same in every run."""
+    counter = itertools.count()
+    return lambda: jr.key(next(counter))

@@ -1,0 +1,258 @@
+"""Artifacts come back as they were saved or not at all; the same content gives the same bytes."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from lib.artifacts import (
+    HEADER_FIELDS,
+    ArtifactError,
+    TrainingLog,
+    digest,
+    fingerprint,
+    load_arrays,
+    load_checkpoint,
+    load_module,
+    read_header,
+    read_log,
+    save_arrays,
+    save_checkpoint,
+    save_module,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 3
+    sizes: tuple[int, ...] = (5, 8)
+    out: Path = Path("somewhere")
+
+
+def build(hyperparameters):
+    return eqx.nn.MLP(2, 3, hyperparameters["width"], 1, key=jr.key(0))
+
+
+def save(path, module=None, **changes):
+    module = eqx.nn.MLP(2, 3, 4, 1, key=jr.key(7)) if module is None else module
+    config = dataclasses.asdict(Config())
+    arguments: dict[str, Any] = {"stage": "surrogate", "config": config, "hyperparameters": {"width": 4}, "seed": 1, "step": 3, "parents": []}
+    arguments |= {"metrics": {"loss": np.float32(0.5)}} | changes
+    save_module(path, module, **arguments)
+    return module
+
+
+ARRAYS = {"values": np.arange(6, dtype=np.float32).reshape(2, 3), "sets": np.eye(2, dtype=bool), "names": np.array(["X", "Y"])}
+
+
+def save_demos(path, arrays=ARRAYS):
+    save_arrays(path, arrays, stage="demos", config={"steps": 3}, hyperparameters={}, seed=1, step=0, parents=[], metrics={})
+
+
+def test_module_round_trip(tmp_path):
+    parent, path = tmp_path / "demos.npz", tmp_path / "new" / "surrogate.eqx"
+    save_demos(parent)
+    module = save(path, parents=[parent])
+    loaded, header = load_module(path, "surrogate", build)
+    assert eqx.tree_equal(eqx.filter(loaded, eqx.is_array), eqx.filter(module, eqx.is_array))
+    assert set(header) == set(HEADER_FIELDS)
+    assert header["parents"] == {"demos.npz": hashlib.sha256(parent.read_bytes()).hexdigest()}
+    assert header["config"] == {"steps": 3, "sizes": [5, 8]}  # no path
+    assert header["metrics"] == {"loss": 0.5} and header["seed"] == 1 and header["step"] == 3
+    assert header["versions"] == {"jax": jax.__version__, "equinox": eqx.__version__, "numpy": np.__version__}
+    assert read_header(path) == header
+    line, payload = path.read_bytes().split(b"\n", 1)
+    assert json.loads(line) == header and header["checksum"] == hashlib.sha256(payload).hexdigest()
+    assert [p.name for p in path.parent.iterdir()] == ["surrogate.eqx"]  # no temporary file stays
+
+
+def test_array_round_trip(tmp_path):
+    path = tmp_path / "demos.npz"
+    save_demos(path)
+    arrays, header = load_arrays(path, "demos")
+    assert set(arrays) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype and np.array_equal(arrays[name], array)
+    assert read_header(path) == header
+    with np.load(path, allow_pickle=False) as file:
+        assert file["header"].shape == () and json.loads(str(file["header"])) == header
+    with pytest.raises(ValueError, match="'header'"):
+        save_demos(path, {"header": np.zeros(2)})
+
+
+def test_same_content_same_bytes(tmp_path):
+    for save_one, name in ((save, "surrogate.eqx"), (save_demos, "demos.npz")):
+        first, second = tmp_path / "a" / name, tmp_path / "b" / name
+        save_one(first)
+        save_one(second)
+        assert first.read_bytes() == second.read_bytes() and digest(first) == digest(second)
+    save(tmp_path / "c.eqx", seed=2)
+    assert digest(tmp_path / "c.eqx") != digest(tmp_path / "a" / "surrogate.eqx")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9 if path.suffix == ".eqx" else path.read_bytes().index(np.float32(5).tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["surrogate.eqx", "demos.npz"])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.9, 0.999])
+def test_truncated(tmp_path, name, fraction):
+    path = tmp_path / name
+    load = damaged(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(fraction * len(content))])
+    with pytest.raises(ArtifactError, match="truncated"):
+        load()
+
+
+def damaged(path):
+    """Save an artifact and return what loads it."""
+    if path.suffix == ".eqx":
+        save(path)
+        return lambda: load_module(path, "surrogate", build)
+    save_demos(path)
+    return lambda: load_arrays(path, "demos")
+
+
+@pytest.mark.parametrize("name,command", [("surrogate.eqx", "02_train_surrogate.py"), ("demos.npz", "01_extract_demos.py")])
+def test_edited_missing_and_foreign(tmp_path, name, command):
+    path = tmp_path / name
+    load = damaged(path)
+    flip(path)
+    with pytest.raises(ArtifactError, match=f"{name}.*edited.*{command}"):
+        load()
+    path.write_bytes(b"something else\n" * 10)
+    with pytest.raises(ArtifactError, match=f"{name}.*{command}"):
+        load()
+    path.unlink()
+    with pytest.raises(ArtifactError, match=f"{name}: missing.*{command}"):
+        load()
+    with pytest.raises(ArtifactError, match=f"{name}: missing.*{command}"):
+        digest(path)
+
+
+def test_edited_array_is_found_by_checksum(tmp_path):
+    """A consistent `.npz` whose arrays were changed: the zip is whole, only the checksum tells."""
+    path = tmp_path / "demos.npz"
+    save_demos(path)
+    with np.load(path) as file:
+        content = dict(file)
+    content["values"][0, 0] = 9
+    np.savez(path, **content)
+    with pytest.raises(ArtifactError, match="checksum"):
+        load_arrays(path, "demos")
+
+
+def rewrite_header(path, **changes):
+    line, payload = path.read_bytes().split(b"\n", 1)
+    header = json.loads(line) | changes
+    path.write_bytes(json.dumps({k: v for k, v in header.items() if v is not None}).encode() + b"\n" + payload)
+
+
+def test_wrong_stage_schema_shapes(tmp_path):
+    path = tmp_path / "surrogate.eqx"
+    save(path)
+    with pytest.raises(ArtifactError, match="wrong stage.*'surrogate'.*'policy'.*03_warmstart"):
+        load_module(path, "policy", build)
+    with pytest.raises(ValueError, match="unknown stage 'polcy'.*demos, surrogate, policy"):
+        load_module(path, "polcy", build)
+    with pytest.raises(ValueError, match="unknown stage 'polcy'"):
+        save(path, stage="polcy")
+    for wrong in (lambda h: eqx.nn.MLP(2, 3, 5, 1, key=jr.key(0)), lambda h: eqx.nn.MLP(2, 3, 4, 2, key=jr.key(0)), lambda h: eqx.nn.Linear(2, 4, key=jr.key(0))):
+        with pytest.raises(ArtifactError, match="surrogate.eqx: wrong shapes.*02_train"):
+            load_module(path, "surrogate", wrong)
+    with pytest.raises(ArtifactError, match="hyperparameters.*depth"):
+        load_module(path, "surrogate", lambda h: h["depth"])
+    rewrite_header(path, schema=0)
+    with pytest.raises(ArtifactError, match="wrong schema: the file has 0, this code reads 1"):
+        load_module(path, "surrogate", build)
+    rewrite_header(path, schema=1, seed=None)
+    with pytest.raises(ArtifactError, match="lacks 'seed'"):
+        load_module(path, "surrogate", build)
+
+
+def test_nan_is_not_written(tmp_path):
+    broken = eqx.tree_at(lambda m: m.layers[1].bias, build({"width": 4}), jnp.array([0.0, jnp.nan, 0.0]))
+    with pytest.raises(ArtifactError, match=r"NaN in .*layers\[1\].bias"):
+        save(tmp_path / "surrogate.eqx", broken)
+    with pytest.raises(ArtifactError, match="NaN in .*values"):
+        save_demos(tmp_path / "demos.npz", {"values": np.array([np.nan])})
+    with pytest.raises(ArtifactError, match="NaN"):
+        save_checkpoint(tmp_path / "checkpoint", broken, fingerprint="a", step=1)
+    with pytest.raises(ValueError, match="JSON"):
+        save(tmp_path / "surrogate.eqx", metrics={"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "surrogate.eqx"
+    save(path)
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lib.artifacts.os.replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save(path, seed=2)
+    assert path.read_bytes() == before
+
+
+def test_checkpoints(tmp_path):
+    path, tree = tmp_path / "run.ckpt", {"model": build({"width": 4}), "count": jnp.array(3), "best": jnp.inf}
+    assert load_checkpoint(path, tree, "mine") is None
+    save_checkpoint(path, tree, fingerprint="mine", step=5)
+    loaded = load_checkpoint(path, tree, "mine")
+    assert loaded is not None and loaded.step == 5
+    assert eqx.tree_equal(eqx.filter(loaded.tree, eqx.is_array_like), eqx.filter(tree, eqx.is_array_like))
+    assert load_checkpoint(path, tree, "other") is None
+    with pytest.raises(ArtifactError, match="wrong shapes"):
+        load_checkpoint(path, tree["model"], "mine")
+    flip(path.rename(tmp_path / "run.eqx"))
+    with pytest.raises(ArtifactError, match="delete it"):
+        load_checkpoint(tmp_path / "run.eqx", tree, "mine")
+
+
+def test_fingerprint(tmp_path):
+    parent = tmp_path / "demos.npz"
+    save_demos(parent)
+    same = fingerprint(Config(), [parent])
+    assert same == fingerprint(Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")])
+    assert same != fingerprint(Config(steps=4), [parent])
+    save_demos(parent, ARRAYS | {"more": np.ones(1)})
+    assert same != fingerprint(Config(), [parent])
+
+
+def steps_and_losses(path):
+    return [(record["step"], record["loss"]) for record in read_log(path)]
+
+
+def test_log_resumes_as_if_never_killed(tmp_path):
+    path = tmp_path / "logs" / "surrogate.jsonl"
+    log = TrainingLog(path, 0)
+    for step in range(5):
+        log.write(step=step, loss=jnp.float32(step / 4))
+    whole = steps_and_losses(path)
+    with open(path, "a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    log = TrainingLog(path, 2)
+    assert steps_and_losses(path) == whole[:3]
+    for step in range(3, 5):
+        log.write(step=step, loss=step / 4)
+    assert steps_and_losses(path) == whole
+    assert all(record["time"] > 1.7e9 for record in read_log(path))
+    with pytest.raises(ValueError, match="step 5: loss is nan"):
+        log.write(step=5, loss=jnp.nan)
+    TrainingLog(path, 0)
+    assert read_log(path) == []
