@@ -1,8 +1,8 @@
-"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result: no time or date enters an artifact or a checkpoint.
+"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result: only the log holds times and dates.
 
-An artifact starts from one header (`HEADER_FIELDS`). `.eqx` is one line of JSON, the header, then the leaves of a module; `.npz` is named arrays plus the same
-JSON as a unicode scalar named `header`, read with `allow_pickle=False`. Both are written under a temporary name and then renamed, so a file that exists
-is complete. Loaders raise `ArtifactError` instead of returning something else than what was saved.
+An artifact has a header (`HEADER_FIELDS`). `.eqx` is one line of JSON, the header, then the leaves of a module; `.npz` is named arrays plus the same
+JSON as a unicode scalar named `header`, read with `allow_pickle=False`. Both are written under a temporary name and then renamed, so a file that
+exists is complete. Loaders raise `ArtifactError` instead of returning something else than what was saved.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def save_module(
     parents: Sequence[Path] = (),
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write `module` to the `.eqx` file `path`. `hyperparameters` is what `load_module` needs to build a module of the same shape; `parents` are the artifacts
-    that it was made from. Fields of `config` that are paths are left out: where a file lies is no part of what it holds.
+    """Write `module` to the `.eqx` file `path`. `hyperparameters` is what `load_module` needs to build a module of the same shape; `parents` are the
+    artifacts that it was made from. Fields of `config` that are paths are left out: where a file lies is no part of what it holds.
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
@@ -103,7 +103,7 @@ def save_arrays(
 
 
 def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays in `path` by name, and its header. Raises `ArtifactError` if the file is missing, truncated, edited, or of another stage or schema."""
+    """The arrays in `path` by name, and its header. `ArtifactError` if the file is missing, truncated, edited, or of another stage or schema."""
     arrays = read_npz(path, stage)
     header = parse_header(path, str(arrays.pop("header", "")), stage)
     check_header(path, header, stage)
@@ -134,13 +134,13 @@ class Checkpoint(NamedTuple):
 
 
 def fingerprint(config: Any, parents: Sequence[Path] = ()) -> str:
-    """SHA-256 of everything that a stage's result depends on: its config (a dataclass, paths left out), the files it reads, and the versions in use."""
+    """SHA-256 of what a stage's result depends on: its config (a dataclass, paths left out), the files it reads, and the versions in use."""
     content = {"schema": SCHEMA, "config": plain(dataclasses.asdict(config)), "parents": [digest(p) for p in parents], "versions": versions()}
     return hashlib.sha256(encode(content)).hexdigest()
 
 
 def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> None:
-    """Replace the checkpoint at `path` by `tree`, a pytree without typed keys (store the seed and the step, and fold). Raises `ArtifactError` for NaN."""
+    """Replace the checkpoint at `path` by `tree`, a pytree without typed keys (store the seed, and fold the step in). `ArtifactError` for NaN."""
     payload = serialise(path, tree)
     header = {"schema": SCHEMA, "fingerprint": fingerprint, "step": int(step), "checksum": hashlib.sha256(payload).hexdigest()}
     replace_file(path, encode(header) + b"\n" + payload)
@@ -164,8 +164,8 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | Non
 class TrainingLog:
     """JSON lines, one record per `write`: `step`, the metrics, and `time` (seconds since 1970, the one place for wall-clock times).
 
-    `resume_step` is the number of steps that the resumed checkpoint has done, 0 for a new run. Records of later steps, and a line that a kill cut short, are
-    dropped, so a run that was stopped and resumed ends with the records of one that was not.
+    `resume_step` is the number of steps that the resumed checkpoint has done, 0 for a new run. Records of later steps, and a line that a kill cut
+    short, are dropped, so a run that was stopped and resumed ends with the records of one that was not.
     """
 
     def __init__(self, path: Path, resume_step: int):

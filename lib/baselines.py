@@ -1,7 +1,7 @@
 """What a good statistician would do without a causal model: rules that choose the next experiment, and scores of who the target's parents are.
 
-Everything sees one problem and fixed-size arrays (`vmap` over problems). Rows in which the target itself was set are never used. Padded variables, whose
-column is constant, get no weight and no degree of freedom.
+Everything sees one problem and fixed-size arrays (`vmap` over problems). Rows in which the target itself was set are never used. Padded variables,
+whose column is constant, get no weight and no degree of freedom.
 """
 
 import equinox as eqx
@@ -35,7 +35,7 @@ def random_choice(key: Key[Array, ""], low: Float[Array, " vars"], high: Float[A
 def least_squares(
     buffer: ExperienceBuffer, target: Int[Array, ""], low: Float[Array, " vars"], high: Float[Array, " vars"], candidates: Bool[Array, " vars"]
 ) -> Choice:
-    """The end of a range where a linear regression of the target on all other variables predicts least: in general the steepest variable, at its better end."""
+    """The end of a range where a linear regression of the target on all other variables predicts least: the steepest variable, at its better end."""
     return best_on_grid(least_squares_surface(buffer, target, low, high, 2), low, high, candidates)
 
 
@@ -54,7 +54,7 @@ def additive_ridge(
 def least_squares_surface(
     buffer: ExperienceBuffer, target: Int[Array, ""], low: Float[Array, " vars"], high: Float[Array, " vars"], bins: int
 ) -> Float[Array, "vars bins"]:
-    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, in the target's units, if all other variables were direct linear causes of it."""
+    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, if all other variables were direct linear causes of the target."""
     location, scale = column_moments(buffer.values, usable_rows(buffer, target))
     return AdditiveRegression.fit(buffer, target, location, scale, 1, LINEAR_PENALTY).surface(value_grid(low, high, bins))
 
@@ -64,8 +64,8 @@ def additive_ridge_surface(
 ) -> Float[Array, "vars bins"]:
     """The same with a cubic of every variable.
 
-    Each variable is scaled so that its range of intervention is [-1, 1]: the penalty is then on its effect at the ends of the range, and cubics do not
-    explode where there are few rows. A variable without a range is scaled by its own deviation.
+    Each variable is scaled so that its range of intervention is [-1, 1]: the penalty is then on its effect at the ends of the range, and cubics do
+    not explode where there are few rows. A variable without a range is scaled by its own deviation.
     """
     mean, deviation = column_moments(buffer.values, usable_rows(buffer, target))
     location = jnp.where(high > low, 0.5 * (low + high), mean)
@@ -103,7 +103,7 @@ class AdditiveRegression(eqx.Module):
         y = jnp.take(buffer.values, target, axis=1)
         intercept, _ = column_moments(y, rows)
         moments = design.T @ design + penalty * jnp.eye(design.shape[1])
-        weights = jsp.linalg.solve(moments, design.T @ jnp.where(rows, y - intercept, 0.0), assume_a="pos")
+        weights = positive_inverse(moments) @ (design.T @ jnp.where(rows, y - intercept, 0.0))
         return AdditiveRegression(intercept, weights.reshape(num_vars, degree), location, scale, centre)
 
     def surface(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
@@ -130,15 +130,15 @@ def absolute_correlation(buffer: ExperienceBuffer, target: Int[Array, ""], var_m
 
 
 def f_test(buffer: ExperienceBuffer, target: Int[Array, ""], var_mask: Bool[Array, " vars"]) -> Float[Array, " vars"]:
-    """Evidence of the partial F-test as a score: s / (1 + s) with s = -log10 p, which 1 - p would round to one. The test p < 1e-6 is score > 6 / 7."""
+    """Evidence of the partial F-test: s / (1 + s) with s = -log10 p, because 1 - p would round to one. The test p < 1e-6 is score > 6 / 7."""
     evidence = -f_test_log_p(buffer, target, var_mask) / jnp.log(10.0)
     return evidence / (1.0 + evidence)
 
 
 def f_test_log_p(buffer: ExperienceBuffer, target: Int[Array, ""], var_mask: Bool[Array, " vars"]) -> Float[Array, " vars"]:
-    """Natural log of the p-value of each variable's powers 1 to 3 in the regression of the target on those of all other variables; 0 for target and padding.
+    """Natural log of the p-value of each variable's powers 1 to 3 in the regression of the target on those of all others; 0 for target and padding.
 
-    A variable with k distinct values has at most k - 1 powers. With no degree of freedom left for the residual there is no test, and the log p-value is 0.
+    A variable with k distinct values has at most k - 1 powers. With no degree of freedom left for the residual there is no evidence: log p is 0.
     """
     rows, tested = usable_rows(buffer, target), others(target, var_mask)
     x = jnp.where(tested, buffer.values, 0.0)
@@ -150,17 +150,15 @@ def f_test_log_p(buffer: ExperienceBuffer, target: Int[Array, ""], var_mask: Boo
     mean, deviation = column_moments(y, rows)
     y = jnp.where(rows, (y - mean) / deviation, 0.0)
 
-    # Ridge rows below the design keep R regular where columns are zero or copies of others; QR has the condition number of the design, not its square.
     size = basis.shape[1] * TEST_DEGREE
     design = basis.reshape(-1, size)
-    q, r = jnp.linalg.qr(jnp.concatenate([design, 1e-3 * jnp.eye(size)]))
-    inverse = jsp.linalg.solve_triangular(r, jnp.eye(size))
-    weights = inverse @ (q[: design.shape[0]].T @ y)
+    inverse = positive_inverse(design.T @ design + 1e-6 * jnp.eye(size))  # the columns have norm 1 or 0
+    weights = inverse @ (design.T @ y)
     residual = jnp.square(y - design @ weights).sum()
-    blocks = inverse.reshape(-1, TEST_DEGREE, size)
-    covariance = blocks @ blocks.swapaxes(1, 2)  # diagonal blocks of (design^T design)^-1
+    variable = jnp.arange(basis.shape[1])
+    blocks = inverse.reshape(-1, TEST_DEGREE, basis.shape[1], TEST_DEGREE)[variable, :, variable]
     w = weights.reshape(-1, TEST_DEGREE)
-    reduction = (w * jnp.linalg.solve(covariance, w[:, :, None])[:, :, 0]).sum(1)  # what leaving the variable out adds to the residual
+    reduction = jnp.einsum("ip,ipq,iq->i", w, jax.vmap(positive_inverse)(blocks), w)  # what leaving the variable out adds to the residual
 
     freedom = rows.sum() - 1 - rank.sum()
     a, b = 0.5 * jnp.maximum(freedom, 1), 0.5 * jnp.maximum(rank, 1)
@@ -172,7 +170,7 @@ def f_test_log_p(buffer: ExperienceBuffer, target: Int[Array, ""], var_mask: Boo
     return jnp.where(tested & (rank > 0) & (freedom > 0), jnp.minimum(log_p, 0.0), 0.0)
 
 
-# --- columns ---
+# --- columns and matrices ---
 
 
 def usable_rows(buffer: ExperienceBuffer, target: Int[Array, ""]) -> Bool[Array, " samples"]:
@@ -209,3 +207,19 @@ def orthogonal_powers(z: Float[Array, " samples"], rows: Bool[Array, " samples"]
         kept = norm > RANK_TOLERANCE * jnp.maximum(jnp.linalg.norm(power), 1e-12)
         columns.append(jnp.where(kept, residual / jnp.where(kept, norm, 1.0), 0.0))
     return jnp.stack(columns[1:], 1)
+
+
+def positive_inverse(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
+    """Inverse of a small symmetric positive definite matrix by Gauss-Jordan sweeps, for which such matrices need no pivoting.
+
+    Plain array operations on purpose: batched LAPACK calls that follow each other in one program can deadlock XLA's thread pool on CPUs (seen with
+    jaxlib 0.10.2 and two cores: QR, then a triangular solve, for 400 problems).
+    """
+
+    def sweep(k, m):
+        pivot, column = m[k, k], m[:, k]
+        row = m[k] / pivot
+        m = (m - column[:, None] * row[None]).at[k].set(row).at[:, k].set(-column / pivot)
+        return m.at[k, k].set(1.0 / pivot)
+
+    return jax.lax.fori_loop(0, matrix.shape[0], sweep, matrix)

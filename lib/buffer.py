@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -59,11 +60,12 @@ class ExperienceBuffer(eqx.Module):
     def add_intervention(self, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
         """One more row, observed under `intervention`.
 
-        The row takes the first free place. Rows are filled from the front, so inside `jit` the caller reserves capacity; a full buffer raises
-        (`eqx.error_if`), it never drops a row.
+        The row takes the first free place; rows are filled from the front. Raises `ValueError` if the buffer is full. Inside `jit` that cannot be known
+        (a host callback could tell, and can deadlock on CPU): there the caller reserves capacity.
         """
-        index = eqx.error_if(self.size, self.size >= self.valid.shape[0], "the ExperienceBuffer is full: reserve more capacity with grow()")
-        return self.write(index, intervention, outcome)
+        if not isinstance(self.valid, jax.core.Tracer) and self.size >= self.valid.shape[0]:
+            raise ValueError(f"the ExperienceBuffer is full ({self.valid.shape[0]} rows): make room with grow()")
+        return self.write(self.size, intervention, outcome)
 
     def write(self, index, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
         """`add_intervention` at a known free place, without the check: for loops that count their own steps."""

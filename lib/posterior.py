@@ -32,7 +32,7 @@ class ParentSetPosterior(eqx.Module):
 
     def log_prob(self, parents: Bool[Array, " vars"]) -> Float[Array, ""]:
         """Log-probability of one set; -inf if it is not listed."""
-        return jax.nn.logsumexp(jnp.where((self.sets == parents).all(1), self.log_probs, -jnp.inf))
+        return jax.nn.logsumexp(jnp.where((self.sets == parents[None]).all(1), self.log_probs, -jnp.inf))
 
     def to_dict(self, names: tuple[str, ...]) -> dict[frozenset[str], float]:
         """Named sets with positive probability, most probable first."""

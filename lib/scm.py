@@ -125,7 +125,7 @@ class AbstractSCM(eqx.Module):
 
 def value_grid(low: Float[Array, " vars"], high: Float[Array, " vars"], num_values: int) -> Float[Array, "vars bins"]:
     """`num_values` evenly spaced values per variable, both ends of its range included."""
-    return low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)
+    return low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
 
 
 NUM_REFERENCE = 128  # antithetic noise rows behind every noise-free mean; the standard error of a mean is then well below .05 standard deviations
@@ -183,7 +183,7 @@ class SyntheticSCM(AbstractSCM):
         """f_k of the variables generated before k (before noise and standardisation)."""
         edges = self.adjacency[:, k]
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
-        wave = jnp.cos(x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k]) @ self.amplitudes[k]
+        wave = jnp.cos(x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]) @ self.amplitudes[k]
         return jnp.where(self.nonlinear, jnp.where(edges.any(), wave, 0.0), linear)
 
     def draw_noise(self, key, num_samples):

@@ -91,7 +91,7 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
     d = prior.max_vars
     u = draw(jr.uniform, key, density=(), edge=(d, d), attach=(d, d), two=(d,), centre=())
     index = jnp.arange(d)
-    earlier = index[:, None] < index
+    earlier = index[:, None] < index[None]
 
     erdos_renyi = (u["edge"] < between(u["density"], prior.min_density, prior.max_density)) & earlier
     gumbel, two = -jnp.log(-jnp.log(u["attach"] + 1e-7)), u["two"] < 0.5
@@ -99,17 +99,17 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
     def attach(adjacency, k):
         degree = (adjacency.sum(0) + adjacency.sum(1) + 1.0).astype(float)
         score = jnp.where(index < k, jnp.log(degree) + gumbel[k], -jnp.inf)
-        rank = (score[:, None] < score).sum(1)  # Gumbel top-k: draws without replacement
+        rank = (score[:, None] < score[None]).sum(1)  # Gumbel top-k: draws without replacement
         return adjacency.at[:, k].set((rank < 1 + two[k]) & (index < k)), None
 
     scale_free, _ = jax.lax.scan(attach, jnp.zeros((d, d), bool), index)
-    chain = index[:, None] + 1 == index
-    fork = (index[:, None] == 0) & (index > 0)
+    chain = index[:, None] + 1 == index[None]
+    fork = (index[:, None] == 0) & (index[None] > 0)
     centre = whole(u["centre"], 1, size)
-    collider = ((index[:, None] < centre) & (index[:, None] >= centre - 3) & (index == centre)) | (chain & (index > centre))
+    collider = ((index[:, None] < centre) & (index[:, None] >= centre - 3) & (index[None] == centre)) | (chain & (index[None] > centre))
 
     graph = jnp.stack([erdos_renyi, scale_free, chain, fork, collider])[family]
-    graph &= (index < size)[:, None] & (index < size)
+    graph &= (index < size)[:, None] & (index < size)[None]
     return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
 
 
@@ -145,7 +145,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
         adjacency=sample_graph(graph_key, family, prior, size),
         nonlinear=mechanism == MECHANISMS.index("fourier"),
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
-        frequencies=n["frequency"] / lengthscale[:, None],
+        frequencies=n["frequency"] / lengthscale[None, :, None],
         phases=2 * jnp.pi * u["phase"],
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
         noise_scale=jnp.exp(between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))),
@@ -207,7 +207,7 @@ def initial_buffer(
     variables = jnp.tile(jnp.arange(num_vars), per_variable)
     values = scm.low[variables] + (scm.high - scm.low)[variables] * jr.uniform(value_key, variables.shape)
     noise = scm.draw_noise(row_key, variables.shape[0])
-    masks = variables[:, None] == jnp.arange(num_vars)
+    masks = variables[:, None] == jnp.arange(num_vars)[None]
     done = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0])(noise, masks, values)
     rows, flags = jnp.concatenate([observed, done]), jnp.concatenate([jnp.zeros((num_obs, num_vars), bool), masks])
     kept_obs = jnp.ones(num_obs, bool) if valid_obs is None else jnp.arange(num_obs) < valid_obs
@@ -281,7 +281,7 @@ def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) ->
     variables = jnp.where(spread_out | (u["stray"] < 0.3), roaming, pick(u["focus"], candidates))
     near = jnp.clip(u["centre"] + 0.4 * (u["fraction"] - 0.5), 0.0, 1.0)
     values = between(jnp.where(spread_out, u["fraction"], near), scm.low[variables], scm.high[variables])
-    masks = variables[:, None] == jnp.arange(num_vars)
+    masks = variables[:, None] == jnp.arange(num_vars)[None]
     done = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0])(noise, masks, values)
     valid = jnp.concatenate([jnp.arange(design.max_obs) < num_obs, index < total])
     flags = jnp.concatenate([jnp.zeros((design.max_obs, num_vars), bool), masks])

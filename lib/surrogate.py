@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.baselines import additive_ridge_surface, least_squares_surface, powers_of
+from lib.baselines import additive_ridge_surface, least_squares_surface, positive_inverse, powers_of
 from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task, value_grid
@@ -87,7 +87,7 @@ def standardise(buffer: ExperienceBuffer, task: Task, num_bins: int) -> Standard
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
     """Apply a layer over the last axis of anything: one matrix product instead of a nest of vmaps."""
-    return x @ layer.weight.T + layer.bias
+    return x @ layer.weight.T + jnp.expand_dims(layer.bias, tuple(range(x.ndim - 1)))
 
 
 def mlp(layers: tuple[eqx.nn.Linear, ...], x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -292,7 +292,7 @@ def covariance(values: Float[Array, "samples vars"], rows: Float[Array, " sample
 
 def partial_correlation(moments: Float[Array, "vars vars"]) -> Float[Array, "vars vars"]:
     """Partial correlations from a regularised covariance."""
-    precision = jnp.linalg.inv(moments)
+    precision = positive_inverse(moments)
     scale = jnp.sqrt(jnp.diag(precision))
     return -precision / scale[:, None] / scale[None]
 
@@ -339,7 +339,7 @@ def single_cause_surface(
     level = (weights * outcome[:, None]).sum(0) / total
     design = (powers - centre[None]) * weights[:, :, None]
     moments = jnp.einsum("nvp,nvq->vpq", design, powers - centre[None]) + jnp.eye(3)[None]
-    slopes = jnp.linalg.solve(moments, jnp.einsum("nvp,n->vp", design, outcome)[..., None])[..., 0]
+    slopes = jnp.einsum("vpq,vq->vp", jax.vmap(positive_inverse)(moments), jnp.einsum("nvp,n->vp", design, outcome))
     return level[:, None] + jnp.einsum("vbp,vp->vb", powers_of((grid - middle[:, None]) / half[:, None], 3) - centre[:, None], slopes)
 
 

@@ -196,8 +196,12 @@ def online_policy(key: Key[Array, ""], system: TrainedACBOSystem, state: Acquisi
         policy, optimiser_state = eqx.combine(dynamic, static)
         distribution = policy(state)
         variable, value = generate_group_interventions(key, distribution, config.grpo.group_size)
-        gain = jax.vmap(lambda i, v: jnp.interp(v, state.output.grid[i], improvement[i]))(variable, value)
-        reward = RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
+
+        def score(variable, value):
+            gain = jnp.interp(value, state.output.grid[variable], improvement[variable])
+            return RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
+
+        reward = jax.vmap(score)(variable, value)
         group = Groups(state, variable, value, jax.vmap(distribution.log_prob)(variable, value), reward)
         batch = jax.tree.map(lambda leaf: leaf[None], group)
         policy, optimiser_state, _ = update_acquisition_grpo(policy, optimiser_state, optimiser, system.policy, batch, config.grpo, config.grpo.kl_weight)

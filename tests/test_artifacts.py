@@ -169,7 +169,8 @@ def test_wrong_stage_schema_shapes(tmp_path):
         load_module(path, "polcy", build)
     with pytest.raises(ValueError, match="unknown stage 'polcy'"):
         save(path, stage="polcy")
-    for wrong in (lambda h: eqx.nn.MLP(2, 3, 5, 1, key=jr.key(0)), lambda h: eqx.nn.MLP(2, 3, 4, 2, key=jr.key(0)), lambda h: eqx.nn.Linear(2, 4, key=jr.key(0))):
+    key = jr.key(0)
+    for wrong in (lambda h: eqx.nn.MLP(2, 3, 5, 1, key=key), lambda h: eqx.nn.MLP(2, 3, 4, 2, key=key), lambda h: eqx.nn.Linear(2, 4, key=key)):
         with pytest.raises(ArtifactError, match="surrogate.eqx: wrong shapes.*02_train"):
             load_module(path, "surrogate", wrong)
     with pytest.raises(ArtifactError, match="hyperparameters.*depth"):

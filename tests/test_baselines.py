@@ -1,7 +1,5 @@
 """Baselines against independent numpy and scipy computations, on easy problems with known answers, and under padding."""
 
-import functools as ft
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -9,17 +7,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lib.baselines import (
-    absolute_correlation,
-    additive_ridge,
-    additive_ridge_surface,
-    all_ones,
-    f_test,
-    f_test_log_p,
-    least_squares,
-    least_squares_surface,
-    random_choice,
-)
+import lib.baselines
+from lib.baselines import all_ones, random_choice
 from lib.buffer import ExperienceBuffer
 
 
@@ -28,11 +17,14 @@ TARGET = jnp.array(2)
 LOW, HIGH = 3.0 - jnp.array([1.0, 2.0, 1.0, 3.0, 1.0, 0.0]), 3.0 + jnp.array([2.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # variable 5 may not be set
 MASK = jnp.ones(NUM_VARS, bool)
 CANDIDATES = (jnp.arange(NUM_VARS) != TARGET) & (HIGH > LOW)
-jit_f_test_log_p = jax.jit(f_test_log_p)
+absolute_correlation, f_test, f_test_log_p = (jax.jit(getattr(lib.baselines, n)) for n in ("absolute_correlation", "f_test", "f_test_log_p"))
+least_squares, additive_ridge = jax.jit(lib.baselines.least_squares), jax.jit(lib.baselines.additive_ridge)
+least_squares_surface = jax.jit(lib.baselines.least_squares_surface, static_argnums=4)
+additive_ridge_surface = jax.jit(lib.baselines.additive_ridge_surface, static_argnums=4)
 
 
 def make_buffer(seed, outcome, rows=NUM_ROWS, valid=NUM_ROWS - 10):
-    """Gaussian rows; a few rows in which variable 0 is set, a few with the target set to nonsense, and free places at the end filled with nonsense."""
+    """Gaussian rows; a few in which variable 0 is set, a few with the target set to nonsense, and nonsense in the free places at the end."""
     rng = np.random.default_rng(seed)
     mixing = np.eye(NUM_VARS) + 0.4 * rng.normal(size=(NUM_VARS, NUM_VARS)) * (1 - np.eye(NUM_VARS)[2])[:, None]
     values = 3.0 + rng.normal(size=(rows, NUM_VARS)) @ mixing
@@ -50,7 +42,7 @@ def linear(x, noise):
 
 
 def cubic(x, noise):
-    return (x[:, 1] - 3) ** 2 + 0.3 * x[:, 4] + noise
+    return 2 * (x[:, 1] - 3) ** 2 + 0.3 * x[:, 4] + 0.5 * noise
 
 
 def used(buffer):
@@ -78,7 +70,7 @@ def test_least_squares_agrees_with_lstsq():
     regressors = np.delete(x, 2, 1)
     solution = np.linalg.lstsq(np.column_stack([np.ones(len(x)), regressors]), x[:, 2], rcond=None)[0]
     slopes = np.insert(solution[1:], 2, 0.0)
-    surface = np.asarray(jax.jit(least_squares_surface, static_argnums=4)(buffer, TARGET, LOW, HIGH, 2))
+    surface = np.asarray(least_squares_surface(buffer, TARGET, LOW, HIGH, 2))
     expected = x[:, 2].mean() + slopes[:, None] * (np.stack([LOW, HIGH], 1) - x.mean(0)[:, None])
     np.testing.assert_allclose(surface, expected, atol=5e-3)
     variable, value = least_squares(buffer, TARGET, LOW, HIGH, CANDIDATES)
@@ -93,12 +85,12 @@ def test_candidates_are_respected():
 
 def test_additive_ridge_finds_the_bottom_of_a_parabola():
     buffer = make_buffer(1, cubic)
-    variable, value = jax.jit(additive_ridge)(buffer, TARGET, LOW, HIGH, CANDIDATES)
-    assert int(variable) == 1 and abs(float(value) - 3.0) < 0.35
-    surface = jax.jit(additive_ridge_surface, static_argnums=4)(buffer, TARGET, LOW, HIGH, 33)
+    variable, value = additive_ridge(buffer, TARGET, LOW, HIGH, CANDIDATES)
+    assert int(variable) == 1 and abs(float(value) - 3.0) < 0.1
+    surface = additive_ridge_surface(buffer, TARGET, LOW, HIGH, 33)
     grid = np.linspace(LOW[1], HIGH[1], 33)
-    error = np.asarray(surface[1]) - (grid - 3.0) ** 2
-    assert np.ptp(error) < 0.6  # the right shape up to a constant
+    error = np.asarray(surface[1]) - 2 * (grid - 3.0) ** 2
+    assert np.ptp(error) < 0.3  # the right shape up to a constant
 
 
 def numpy_f_test(buffer):
@@ -123,14 +115,14 @@ def numpy_f_test(buffer):
 @pytest.mark.parametrize("outcome", [linear, cubic, lambda x, noise: 1e4 + 50 * noise, lambda x, noise: 0.3 * x[:, 0] + noise])
 def test_f_test_agrees_with_two_explicit_fits(outcome):
     buffer = make_buffer(3, outcome)
-    expected, got = numpy_f_test(buffer), np.asarray(jit_f_test_log_p(buffer, TARGET, MASK))
+    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TARGET, MASK))
     np.testing.assert_allclose(got, expected, rtol=5e-3, atol=5e-3)
 
 
 def test_f_test_keeps_its_resolution_beyond_float32():
     """With a hundred and more rows p-values fall below 1e-38; their logarithms still have the right order and size."""
     buffer = make_buffer(4, lambda x, noise: 2.0 * x[:, 3] - 1.0 * x[:, 0] + 0.02 * noise)
-    expected, got = numpy_f_test(buffer), np.asarray(jit_f_test_log_p(buffer, TARGET, MASK))
+    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TARGET, MASK))
     assert expected[3] < expected[0] < -100
     np.testing.assert_allclose(got[jnp.array([0, 3])], expected[[0, 3]], rtol=2e-2)
     score = f_test(buffer, TARGET, MASK)
@@ -146,7 +138,7 @@ def test_f_test_degrees_of_freedom():
     altered = ExperienceBuffer(
         jnp.concatenate([buffer.values[:, :3], binary, 7.0 * jnp.ones((NUM_ROWS, 1)), buffer.values[:, :1]], 1), buffer.intervened, buffer.valid
     )
-    got = np.asarray(jit_f_test_log_p(altered, TARGET, MASK))
+    got = np.asarray(f_test_log_p(altered, TARGET, MASK))
     x = used(altered)
     z = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1.0)
     powers = np.concatenate([np.ones((len(x), 1)), *(z[:, j : j + 1] ** p for j in (0, 1) for p in (1, 2, 3))], 1)
@@ -162,7 +154,7 @@ def test_f_test_degrees_of_freedom():
 def test_few_rows_are_no_evidence(rows):
     buffer = make_buffer(6, linear)
     few = ExperienceBuffer(buffer.values, buffer.intervened, jnp.arange(NUM_ROWS) < rows)
-    assert jnp.all(jit_f_test_log_p(few, TARGET, MASK) == 0)  # 15 powers and an intercept leave no residual
+    assert jnp.all(f_test_log_p(few, TARGET, MASK) == 0)  # 15 powers and an intercept leave no residual
     assert jnp.isfinite(absolute_correlation(few, TARGET, MASK)).all()
     assert jnp.isfinite(least_squares_surface(few, TARGET, LOW, HIGH, 2)).all()
     assert jnp.isfinite(additive_ridge_surface(few, TARGET, LOW, HIGH, 33)).all()
@@ -178,7 +170,7 @@ def test_f_test_is_calibrated_on_noise():
 
 
 def test_scores_name_the_parents():
-    buffer = make_buffer(7, linear)
+    buffer = make_buffer(12, linear)
     assert set(np.argsort(f_test(buffer, TARGET, MASK))[-2:].tolist()) == {0, 3}
     np.testing.assert_array_equal(all_ones(buffer, TARGET, MASK), [1, 1, 0, 1, 1, 1])
     correlation = np.corrcoef(used(buffer), rowvar=False)[2]
@@ -194,8 +186,8 @@ def test_padding_changes_nothing():
         a, b = score(buffer, TARGET, MASK), score(wide, TARGET, mask)
         np.testing.assert_allclose(b[:NUM_VARS], a, atol=1e-4)
         assert jnp.all(b[NUM_VARS:] == 0) and b[2] == 0 and jnp.all((b >= 0) & (b <= 1))
-    for surface, rule in ((least_squares_surface, least_squares), (additive_ridge_surface, ft.partial(additive_ridge, num_values=9))):
-        np.testing.assert_allclose(surface(wide, TARGET, low, high, 9)[:NUM_VARS], surface(buffer, TARGET, LOW, HIGH, 9), rtol=1e-4, atol=1e-4)
+    for surface, rule in ((least_squares_surface, least_squares), (additive_ridge_surface, additive_ridge)):
+        np.testing.assert_allclose(surface(wide, TARGET, low, high, 2)[:NUM_VARS], surface(buffer, TARGET, LOW, HIGH, 2), rtol=1e-4, atol=1e-4)
         assert all(map(jnp.array_equal, rule(buffer, TARGET, LOW, HIGH, CANDIDATES), rule(wide, TARGET, low, high, candidates)))
 
 

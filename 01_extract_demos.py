@@ -1,0 +1,186 @@
+"""Stage 1: sample causal models, run the expert on each, validate, filter, split and augment what it did.
+
+Reads   nothing
+Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
+Time    `small` about 2 minutes on 2 CPU cores.
+
+    python 01_extract_demos.py small --num-models 64
+
+Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on, its posterior after every experiment and its whole
+acquisition surface. A demonstration is kept if it is consistent (its stored posterior follows from its stored data, replayed) and good enough by what the
+expert itself can see (length, final entropy); ground truth takes no part in the choice.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
+from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.parent_scale import ParentScaleConfig
+from lib.scm_prior import SCMPrior, sample_problem
+from lib.trajectories import (
+    ExpertTrajectory,
+    augment_expert_demonstrations,
+    extract_expert_demonstrations,
+    extract_multiple_trajectories,
+    take,
+    to_arrays,
+    validate_demonstration_quality,
+    validate_trajectory_consistency,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of stage 1."""
+
+    # --- files ---
+    folder: Path = Path("artifacts/small")
+    """Where demos.npz is written."""
+    seed: int = 0
+    """Seed of everything random here."""
+
+    # --- problems ---
+    prior: SCMPrior = field(default_factory=SCMPrior)
+    """Distribution of causal models."""
+    num_models: int = 160
+    """Causal models; the expert runs once on each."""
+    num_obs: int = 100
+    """Observational rows that the expert starts from."""
+    per_variable: int = 2
+    """Initial interventions per variable."""
+
+    # --- the expert ---
+    num_steps: int = 10
+    """Experiments per run."""
+    num_bins: int = 16
+    """Values per variable in the stored acquisition surface; the surrogate and the policy use the same grid."""
+
+    # --- what is kept ---
+    min_trajectory_length: int = 5
+    """Fewest experiments."""
+    max_posterior_entropy: float = 2.0
+    """Largest entropy of the final posterior, in nats."""
+    validation_split: float = 0.2
+    """Share of models held out."""
+    augmentation_factor: int = 2
+    """How many times as many training demonstrations after renaming variables and flipping signs."""
+
+    # --- bookkeeping ---
+    batch: int = 16
+    """Models in one program; also the interval of checkpoints."""
+
+    @property
+    def expert(self) -> ParentScaleConfig:
+        """Settings of the expert."""
+        return ParentScaleConfig(num_obs=self.num_obs, num_steps=self.num_steps, num_bins=self.num_bins)
+
+
+PRESETS = {
+    "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4)),
+    "small": ("about 2 minutes on 2 CPU cores", Config()),
+    "hour": ("larger systems", Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), num_models=800, num_obs=200)),
+    "paper": ("sizes of the design documents", Config(Path("artifacts/paper"), prior=SCMPrior(max_vars=20, max_size=20), num_models=1000, num_obs=200, num_steps=30)),
+}
+
+
+@eqx.filter_jit
+def draw_batch(key: jax.Array, config: Config):
+    """Models and their first data (leading axis `batch`), with free places for the expert's experiments."""
+    capacity = config.num_obs + config.per_variable * config.prior.max_vars + config.num_steps
+
+    def one(key):
+        return sample_problem(key, config.prior, config.num_obs, config.per_variable, capacity)
+
+    return jax.vmap(one)(jr.split(key, config.batch))
+
+
+def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
+    """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the marginals, entropy in nats."""
+
+    @eqx.filter_jit
+    def read(trajectories):
+        def one(trajectory):
+            posterior = trajectory.posterior(-1)
+            return posterior.marginals(), trajectory.scm.parents, posterior.log_prob(trajectory.scm.parents), posterior.entropy()
+
+        return jax.vmap(one)(trajectories)
+
+    marginals, parents, log_prob, entropy = (np.asarray(x) for x in read(trajectories))
+    said = marginals > 0.5
+    return {
+        "true_set_probability": float(np.exp(log_prob).mean()),
+        "parent_f1": float(2 * (said & parents).sum() / max(said.sum() + parents.sum(), 1)),
+        "final_entropy": float(entropy.mean()),
+    }
+
+
+def main(config: Config) -> Path:
+    """Make the demonstrations and write them; returns the artifact's path."""
+    use_compilation_cache(config.folder.parent / "cache")
+    out, checkpoint_path = config.folder / "demos.npz", config.folder / "demos.ckpt"
+    problem_key, expert_key, augment_key = jr.split(jr.key(config.seed), 3)
+    num_batches = -(-config.num_models // config.batch)
+
+    # --- start, or continue ---
+    def run_batch(index):
+        scms, buffers = draw_batch(jr.fold_in(problem_key, index), config)
+        keys = jr.split(jr.fold_in(expert_key, index), config.batch)
+        return extract_multiple_trajectories(keys, scms, buffers, config.expert)
+
+    shape = eqx.filter_eval_shape(run_batch, 0)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
+    consistent = jnp.zeros((num_batches, config.batch), bool)
+    mark = fingerprint(config)
+    resumed = load_checkpoint(checkpoint_path, (nothing, consistent), mark)
+    (trajectories, consistent), start = resumed if resumed else ((nothing, consistent), 0)
+
+    # --- run the expert ---
+    log = TrainingLog(config.folder / "logs" / "demos.jsonl", start)
+    with tqdm(total=num_batches * config.batch, initial=start * config.batch, desc="expert", unit="model", mininterval=2) as bar:
+        for index in range(start, num_batches):
+            batch = run_batch(index)
+            valid = validate_trajectory_consistency(batch, config.expert)
+            trajectories = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), trajectories, batch)
+            consistent = consistent.at[index].set(valid)
+            if index + 1 < num_batches:
+                save_checkpoint(checkpoint_path, (trajectories, consistent), fingerprint=mark, step=index + 1)
+            quality = describe(batch)
+            log.write(step=index + 1, consistent=float(valid.mean()), **quality)
+            bar.update(config.batch)
+            bar.set_postfix(f1=f"{quality['parent_f1']:.2f}", true_set=f"{quality['true_set_probability']:.2f}")
+
+    # --- filter, split, augment, write ---
+    trajectories = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], trajectories)
+    good = validate_demonstration_quality(trajectories, config.min_trajectory_length, config.max_posterior_entropy)
+    kept = np.flatnonzero(np.asarray(consistent.reshape(-1)[: config.num_models] & good))
+    train, validation = extract_expert_demonstrations(take(trajectories, kept), config.validation_split)
+    train = augment_expert_demonstrations(train, config.augmentation_factor, key=augment_key)
+    metrics = {"models": config.num_models, "consistent": int(consistent.sum()), "kept": len(kept)} | describe(take(trajectories, kept))
+    save_arrays(
+        out,
+        to_arrays(train, "train") | to_arrays(validation, "validation"),
+        stage="demos",
+        config=asdict(config),
+        hyperparameters=asdict(config.expert),
+        seed=config.seed,
+        step=num_batches,
+        metrics=metrics,
+    )
+    checkpoint_path.unlink(missing_ok=True)
+    print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()))
+    return out
+
+
+if __name__ == "__main__":
+    with errors_for_people():
+        main(tyro.extras.overridable_config_cli(PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__))

@@ -1,0 +1,269 @@
+"""Numbers with 95 % intervals over problems, and the tables made of them. Host side: plain numpy, deterministic.
+
+Every interval is over independent problems (SCMs), never over steps or variables of one problem.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+import tabulate
+from jaxtyping import Array, Bool, Float, Shaped
+
+
+HostArray = np.ndarray | Array
+Scores = Float[HostArray, "batch vars"]
+Flags = Bool[HostArray, "batch vars"]
+NUM_RESAMPLES = 2000
+TABLES = ("success", "surrogate", "fidelity", "optimisation", "literature", "transfer", "ablation")
+FORMATS = {"md": "github", "tex": "latex"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One cell of the results: `value` with its 95 % interval [`low`, `high`] over `n` problems, in `unit`."""
+
+    table: str
+    task: str
+    method: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# --- intervals ---
+
+
+def summarise(values: Shaped[HostArray, " n"]) -> Estimate:
+    """Mean over problems with its t interval; a single problem has the interval [-inf, inf]. Raises `ValueError` for no values or for NaN."""
+    values = checked(values)
+    mean, n = float(values.mean()), len(values)
+    if n == 1:
+        return Estimate(mean, -np.inf, np.inf)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def paired_difference(a: Shaped[HostArray, " n"], b: Shaped[HostArray, " m"]) -> Estimate:
+    """Mean of a - b, where entry i of both is the same problem."""
+    if len(a) != len(b):
+        raise ValueError(f"not paired: {len(a)} and {len(b)} problems")
+    return summarise(np.asarray(a, float) - np.asarray(b, float))
+
+
+def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
+    """A statistic of whole arrays `data` (leading axis: problems), with the percentile interval over resampled problems; always the same resamples.
+
+    Resamples in which the statistic does not exist (NaN) are left out; raises `ValueError` where it does not exist on the data themselves.
+    """
+    n = len(data[0])
+    value = float(statistic(*data))
+    if np.isnan(value):
+        raise ValueError("the statistic does not exist on these problems: both outcomes must occur")
+    rng = np.random.default_rng(0)
+    resamples = np.array([statistic(*(d[index] for d in data)) for index in rng.integers(0, n, (NUM_RESAMPLES, n))])
+    low, high = np.percentile(resamples[~np.isnan(resamples)], [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+def checked(values) -> Float[np.ndarray, " n"]:
+    """A non-empty vector without NaN."""
+    values = np.asarray(values, float)
+    if values.ndim != 1 or len(values) == 0 or np.isnan(values).any():
+        raise ValueError(f"need a vector of at least one number without NaN, got shape {values.shape} with {int(np.isnan(values).sum())} NaN")
+    return values
+
+
+# --- structure: `[batch, vars]` arrays, `mask` marks the variables that count (not the target, not padding) ---
+
+
+class ParentF1(NamedTuple):
+    """`mean`: mean of the F1 of single problems; `pooled`: F1 of all decisions together; `per_problem[batch]`."""
+
+    mean: Estimate
+    pooled: Estimate
+    per_problem: Float[np.ndarray, " batch"]
+
+
+def parent_f1(said: Flags, truth: Flags, mask: Flags) -> ParentF1:
+    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said` against true parents; 1 where there is nothing to find and nothing was said."""
+    counts = confusion(said, truth, mask)
+    per_problem = f1_of(counts.T)
+    return ParentF1(summarise(per_problem), bootstrap(lambda c: float(f1_of(c.sum(0))), counts), per_problem)
+
+
+def confusion(said, truth, mask) -> Float[np.ndarray, "batch 3"]:
+    """True positives, false positives and false negatives of each problem."""
+    said, truth, mask = (np.asarray(x, bool) for x in (said, truth, mask))
+    return np.stack([(said & truth & mask).sum(1), (said & ~truth & mask).sum(1), (~said & truth & mask).sum(1)], 1).astype(float)
+
+
+def f1_of(counts) -> Float[np.ndarray, "*shape"]:
+    """F1 from true positives, false positives and false negatives along the first axis."""
+    tp, wrong = counts[0], counts[1] + counts[2]
+    return np.where(tp + wrong > 0, 2 * tp / np.maximum(2 * tp + wrong, 1), 1.0)
+
+
+def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
+    """The threshold t for which `scores >= t` has the largest pooled F1: choose it on validation problems. Lies halfway between two scores.
+
+    Raises `ValueError` if no variable is a true parent.
+    """
+    score, label = pooled(scores, truth, mask)
+    if not label.any():
+        raise ValueError("no true parent among these problems: no threshold is better than another")
+    order = np.argsort(-score, kind="stable")
+    score, label = score[order], label[order]
+    f1 = 2 * label.cumsum() / (np.arange(1, len(score) + 1) + label.sum())  # if all down to this one are said
+    last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
+    best = int(np.argmax(np.where(last, f1, -1.0)))
+    return float(score[best] if best + 1 == len(score) else 0.5 * (score[best] + score[best + 1]))
+
+
+def auroc(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
+    """Probability that a parent scores above a non-parent, pooled over problems; ties count one half (Mann-Whitney)."""
+
+    def statistic(s, t, m):
+        score, label = pooled(s, t, m)
+        positive, negative = label.sum(), (~label).sum()
+        if positive == 0 or negative == 0:
+            return np.nan
+        return (scipy.stats.rankdata(score)[label].sum() - positive * (positive + 1) / 2) / (positive * negative)
+
+    return bootstrap(statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool))
+
+
+def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
+    """Area under the precision-recall steps, sum of (recall_k - recall_(k-1)) precision_k over distinct scores, pooled over problems."""
+
+    def statistic(s, t, m):
+        score, label = pooled(s, t, m)
+        if not label.any():
+            return np.nan
+        order = np.argsort(-score, kind="stable")
+        score, label = score[order], label[order]
+        last = np.append(score[:-1] > score[1:], True)
+        found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
+        return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
+
+    return bootstrap(statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool))
+
+
+def expected_calibration_error(probs: Scores, truth: Flags, mask: Flags, bins: int = 10) -> Estimate:
+    """Mean over decisions of |share of parents - mean probability| of the decision's bin; `bins` equal bins of [0, 1] (Naeini et al., AAAI 2015)."""
+
+    def statistic(p, t, m):
+        prob, label = pooled(p, t, m)
+        index = np.minimum((prob * bins).astype(int), bins - 1)
+        gap = np.bincount(index, label.astype(float) - prob, bins)  # (share - mean probability) times the number in the bin
+        return float(np.abs(gap).sum() / len(prob)) if len(prob) else np.nan
+
+    return bootstrap(statistic, np.asarray(probs, float), np.asarray(truth, bool), np.asarray(mask, bool))
+
+
+def pooled(scores, truth, mask) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and labels of all variables that count, as vectors; raises `ValueError` for NaN among them."""
+    mask = np.asarray(mask, bool)
+    score = np.asarray(scores, float)[mask]
+    if np.isnan(score).any():
+        raise ValueError("NaN among the scores")
+    return score, np.asarray(truth, bool)[mask]
+
+
+# --- optimisation: noise-free expected outcomes, minimised ---
+
+
+def normalised_regret(mean_outcome, optimum, baseline) -> Float[np.ndarray, "*shape"]:
+    """(E[Y | do chosen] - y*) / (E[Y] - y*): 0 at the optimum, 1 for doing nothing, above 1 for harm. `ValueError` where doing nothing is best."""
+    mean_outcome, optimum, baseline = (np.asarray(x, float) for x in (mean_outcome, optimum, baseline))
+    room = baseline - optimum
+    if np.any(room <= 0):
+        raise ValueError(f"no room for improvement in {int((room <= 0).sum())} problem(s): E[Y] must lie above y*")
+    return np.asarray((mean_outcome - optimum) / room)
+
+
+def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[np.ndarray, "*batch"]:
+    """The GAP of DCBO (Aglietti et al., 2021), in [0, 1], larger is better: how far and how early the best outcome came.
+
+    [clip((y_best - y_init) / (y* - y_init), 0, 1) + (H - H_best) / H] / [1 + (H - 1) / H] with H steps, and H_best the step (from 1) that reached
+    y_best. A run that never improves on `initial` counts as converging at H. `outcomes` are the chosen actions' expected outcomes, step by step.
+    """
+    outcomes, optimum, initial = np.asarray(outcomes, float), np.asarray(optimum, float), np.asarray(initial, float)
+    if np.any(initial <= optimum):
+        raise ValueError("no room for improvement: the initial outcome must lie above y*")
+    steps, best = outcomes.shape[-1], outcomes.min(-1)
+    share = np.clip((best - initial) / (optimum - initial), 0.0, 1.0)
+    reached = np.where(share > 0, outcomes.argmin(-1) + 1, steps)
+    return np.asarray((share + (steps - reached) / steps) / (1.0 + (steps - 1) / steps))
+
+
+# --- tables ---
+
+
+def write_results(folder: Path, records: Sequence[Record]) -> None:
+    """Write `metrics.json`, the list of all records, and every table as `<table>.md`, `.csv` and `.tex` in `folder`. Each file is replaced at once.
+
+    Raises `ValueError` for an unknown table, for a cell that occurs twice, and for NaN; an infinite bound becomes null in JSON.
+    """
+    seen = set()
+    for record in records:
+        cell = (record.table, record.task, record.method, record.metric)
+        if record.table not in TABLES:
+            raise ValueError(f"unknown table '{record.table}'; the tables are {', '.join(TABLES)}")
+        if cell in seen:
+            raise ValueError(f"two records for {cell}")
+        if np.isnan([record.value, record.low, record.high]).any() or np.isinf(record.value):
+            raise ValueError(f"{cell}: {record.value} [{record.low}, {record.high}] is not a result")
+        seen.add(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{k: None if isinstance(v, float) and np.isinf(v) else v for k, v in asdict(r).items()} for r in records]
+    replace_text(folder / "metrics.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    for table in dict.fromkeys(r.table for r in records):
+        for suffix, style in FORMATS.items():
+            replace_text(folder / f"{table}.{suffix}", render(records, table, style) + "\n")
+        header = "task,method,metric,value,low,high,n,unit\n"
+        lines = [f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},"{r.unit}"\n' for r in records if r.table == table]
+        replace_text(folder / f"{table}.csv", header + "".join(lines))
+
+
+def render(records: Sequence[Record], table: str, style: str = "github") -> str:
+    """One table: a row per method, a column per task and metric, cells `value [low, high]`. `style` is one of tabulate's (default: Markdown).
+
+    Rows and columns are in the order in which they first occur. Raises `ValueError` for a table without records.
+    """
+    chosen = [r for r in records if r.table == table]
+    if not chosen:
+        raise ValueError(f"no records for '{table}'; there are records for {', '.join(dict.fromkeys(r.table for r in records)) or 'nothing'}")
+    columns = {(r.task, r.metric): f"{r.task} {r.metric}" + (f" ({r.unit})" if r.unit else "") for r in chosen}
+    cells = {(r.method, r.task, r.metric): cell(r) for r in chosen}
+    body = [[method, *(cells.get((method, *column), "") for column in columns)] for method in dict.fromkeys(r.method for r in chosen)]
+    return tabulate.tabulate(body, ["method", *columns.values()], tablefmt=style, disable_numparse=True)
+
+
+def cell(record: Record) -> str:
+    """`value [low, high]` to three significant digits."""
+    value, low, high = (f"{v:.3g}" for v in (record.value, record.low, record.high))
+    return f"{value} [{low}, {high}]"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write beside `path`, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

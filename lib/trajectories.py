@@ -1,0 +1,307 @@
+"""Expert demonstrations: what the expert saw, believed, weighed and did, at every step (phase4_training_infrastructure.md, section 1).
+
+A batch of demonstrations is one `ExpertTrajectory` with a leading axis `batch` on every array: they are filtered, split, augmented and stored as arrays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lib.artifacts import ArtifactError, load_arrays
+from lib.buffer import ExperienceBuffer
+from lib.parent_scale import ExpertRun, ParentScaleConfig, replay_posterior, run_parent_scale
+from lib.policy import AcquisitionState, make_state
+from lib.posterior import ParentSetPosterior
+from lib.scm import AbstractSCM, SyntheticSCM, Task
+from lib.surrogate import ParentSetPredictionModel
+
+
+class TrajectoryStep(NamedTuple):
+    """One decision: the data and belief it rests on, the acquisition surface, the choice, and what came of it."""
+
+    buffer: ExperienceBuffer
+    posterior: ParentSetPosterior
+    surface: Float[Array, "vars bins"]
+    variable: Int[Array, ""]
+    value: Float[Array, ""]
+    outcome: Float[Array, ""]
+    reward: Float[Array, ""]
+    step_number: int
+
+
+class ExpertTrajectory(eqx.Module):
+    """A run of the expert on `scm`.
+
+    `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`. `log_probs[t]` over `sets` is its belief before step t, the last
+    one its belief at the end. `surface[t]` is its expected improvement on the value grid. `reward[t]` is by how much the outcome improved on the best outcome
+    of earlier interventions (0 if it did not). `key_data` is the random key of the run, from which the belief can be replayed.
+    """
+
+    scm: SyntheticSCM
+    buffer: ExperienceBuffer
+    num_initial: Int[Array, ""]
+    sets: Bool[Array, "sets vars"]
+    log_probs: Float[Array, "steps+1 sets"]
+    surface: Float[Array, "steps vars bins"]
+    variable: Int[Array, " steps"]
+    value: Float[Array, " steps"]
+    outcome: Float[Array, " steps"]
+    reward: Float[Array, " steps"]
+    key_data: Array
+
+    def buffer_before(self, step: Int[Array, ""] | int) -> ExperienceBuffer:
+        """The rows that the expert knew before `step`."""
+        known = jnp.arange(self.buffer.valid.shape[0]) < self.num_initial + step
+        return ExperienceBuffer(jnp.where(known[:, None], self.buffer.values, 0.0), self.buffer.intervened & known[:, None], known)
+
+    def posterior(self, step: Int[Array, ""] | int) -> ParentSetPosterior:
+        """The expert's belief before `step`."""
+        return ParentSetPosterior(self.scm.target, self.sets, self.log_probs[step])
+
+    def step(self, index: int) -> TrajectoryStep:
+        """Decision number `index`."""
+        chosen = (a[index] for a in (self.surface, self.variable, self.value, self.outcome, self.reward))
+        return TrajectoryStep(self.buffer_before(index), self.posterior(index), *chosen, index)
+
+
+# --- extraction ---
+
+
+def extract_expert_trajectory(run: ExpertRun, scm: SyntheticSCM, key: Key[Array, ""]) -> ExpertTrajectory:
+    """The demonstration in a finished run; `key` is the one the run was given."""
+    earlier = run.buffer.intervened.any(1) & (jnp.arange(run.buffer.valid.shape[0]) < run.num_initial)
+    first = jnp.where(earlier, jnp.take(run.buffer.values, scm.target, axis=1), jnp.inf).min()
+    best = jnp.minimum(first, jax.lax.cummin(jnp.concatenate([jnp.array([jnp.inf]), run.outcome[:-1]])))
+    gain = jnp.where(jnp.isfinite(best), jnp.maximum(best - run.outcome, 0.0), 0.0)
+    return ExpertTrajectory(
+        scm, run.buffer, run.num_initial, run.sets, run.log_probs, run.surface, run.variable, run.value, run.outcome, gain, jr.key_data(key)
+    )
+
+
+@eqx.filter_jit
+def extract_multiple_trajectories(
+    keys: Key[Array, " batch"], scms: SyntheticSCM, buffers: ExperienceBuffer, config: ParentScaleConfig
+) -> ExpertTrajectory:
+    """Run the expert on a batch of models from their first data, and extract every demonstration."""
+    return jax.vmap(lambda k, s, b: extract_expert_trajectory(run_parent_scale(k, s, b, config), s, k))(keys, scms, buffers)
+
+
+def expert_demonstration(
+    scm: AbstractSCM, buffer: ExperienceBuffer, num_interventions: int, config: ParentScaleConfig, *, key: Key[Array, ""]
+) -> ExperienceBuffer:
+    """The buffer after `num_interventions` experiments of the expert (training_loop_api.md)."""
+    settings = replace(config, num_steps=num_interventions)
+    return run_parent_scale(key, scm, buffer.grow(num_interventions), settings).buffer
+
+
+# --- validation ---
+
+
+class Consistency(NamedTuple):
+    """What `check_trajectory` found; all of them have to hold."""
+
+    finite: Bool[Array, ""]
+    normalised: Bool[Array, ""]
+    in_range: Bool[Array, ""]
+    recorded: Bool[Array, ""]
+    replayed: Bool[Array, ""]
+
+
+def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) -> Consistency:
+    """Whether numbers are finite, beliefs sum to one, choices lie in range, experiments stand in the buffer as recorded, and the stored posterior follows from
+    the stored data and key (replayed to a total variation of .01)."""
+    scm, steps = trajectory.scm, jnp.arange(trajectory.variable.shape[0])
+    numbers = (trajectory.buffer.values, trajectory.surface, trajectory.value, trajectory.outcome, trajectory.reward)
+    finite = jnp.stack([jnp.isfinite(a).all() for a in numbers]).all() & ~jnp.isnan(trajectory.log_probs).any()
+    normalised = (jnp.abs(jnp.exp(trajectory.log_probs).sum(-1) - 1.0) < 1e-3).all()
+    variable, value = trajectory.variable, trajectory.value
+    margin = 1e-4 * (scm.high - scm.low)[variable]
+    in_range = scm.candidates[variable] & (value >= scm.low[variable] - margin) & (value <= scm.high[variable] + margin)
+    rows = trajectory.num_initial + steps
+    recorded = trajectory.buffer.intervened[rows, variable] & (jnp.abs(trajectory.buffer.values[rows, variable] - value) <= 1e-5 + 1e-5 * jnp.abs(value))
+    if config.outcome_samples == 1:
+        recorded &= jnp.abs(trajectory.buffer.values[rows, scm.target] - trajectory.outcome) <= 1e-5 + 1e-5 * jnp.abs(trajectory.outcome)
+    log_probs = replay_posterior(jr.wrap_key_data(trajectory.key_data), scm, trajectory.buffer, trajectory.num_initial, config)
+    distance = 0.5 * jnp.abs(jnp.exp(log_probs) - jnp.exp(trajectory.log_probs)).sum(-1).max()
+    return Consistency(finite, normalised, in_range.all(), recorded.all(), distance < 0.01)
+
+
+@eqx.filter_jit
+def validate_trajectory_consistency(trajectories: ExpertTrajectory, config: ParentScaleConfig) -> Bool[Array, " batch"]:
+    """Which of a batch of demonstrations are consistent (see `check_trajectory`)."""
+    checks = jax.vmap(lambda t: check_trajectory(t, config))(trajectories)
+    return jnp.stack(checks).all(0)
+
+
+def validate_demonstration_quality(
+    trajectories: ExpertTrajectory, min_trajectory_length: int = 5, max_posterior_entropy: float = 2.0
+) -> Bool[Array, " batch"]:
+    """Which demonstrations are long enough and end sure enough (entropy in nats). Both are visible to the expert: no ground truth takes part."""
+    entropy = jax.vmap(lambda t: t.posterior(-1).entropy())(trajectories)
+    return (entropy <= max_posterior_entropy) & (trajectories.variable.shape[1] >= min_trajectory_length)
+
+
+# --- splitting and augmentation ---
+
+
+def take(trajectories: ExpertTrajectory, rows: np.ndarray) -> ExpertTrajectory:
+    """The chosen demonstrations of a batch."""
+    return jax.tree.map(lambda leaf: leaf[rows], trajectories)
+
+
+def join(parts: Sequence[ExpertTrajectory]) -> ExpertTrajectory:
+    """Batches one after the other."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def extract_expert_demonstrations(trajectories: ExpertTrajectory, validation_split: float = 0.2) -> tuple[ExpertTrajectory, ExpertTrajectory]:
+    """Training and validation demonstrations. The split is by causal model: one run each, so no model is on both sides.
+
+    Raises `ValueError` if either side would be empty.
+    """
+    count = trajectories.variable.shape[0]
+    held_out = round(count * validation_split)
+    if not 0 < held_out < count:
+        raise ValueError(f"{count} demonstrations cannot be split with validation_split = {validation_split}: each side needs at least one")
+    return take(trajectories, np.arange(held_out, count)), take(trajectories, np.arange(held_out))
+
+
+@eqx.filter_jit
+def augment_expert_demonstrations(trajectories: ExpertTrajectory, augmentation_factor: int = 2, *, key: Key[Array, ""]) -> ExpertTrajectory:
+    """`augmentation_factor` times as many demonstrations: the originals, then copies with variables renamed and signs flipped, both at random."""
+    count = trajectories.variable.shape[0]
+    copies = [jax.vmap(transform)(jr.split(jr.fold_in(key, i), count), trajectories) for i in range(augmentation_factor - 1)]
+    return join([trajectories, *copies])
+
+
+def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajectory:
+    """The same demonstration with its variables permuted and the signs of some of them, never the target's, flipped. Padding stays where it is.
+
+    The belief of the copy cannot be replayed from its key: random features are drawn per variable.
+    """
+    order_key, sign_key = jr.split(key)
+    scm, num_vars = trajectory.scm, trajectory.sets.shape[-1]
+    index = jnp.arange(num_vars)
+    old = jnp.argsort(jnp.where(scm.var_mask, jr.uniform(order_key, (num_vars,)), 2.0 + index))  # new variable j is old variable old[j]
+    new = jnp.argsort(old)
+    flip = jr.bernoulli(sign_key, 0.5, (num_vars,)) & scm.var_mask & (index != scm.target)  # in old indices
+    sign = jnp.where(flip, -1.0, 1.0)
+    low, high = jnp.where(flip, -scm.high, scm.low), jnp.where(flip, -scm.low, scm.high)
+    generated = sign[scm.order]  # a flipped variable divides by a negative spread, and its children undo the sign
+    renamed = SyntheticSCM(
+        order=new[scm.order],
+        adjacency=scm.adjacency,
+        nonlinear=scm.nonlinear,
+        weights=scm.weights * generated[:, None],
+        frequencies=scm.frequencies * generated[:, None, None],
+        phases=scm.phases,
+        amplitudes=scm.amplitudes,
+        noise_scale=scm.noise_scale,
+        shift=scm.shift,
+        spread=scm.spread * generated,
+        target=new[scm.target],
+        low=low[old],
+        high=high[old],
+        var_mask=scm.var_mask[old],
+    )
+    buffer = trajectory.buffer
+    surface = jnp.where(flip[None, :, None], trajectory.surface[..., ::-1], trajectory.surface)
+    return ExpertTrajectory(
+        renamed,
+        ExperienceBuffer((buffer.values * sign[None])[:, old], buffer.intervened[:, old], buffer.valid),
+        trajectory.num_initial,
+        trajectory.sets[:, old],
+        trajectory.log_probs,
+        surface[:, old],
+        new[trajectory.variable],
+        trajectory.value * sign[trajectory.variable],
+        trajectory.outcome,
+        trajectory.reward,
+        trajectory.key_data,
+    )
+
+
+# --- files ---
+
+
+def to_arrays(trajectories: ExpertTrajectory, part: str) -> dict[str, np.ndarray]:
+    """Named arrays of a batch, each name starting with `part`."""
+    arrays = {}
+    for name in ExpertTrajectory.__dataclass_fields__:
+        field = getattr(trajectories, name)
+        if isinstance(field, eqx.Module):
+            arrays |= {f"{part}/{name}/{inner}": np.asarray(getattr(field, inner)) for inner in field.__dataclass_fields__}
+        else:
+            arrays[f"{part}/{name}"] = np.asarray(field)
+    return arrays
+
+
+def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
+    """The demonstrations of one part, `train` or `validation`, and the file's header; raises `ArtifactError` if the file cannot be used."""
+    arrays, header = load_arrays(path, "demos")
+
+    def module(kind, name):
+        return kind(**{inner: jnp.asarray(arrays[f"{part}/{name}/{inner}"]) for inner in kind.__dataclass_fields__})
+
+    try:
+        modules = {"scm": module(SyntheticSCM, "scm"), "buffer": module(ExperienceBuffer, "buffer")}
+        rest = {name: jnp.asarray(arrays[f"{part}/{name}"]) for name in ExpertTrajectory.__dataclass_fields__ if name not in modules}
+    except KeyError as error:
+        raise ArtifactError(path, f"it holds no {error}", "demos") from error
+    return ExpertTrajectory(**modules, **rest), header
+
+
+# --- what students learn from ---
+
+
+class ExpertExamples(NamedTuple):
+    """Pairs (data, the expert's belief), leading axis over all steps of all demonstrations."""
+
+    buffer: ExperienceBuffer
+    task: Task
+    posterior: ParentSetPosterior
+
+
+@eqx.filter_jit
+def extract_surrogate_training_data(trajectories: ExpertTrajectory, capacity: int) -> ExpertExamples:
+    """The expert's belief after every number of experiments, with the data it followed from, in buffers of `capacity` rows."""
+    num_steps = trajectories.variable.shape[1]
+
+    def one(trajectory, step):
+        buffer = trajectory.buffer_before(step)
+        return ExpertExamples(buffer.grow(capacity - buffer.valid.shape[0]), trajectory.scm.task, trajectory.posterior(step))
+
+    examples = jax.vmap(lambda t: jax.vmap(lambda s: one(t, s))(jnp.arange(num_steps + 1)))(trajectories)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
+
+
+class AcquisitionExamples(NamedTuple):
+    """The expert's decisions as the policy sees them, leading axis over all steps of all demonstrations."""
+
+    state: AcquisitionState
+    variable: Int[Array, " batch"]
+    value: Float[Array, " batch"]
+    surface: Float[Array, "batch vars bins"]
+
+
+@eqx.filter_jit
+def extract_acquisition_training_data(trajectories: ExpertTrajectory, surrogate: ParentSetPredictionModel) -> AcquisitionExamples:
+    """States as the trained surrogate reads them, with the expert's choice and acquisition surface."""
+    num_steps = trajectories.variable.shape[1]
+
+    def one(inputs):
+        trajectory, step = inputs
+        state = make_state(surrogate, trajectory.buffer_before(step), trajectory.scm.task, step, num_steps - step)
+        return AcquisitionExamples(state, trajectory.variable[step], trajectory.value[step], trajectory.surface[step])
+
+    count = trajectories.variable.shape[0]
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_steps, axis=0), trajectories)
+    return jax.lax.map(one, (repeated, jnp.tile(jnp.arange(num_steps), count)), batch_size=32)

@@ -1,0 +1,205 @@
+"""GRPO against a numpy loop, against REINFORCE, and on a campaign whose candidates come in twins."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from lib.grpo import CampaignDesign, GRPOConfig, collect_campaign, draw_problem, group_advantages, grpo_loss, update_acquisition_grpo
+from lib.policy import AcquisitionPolicyNetwork, InterventionDistribution, PolicyConfig
+from lib.rewards import RewardConfig
+from lib.scm import value_grid
+from lib.scm_prior import SCMPrior
+from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
+
+
+BINS, STEPS, GROUP, MIN_SPREAD = 5, 3, 6, 1e-4
+PRIOR = SCMPrior(max_vars=5, min_size=4, max_size=4)
+DESIGN = CampaignDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
+SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_heads=2, num_moments=3, num_components=2, num_bins=BINS)
+CONFIG = GRPOConfig(entropy_weight=0.0, learning_rate=1e-2, min_spread=MIN_SPREAD)
+
+
+class Twins(InterventionDistribution):
+    """Only ever samples the centres of its two likeliest cells, so that a group holds the same action many times."""
+
+    def sample(self, key):
+        _, likely = jax.lax.top_k(self.logits.reshape(-1), 2)
+        variable, index = jnp.unravel_index(likely[jr.bernoulli(key).astype(int)], self.logits.shape)
+        return variable, self.value(variable, index / (self.num_bins - 1))
+
+
+class TwinPolicy(AcquisitionPolicyNetwork):
+    def __call__(self, state):
+        distribution = super().__call__(state)
+        return Twins(distribution.task, distribution.logits)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return eqx.filter_jit(draw_problem)(jr.key(0), PRIOR, DESIGN, BINS)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return TwinPolicy(PolicyConfig(policy_hidden_dim=16, policy_n_layers=1), 3 * SIZES.model_hidden_dim, key=jr.key(1))
+
+
+@pytest.fixture(scope="module")
+def campaign(problem, policy):
+    surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(2))
+    collect = eqx.filter_jit(collect_campaign)
+    scm, truth, buffer = problem
+    return collect(jr.key(3), surrogate, policy, scm, truth, buffer, num_steps=STEPS, group_size=GROUP, rewards=RewardConfig())
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """`(policy, groups, kl_weight) -> ((loss, metrics), gradient)` with the policy as its own reference."""
+    both = eqx.filter_value_and_grad(grpo_loss, has_aux=True)
+    return eqx.filter_jit(lambda policy, groups, kl_weight: both(policy, policy, groups, CONFIG, kl_weight))
+
+
+def with_rewards(groups, rewards):
+    return eqx.tree_at(lambda g: g.reward.total, groups, jnp.asarray(rewards, jnp.float32))
+
+
+def loop_advantages(rewards):
+    """Centred per group, scaled by the deviation over live groups; dead groups get zeros."""
+    live = [np.max(group) - np.min(group) > MIN_SPREAD for group in rewards]
+    centred = [[r - np.mean(group) if alive else 0.0 for r in group] for group, alive in zip(rewards, live, strict=True)]
+    used = [c**2 for group, alive in zip(centred, live, strict=True) if alive for c in group]
+    return np.array(centred) / np.sqrt((np.mean(used) if used else 0.0) + 1e-12), np.array(live, float)
+
+
+def log_probs(policy, groups):
+    return jax.vmap(lambda group: jax.vmap(policy(group.state).log_prob)(group.variable, group.value))(groups)
+
+
+jit_log_probs = eqx.filter_jit(log_probs)
+REWARDS = np.array([[0.1, -0.4, 0.3, 0.9, 0.0, 0.2], [0.5] * GROUP, [1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
+
+
+def test_advantages_of_a_case_done_by_hand():
+    advantages, live = group_advantages(jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), MIN_SPREAD)
+    scale = np.sqrt((1 + 1 + 4 + 4) / 4)
+    np.testing.assert_allclose(advantages, np.array([[-1, 1], [0, 0], [-2, 2]]) / scale, atol=1e-6)
+    assert live.tolist() == [1, 0, 1]
+
+
+def test_advantages_agree_with_a_loop_and_sum_to_zero():
+    for rewards in (REWARDS, 10.0 * REWARDS + 3.0, np.random.default_rng(0).normal(size=(3, GROUP))):
+        advantages, live = group_advantages(jnp.asarray(rewards, jnp.float32), MIN_SPREAD)
+        expected, alive = loop_advantages(rewards)
+        np.testing.assert_allclose(advantages, expected, atol=1e-5)
+        np.testing.assert_allclose(advantages.sum(1), 0.0, atol=1e-5)
+        assert live.tolist() == alive.tolist()
+
+
+def test_equal_rewards_have_no_advantage():
+    advantages, live = group_advantages(jnp.full((2, 4), 0.7), MIN_SPREAD)
+    assert not advantages.any() and not live.any()
+
+
+def test_a_problem_has_room_for_its_campaign(problem):
+    scm, truth, buffer = problem
+    assert buffer.valid.shape[0] == DESIGN.max_obs + DESIGN.per_variable * PRIOR.max_vars + STEPS
+    assert DESIGN.min_obs <= buffer.observational.sum() <= DESIGN.max_obs
+    assert buffer.size - buffer.observational.sum() == 3 and buffer.size + STEPS <= buffer.valid.shape[0]
+    effects = eqx.filter_jit(lambda scm: scm.effect_table(value_grid(scm.low, scm.high, BINS)))(scm)
+    np.testing.assert_allclose(truth.effects, effects, atol=1e-5)
+    assert (truth.parents == scm.parents).all() and abs(truth.baseline) < 0.3
+
+
+def test_a_campaign_adds_the_first_candidates_action_and_nothing_else(problem, campaign):
+    groups, final = campaign
+    start = int(problem.buffer.size)
+    assert final.size == start + STEPS
+    assert (final.values[:start] == problem.buffer.values[:start]).all()
+    for t in range(STEPS):
+        variable, value = int(groups.variable[t, 0]), groups.value[t, 0]
+        assert final.intervened[start + t].tolist() == [i == variable for i in range(PRIOR.max_vars)]
+        assert final.values[start + t, variable] == value
+        assert groups.state.buffer.valid[t].sum() == start + t and groups.state.step[t] == t and groups.state.steps_left[t] == STEPS - t
+        assert (groups.state.buffer.values[t, : start + t] == final.values[: start + t]).all()
+    rows = np.asarray(final.values[start : start + STEPS])[:, np.asarray(problem.scm.var_mask)]
+    assert len(np.unique(rows, axis=0)) == STEPS
+
+
+def test_twins_share_their_noise(problem, campaign):
+    """Two candidates with the same action get the same outcome, hence the same reward, although the system is noisy; other actions get others."""
+    groups, _ = campaign
+    assert (problem.scm.noise_scale > 0.1).all()
+    different = 0
+    for t in range(STEPS):
+        actions = list(zip(np.asarray(groups.variable[t]).tolist(), np.asarray(groups.value[t]).tolist(), strict=True))
+        rewards = {action: {float(r) for a, r in zip(actions, groups.reward.total[t], strict=True) if a == action} for action in actions}
+        assert all(max(r) - min(r) < 1e-5 for r in rewards.values())
+        different += len({round(min(r), 4) for r in rewards.values()}) > 1
+    assert different > 0
+
+
+def test_actions_are_candidates_within_range_and_log_probs_are_the_policys(problem, policy, campaign):
+    groups, _ = campaign
+    scm = problem.scm
+    allowed, low, high = (np.asarray(x) for x in (scm.candidates, scm.low, scm.high))
+    variable, value = np.asarray(groups.variable), np.asarray(groups.value)
+    assert allowed[variable].all() and (value >= low[variable] - 1e-6).all() and (value <= high[variable] + 1e-6).all()
+    np.testing.assert_allclose(jit_log_probs(policy, groups), groups.log_prob, atol=1e-4)
+
+
+def test_at_the_old_policy_the_gradient_is_that_of_reinforce(policy, campaign, gradient):
+    groups = with_rewards(campaign[0], REWARDS)
+    advantages, live = loop_advantages(REWARDS)
+
+    def reinforce(policy):
+        return -(log_probs(policy, groups) * jnp.asarray(advantages, jnp.float32)).sum() / (live.sum() * GROUP)
+
+    (_, metrics), ours = gradient(policy, groups, jnp.array(0.0))
+    theirs = eqx.filter_jit(eqx.filter_grad(reinforce))(policy)
+    leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    assert max(float(jnp.abs(leaf).max()) for leaf, _ in leaves) > 1e-3
+    for left, right in leaves:
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    np.testing.assert_allclose(metrics.dead_groups, 1 / 3, atol=1e-6)
+    np.testing.assert_allclose([metrics.kl, metrics.clipped], 0.0, atol=1e-6)
+    np.testing.assert_allclose(metrics.reward, REWARDS.mean(), atol=1e-6)
+
+
+def test_equal_rewards_give_no_gradient(policy, campaign, gradient):
+    (loss, metrics), gradients = gradient(policy, with_rewards(campaign[0], np.full((STEPS, GROUP), 0.3)), jnp.array(0.0))
+    assert loss == 0 and metrics.dead_groups == 1
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_clipped_objective_agrees_with_a_loop(policy, campaign, gradient):
+    groups = with_rewards(campaign[0], REWARDS)
+    ratio = np.exp(np.random.default_rng(1).normal(scale=0.3, size=REWARDS.shape))
+    old = groups.log_prob - jnp.asarray(np.log(ratio), jnp.float32)
+    (loss, metrics), _ = gradient(policy, eqx.tree_at(lambda g: g.log_prob, groups, old), jnp.array(0.0))
+    advantages, live = loop_advantages(REWARDS)
+    terms = [
+        np.mean([min(r * a, np.clip(r, 1 - CONFIG.clip, 1 + CONFIG.clip) * a) for r, a in zip(ratio[g], advantages[g], strict=True)])
+        for g in range(STEPS)
+        if live[g]
+    ]
+    np.testing.assert_allclose(loss, -np.mean(terms), atol=1e-4)
+    np.testing.assert_allclose(metrics.clipped, (np.abs(ratio - 1) > CONFIG.clip).mean(), atol=1e-6)
+
+
+def test_an_update_favours_the_better_twin_and_dead_groups_leave_the_policy_alone(policy, campaign):
+    groups = campaign[0]
+    optimiser = optax.adam(CONFIG.learning_rate)
+    state = optimiser.init(eqx.filter(policy, eqx.is_array))
+    update = eqx.filter_jit(lambda policy, groups: update_acquisition_grpo(policy, state, optimiser, policy, groups, CONFIG, jnp.array(0.0)))
+    better = np.asarray((groups.variable == groups.variable[:, :1]) & (groups.value == groups.value[:, :1]))
+    assert not better.all(1).all()  # somewhere both twins were drawn
+    new, _, metrics = update(policy, with_rewards(groups, better))
+    gain = np.asarray(jit_log_probs(new, groups)) - np.asarray(groups.log_prob)
+    assert (gain * loop_advantages(better)[0]).mean() > 0.01
+    assert metrics.kl > 0  # before the last step, after the first
+    same, _, _ = update(policy, with_rewards(groups, np.zeros((STEPS, GROUP))))
+    assert eqx.tree_equal(same, policy)

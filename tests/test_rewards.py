@@ -1,0 +1,112 @@
+"""Rewards on hand-made cases. Four slots: variable 0 and 1 can be set, 2 is the target, 3 is padding; three values -1, 0, 1."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lib.buffer import ExperienceBuffer
+from lib.policy import AcquisitionState
+from lib.rewards import MAX_GAIN, GroundTruth, RewardConfig, compute_verifiable_reward
+from lib.scm import Task, value_grid
+from lib.surrogate import NUM_EVIDENCE, SurrogateOutput
+
+
+REAL = jnp.array([True, True, True, False])
+TASK = Task(jnp.array(2), jnp.where(REAL, -1.0, 0.0), jnp.where(REAL, 1.0, 0.0), REAL)
+INF = np.inf
+EFFECTS = [[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [INF] * 3, [INF] * 3]
+TRUTH = GroundTruth(jnp.array(EFFECTS), jnp.array(1.0), jnp.array([True, False, False, False]))  # possible improvement: 1 - (-1) = 2
+reward_of = eqx.filter_jit(compute_verifiable_reward)
+
+
+def make_state(best, logits=(0.0, 0.0), spread=1.0):
+    """A state in which the cell `best` is recommended, with independent parents of the given logits."""
+    mean = jnp.ones((4, 3)).at[best].set(0.0).at[2:].set(-9.0)
+    each = jnp.array([[*logits, 5.0, 5.0]])  # what is said of target and padding must not count
+    grid = value_grid(TASK.low, TASK.high, 3)
+    blank = (jnp.zeros((4, 2)), jnp.zeros((4, 3, NUM_EVIDENCE)), jnp.array(0.0), jnp.array(spread))
+    output = SurrogateOutput(TASK, each, jnp.zeros(1), grid, mean, jnp.ones((4, 3)), *blank)
+    return AcquisitionState(ExperienceBuffer.empty(4, 2), output, jnp.array(0), jnp.array(3))
+
+
+def score(before, action, after, truth: GroundTruth | None = TRUTH, **weights):
+    return reward_of(before, jnp.array(action[0]), jnp.array(action[1]), after, RewardConfig(**weights), truth)
+
+
+def test_possible_improvement_stays_positive():
+    np.testing.assert_allclose(TRUTH.possible_improvement, 2.0)
+    np.testing.assert_allclose(GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents).possible_improvement, 0.05)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(-1.0, 2.0), (0.5, 0.5), (0.25, 0.75), (7.0, 0.0)])
+def test_truth_is_interpolated(value, expected):
+    np.testing.assert_allclose(TRUTH.mean(make_state((0, 0)), jnp.array(0), jnp.array(value)), expected, atol=1e-6)
+
+
+def test_a_hand_computed_case():
+    """Incumbent do(X0 = 0), worth 1; tried do(X1 = 1), worth -1: a gain of 2 of 2; then recommended do(X0 = 1), worth 0: a gain of 1 of 2."""
+    reward = score(make_state((0, 1)), (1, 1.0), make_state((0, 2)), recommendation_share=0.7)
+    np.testing.assert_allclose(reward.optimization, 0.3 * 1.0 + 0.7 * 0.5, atol=1e-6)
+    np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
+    assert reward.parent_intervention == 0.0
+
+
+def test_losses_are_negative_and_clipped():
+    worse = score(make_state((0, 2)), (0, -1.0), make_state((0, 0)))  # from 0 to 2: minus one share
+    np.testing.assert_allclose(worse.optimization, -1.0, atol=1e-6)
+    slight = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)  # nothing to gain: shares of .05 are clipped
+    np.testing.assert_allclose(score(make_state((0, 2)), (0, -1.0), make_state((0, 0)), slight).optimization, -1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("incumbent", [(0, 1), (0, 2), (1, 2)])
+def test_repeating_the_incumbent_and_learning_nothing_earns_nothing(incumbent):
+    state = make_state(incumbent)
+    reward = score(state, (incumbent[0], float(state.output.grid[incumbent])), state)
+    np.testing.assert_allclose(reward.optimization, 0.0, atol=1e-6)
+    np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
+
+
+def test_structure_is_the_gain_in_log_probability_of_the_true_set():
+    before, after = make_state((0, 1), (0.0, 0.0)), make_state((0, 1), (1.0, -1.0))
+    sigmoid = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(score(before, (0, 0.0), after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5)
+    np.testing.assert_allclose(score(before, (0, 0.0), make_state((0, 1), (-30.0, 30.0))).structure_discovery, -MAX_GAIN, atol=1e-6)
+    np.testing.assert_allclose(score(make_state((0, 1), (-30.0, 30.0)), (0, 0.0), after).structure_discovery, MAX_GAIN, atol=1e-6)
+
+
+def test_parents_are_the_true_ones():
+    state = make_state((0, 1), (-9.0, 9.0))  # the surrogate is wrong about both
+    assert score(state, (0, 0.0), state).parent_intervention == 1.0
+    assert score(state, (1, 0.0), state).parent_intervention == 0.0
+
+
+def test_weights_add_up():
+    before, after = make_state((0, 1)), make_state((1, 2), (2.0, -1.0))
+    weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
+    reward = score(before, (0, 0.3), after, **weights)
+    expected = 3.0 * reward.optimization + 0.5 * reward.structure_discovery + 0.25 * reward.parent_intervention
+    np.testing.assert_allclose(reward.total, expected, atol=1e-6)
+    assert min(abs(reward.optimization), abs(reward.structure_discovery), reward.parent_intervention) > 0.1
+
+
+def test_what_has_nothing_to_do_with_the_action_does_not_move_the_reward():
+    before, after = make_state((0, 1)), make_state((0, 2), (1.0, 0.0))
+    reference = score(before, (0, 0.5), after)
+    other_rows = TRUTH.effects.at[1, :2].set(0.5)  # another variable, still above the minimum
+    spoilt = eqx.tree_at(lambda s: s.output.logits, after, after.output.logits.at[:, 2:].set(-50.0))  # target and padding
+    for changed in (score(before, (0, 0.5), after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)), score(before, (0, 0.5), spoilt)):
+        assert all(jnp.allclose(a, b, atol=1e-6) for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(changed), strict=True))
+
+
+def test_without_truth_only_predictions_count():
+    """Predicted gains in deviations of the target, the drop of the entropy, and the marginal: what deployment can know."""
+    before, after = make_state((0, 1), spread=2.0), make_state((1, 2), (3.0, -3.0), spread=2.0)
+    lower = eqx.tree_at(lambda s: s.output.effect_mean, after, after.output.effect_mean.at[1, 2].set(-0.5))
+    reward = score(before, (0, -0.5), lower, None, recommendation_share=0.5)
+    np.testing.assert_allclose(reward.optimization, 0.5 * (0.0 - 0.5) / 2 + 0.5 * 0.5 / 2, atol=1e-6)
+    p = 1 / (1 + np.exp(-3.0))
+    drop = 2 * np.log(2) + 2 * (p * np.log(p) + (1 - p) * np.log(1 - p))
+    np.testing.assert_allclose(reward.structure_discovery, drop, atol=1e-4)
+    np.testing.assert_allclose(reward.parent_intervention, 0.5, atol=1e-6)

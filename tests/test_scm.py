@@ -1,0 +1,207 @@
+"""Structural causal models against networkx (who moves under do) and against closed forms of linear models (by how much)."""
+
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import networkx as nx
+import numpy as np
+import pytest
+
+from lib.scm import Intervention, Task, apply_intervention, sample_from_scm, value_grid
+from lib.scm_prior import SCMPrior, sample_scm
+
+
+NUM_MODELS, NUM_VARS = 64, 6
+
+
+@pytest.fixture(scope="module")
+def scms():
+    """Models of 3 to 6 variables, linear and nonlinear, of every family (leading axis)."""
+    prior = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=NUM_VARS)
+    return jax.jit(jax.vmap(ft.partial(sample_scm, prior=prior)))(jr.split(jr.key(0), NUM_MODELS))
+
+
+@pytest.fixture(scope="module")
+def candidates(scms):
+    return np.asarray(jax.jit(jax.vmap(lambda scm: scm.candidates))(scms))
+
+
+@pytest.fixture(scope="module")
+def table(scms):
+    """Effects on five values per variable."""
+    return jax.jit(jax.vmap(lambda scm: scm.effect_table(value_grid(scm.low, scm.high, 5))))(scms)
+
+
+def member(batch, i):
+    return jax.tree.map(lambda leaf: leaf[i], batch)
+
+
+@ft.cache
+def jit_simulate():
+    return jax.jit(lambda scm, noise, intervention: scm.simulate(noise, intervention))
+
+
+def simulate(scm, noise, intervention):
+    return np.asarray(jit_simulate()(scm, noise, intervention))
+
+
+def digraph(scm):
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(NUM_VARS))
+    graph.add_edges_from(np.argwhere(np.asarray(scm.graph)).tolist())
+    return graph
+
+
+def linear_form(scm):
+    """x = B x + c + D noise in outside indices, noise in outside order: what a linear model says, written once more in numpy."""
+    order = np.asarray(scm.order)
+    coefficients = np.where(scm.adjacency, scm.weights, 0.0).T / np.asarray(scm.spread)[:, None]  # [child, parent]
+    b, c, d = np.zeros((NUM_VARS, NUM_VARS)), np.zeros(NUM_VARS), np.zeros(NUM_VARS)
+    b[np.ix_(order, order)] = coefficients
+    c[order] = -np.asarray(scm.shift) / np.asarray(scm.spread)
+    d[order] = np.asarray(scm.noise_scale) / np.asarray(scm.spread)
+    present = np.asarray(scm.var_mask)
+    return b * present[:, None], c * present, d * present
+
+
+def test_single_and_none():
+    intervention = Intervention.single(2, 1.5, 4)
+    assert intervention.mask.tolist() == [False, False, True, False]
+    assert intervention.values.tolist() == [0.0, 0.0, 1.5, 0.0]
+    assert not Intervention.none(4).mask.any()
+
+
+def test_candidates_leave_out_target_padding_and_variables_without_a_range():
+    task = Task(jnp.array(1), jnp.array([-1.0, -1.0, 2.0, 0.0]), jnp.array([1.0, 1.0, 2.0, 0.0]), jnp.array([True, True, True, False]))
+    assert task.possible_parents.tolist() == [True, False, True, False]
+    assert task.candidates.tolist() == [True, False, False, False]
+
+
+def test_value_grid_holds_both_ends():
+    grid = value_grid(jnp.array([-1.0, 0.0]), jnp.array([3.0, 0.0]), 5)
+    assert grid.tolist() == [[-1.0, 0.0, 1.0, 2.0, 3.0], [0.0] * 5]
+
+
+def test_graphs_are_acyclic_and_generated_in_topological_order(scms):
+    for i in range(NUM_MODELS):
+        scm = member(scms, i)
+        graph = digraph(scm)
+        assert nx.is_directed_acyclic_graph(graph)
+        place = {variable: k for k, variable in enumerate(np.asarray(scm.order).tolist())}
+        assert all(place[a] < place[b] for a, b in graph.edges)
+        assert set(np.flatnonzero(scm.parents)) == set(graph.predecessors(int(scm.target)))
+
+
+def test_do_moves_exactly_the_descendants(scms):
+    noise = jr.normal(jr.key(1), (32, NUM_VARS))
+    for i in range(0, NUM_MODELS, 4):
+        scm = member(scms, i)
+        graph, before = digraph(scm), simulate(scm, noise, Intervention.none(NUM_VARS))
+        for j in np.flatnonzero(scm.var_mask).tolist():
+            after = simulate(scm, noise, Intervention.single(j, 1.25, NUM_VARS))
+            assert (after[:, j] == 1.25).all()
+            moved = (np.abs(after - before).max(0) > 1e-5).nonzero()[0]
+            assert set(moved.tolist()) == nx.descendants(graph, j) | {j}
+            unmoved = np.setdiff1d(np.arange(NUM_VARS), moved)
+            assert (after[:, unmoved] == before[:, unmoved]).all()
+
+
+def test_do_cuts_the_parents(scms):
+    """With all parents of the target set, another ancestor no longer reaches it."""
+    noise = jr.normal(jr.key(2), (32, NUM_VARS))
+    checked = 0
+    for i in range(NUM_MODELS):
+        scm = member(scms, i)
+        indirect = nx.ancestors(digraph(scm), int(scm.target)) - set(np.flatnonzero(scm.parents).tolist())
+        for ancestor in sorted(indirect)[:1]:
+            held = Intervention(scm.parents, jnp.full(NUM_VARS, 0.7))
+            both = Intervention(scm.parents | (jnp.arange(NUM_VARS) == ancestor), jnp.where(jnp.arange(NUM_VARS) == ancestor, -2.0, 0.7))
+            one, two = simulate(scm, noise, held), simulate(scm, noise, both)
+            assert (one[:, np.asarray(scm.parents)] == np.float32(0.7)).all()
+            assert (two[:, ancestor] == -2.0).all()
+            assert (one[:, scm.target] == two[:, scm.target]).all()
+            checked += 1
+    assert checked > 5
+
+
+def test_padding_stays_zero(scms):
+    noise = jr.normal(jr.key(3), (NUM_MODELS, 8, NUM_VARS))
+    rows = jax.jit(jax.vmap(lambda scm, n: scm.simulate(n, Intervention.none(NUM_VARS))))(scms, noise)
+    padding = ~np.asarray(scms.var_mask)
+    assert padding.any()
+    assert (np.asarray(rows).swapaxes(1, 2)[padding] == 0).all()
+
+
+def test_linear_means_agree_with_path_products(scms, table):
+    linear = np.flatnonzero(~np.asarray(scms.nonlinear))
+    assert len(linear) > 16
+    for i in linear.tolist():
+        scm = member(scms, i)
+        b, c, _ = linear_form(scm)
+        grid, target = np.asarray(value_grid(scm.low, scm.high, 5)), int(scm.target)
+        for j in np.flatnonzero(scm.candidates).tolist():
+            cut = b * (np.arange(NUM_VARS) != j)[:, None]
+            paths = sum(np.linalg.matrix_power(cut, k) for k in range(NUM_VARS))  # products of coefficients along all directed paths
+            rest = paths @ np.where(np.arange(NUM_VARS) == j, 0.0, c)
+            np.testing.assert_allclose(table[i, j], rest[target] + paths[target, j] * grid[j], atol=5e-4, rtol=5e-4)
+
+
+def test_linear_covariance_agrees_with_the_closed_form(scms):
+    linear = np.flatnonzero(~np.asarray(scms.nonlinear))
+    for i in linear[:8].tolist():
+        scm = member(scms, i)
+        b, _, d = linear_form(scm)
+        total = np.linalg.inv(np.eye(NUM_VARS) - b)
+        expected = total @ np.diag(d**2) @ total.T
+        rows = simulate(scm, jr.normal(jr.key(4), (4096, NUM_VARS)), Intervention.none(NUM_VARS))
+        error = np.cov(rows.T) - expected
+        deviation = np.sqrt((np.outer(np.diag(expected), np.diag(expected)) + expected**2) / len(rows))
+        assert (np.abs(error) <= 5 * deviation + 1e-6).all()
+
+
+def test_effect_table_is_infinite_where_nothing_may_be_set(scms, table, candidates):
+    expected = np.asarray(scms.var_mask) & (np.arange(NUM_VARS) != np.asarray(scms.target)[:, None])
+    assert (candidates == expected).all()
+    assert np.isposinf(np.asarray(table)[~candidates]).all() and np.isfinite(np.asarray(table)[candidates]).all()
+
+
+def test_effect_table_is_the_mean_under_do(scms, table):
+    for i in (0, 1, 2, 3):
+        scm = member(scms, i)
+        j = int(np.flatnonzero(scm.candidates)[-1])
+        rows = simulate(scm, scm.reference_noise(), Intervention.single(j, scm.high[j], NUM_VARS))
+        np.testing.assert_allclose(rows[:, scm.target].mean(), table[i, j, -1], atol=1e-5)
+
+
+def test_optimum_is_no_worse_than_any_grid_point(scms, table, candidates):
+    best = jax.jit(jax.vmap(lambda scm: scm.optimum(9)))(scms)
+    assert (best.mean <= table.min((1, 2)) + 1e-6).all()  # nine values hold the five of the table
+    assert (best.mean < table.min((1, 2)) - 1e-3).any()  # and the refinement gains somewhere
+    everyone, variable, value = np.arange(NUM_MODELS), np.asarray(best.variable), np.asarray(best.value)
+    assert candidates[everyone, variable].all()
+    assert (value >= np.asarray(scms.low)[everyone, variable]).all() and (value <= np.asarray(scms.high)[everyone, variable]).all()
+    scm, first = member(scms, 0), member(best, 0)
+    rows = simulate(scm, scm.reference_noise(), Intervention.single(first.variable, first.value, NUM_VARS))
+    np.testing.assert_allclose(rows[:, scm.target].mean(), first.mean, atol=1e-5)
+
+
+def test_reference_noise_is_fixed_and_sums_to_zero(scms):
+    scm = member(scms, 0)
+    noise = np.asarray(scm.reference_noise())
+    assert (noise == np.asarray(member(scms, 1).reference_noise())).all()
+    assert np.abs(noise.sum(0)).max() < 1e-4
+    assert np.linalg.matrix_rank(noise) == NUM_VARS
+
+
+def test_samples_of_a_mutilated_model(scms):
+    scm, key = member(scms, 0), jr.key(5)
+    j = int(np.flatnonzero(scm.candidates)[0])
+    intervention = Intervention.single(j, 0.5, NUM_VARS)
+    both = eqx.filter_jit(lambda scm, cut: (sample_from_scm(key, cut, 4), sample_from_scm(key, scm, 4)))
+    rows, observed = both(scm, apply_intervention(scm, intervention))
+    assert rows.shape == (4, NUM_VARS) and (rows[:, j] == 0.5).all()
+    np.testing.assert_allclose(rows, simulate(scm, scm.draw_noise(key, 4), intervention), atol=1e-6)
+    np.testing.assert_allclose(observed, simulate(scm, scm.draw_noise(key, 4), Intervention.none(NUM_VARS)), atol=1e-6)

@@ -1,0 +1,289 @@
+"""The surrogate: exact probabilities, symmetries, indifference to padding and units, and one batch that it can learn by heart."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from lib.buffer import ExperienceBuffer
+from lib.posterior import ParentSetPosterior
+from lib.scm import Task
+from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, expert_kl, observed_task, surrogate_losses
+
+
+CONFIG = SurrogateConfig(model_hidden_dim=16, model_n_layers=2, num_heads=2, num_moments=3, num_components=2, num_bins=5)
+REAL, SLOTS, ROWS, VALID, TARGET = 6, 8, 32, 26, 2  # six variables in eight slots, six rows free
+SETS = np.array([[m[0], m[1], 0, m[2], m[3], m[4], 0, 0] for m in itertools.product((0, 1), repeat=5)], bool)  # every parent set of variable 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return eqx.filter_jit(ParentSetPredictionModel)(CONFIG, key=jr.key(0))
+
+
+@pytest.fixture(scope="module")
+def predict(model):
+    """Batched: `(buffers, tasks) -> outputs` with a leading axis, one compilation per number of slots."""
+    jit_predict = eqx.filter_jit(lambda model, buffers, tasks: jax.vmap(model.predict)(buffers, tasks))
+    return lambda buffers, tasks: jit_predict(model, buffers, tasks)
+
+
+def make_data(seed):
+    """Correlated rows of six variables in numpy: a third of them interventional, zeros beyond six variables and in free rows."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(ROWS, REAL)) @ (np.eye(REAL) + 0.4 * rng.normal(size=(REAL, REAL)))
+    intervened = np.zeros((ROWS, REAL), bool)
+    intervened[np.arange(18, VALID), rng.integers(0, REAL, VALID - 18)] = True
+    low, high = -rng.uniform(1.0, 3.0, REAL), rng.uniform(1.0, 3.0, REAL)
+    values[intervened] = rng.uniform(-1.0, 1.0, intervened.sum())
+    values[VALID:] = 0.0
+    return values, intervened, low, high, TARGET
+
+
+def build(data, slots=SLOTS, valid=None):
+    values, intervened, low, high, target = data
+    spare = slots - values.shape[1]
+    valid = np.arange(ROWS) < VALID if valid is None else valid
+    wide = ((0, 0), (0, spare))
+    buffer = ExperienceBuffer(jnp.asarray(np.pad(values, wide), jnp.float32), jnp.asarray(np.pad(intervened, wide)), jnp.asarray(valid))
+    low, high = (jnp.asarray(np.pad(end, (0, spare)), jnp.float32) for end in (low, high))
+    return buffer, Task(jnp.array(target), low, high, jnp.arange(slots) < values.shape[1])
+
+
+def stack(pairs):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *pairs)
+
+
+def member(batch, i):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), batch)
+
+
+BASE = make_data(0)
+PERMUTATION = np.array([3, 0, 5, 1, 4, 2])
+
+
+def permuted(data):
+    values, intervened, low, high, target = data
+    return values[:, PERMUTATION], intervened[:, PERMUTATION], low[PERMUTATION], high[PERMUTATION], PERMUTATION.tolist().index(target)
+
+
+def rescaled(data, scale, shift):
+    values, intervened, low, high, target = data
+    scaled = values * scale + shift
+    scaled[VALID:] = 0.0
+    return scaled, intervened, low * scale + shift, high * scale + shift, target
+
+
+OTHERS = np.where(np.arange(REAL) == TARGET, 0.0, np.linspace(-2.0, 3.0, REAL))
+ROW_ORDER = np.random.default_rng(9).permutation(ROWS)
+
+
+def noisy_free_rows(data):
+    values, intervened, *rest = data
+    values, intervened = values.copy(), intervened.copy()
+    values[VALID:], intervened[VALID:] = 1e3, True
+    return values, intervened, *rest
+
+
+def noisy_padding(pair):
+    """Nonsense in the values, flags and ranges of variables that do not exist."""
+    buffer, task = pair
+    there = np.asarray(task.var_mask)
+    spoilt = ExperienceBuffer(
+        jnp.where(there[None], buffer.values, 7.0), buffer.intervened | (jnp.asarray(~there)[None] & ~buffer.observational[:, None]), buffer.valid
+    )
+    return spoilt, Task(task.target, jnp.where(there, task.low, -5.0), jnp.where(there, task.high, 5.0), task.var_mask)
+
+
+VARIANTS = {
+    "base": build(BASE),
+    "variables": build(permuted(BASE)),
+    "rows": build((BASE[0][ROW_ORDER], BASE[1][ROW_ORDER], *BASE[2:]), valid=(np.arange(ROWS) < VALID)[ROW_ORDER]),
+    "free rows": build(noisy_free_rows(BASE)),
+    "padding": noisy_padding(build(BASE)),
+    "units": build(rescaled(BASE, np.exp(OTHERS), 3.0 * OTHERS)),
+    "target units": build(rescaled(BASE, np.where(np.arange(REAL) == TARGET, 4.0, 1.0), np.where(np.arange(REAL) == TARGET, -7.0, 0.0))),
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(predict):
+    batch = jax.device_get(predict(*stack(VARIANTS.values())))
+    return {name: member(batch, i) for i, name in enumerate(VARIANTS)}
+
+
+def assert_same(a, b, order=None):
+    """Equal in everything that anyone may look at, for the variables that exist (in `order`)."""
+    order = np.arange(REAL) if order is None else order
+    usable = np.asarray(a.task.candidates)[order]
+    for name in ("tokens", "evidence", "effect_mean", "effect_std"):
+        left, right = np.asarray(getattr(a, name))[order], np.asarray(getattr(b, name))[:REAL]
+        rows = usable if name != "tokens" else slice(None)
+        np.testing.assert_allclose(left[rows], right[rows], atol=1e-4, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(np.asarray(a.logits)[:, order], np.asarray(b.logits)[:, :REAL], atol=1e-4)
+    np.testing.assert_allclose(a.log_weights, b.log_weights, atol=1e-4)
+    np.testing.assert_allclose(a.marginals()[order], b.marginals()[:REAL], atol=1e-4)
+
+
+def test_log_prob_sums_to_one_over_all_sets_and_agrees_with_marginals(outputs):
+    output = outputs["base"]
+    probs = np.exp(jax.vmap(output.log_prob)(jnp.asarray(SETS)))
+    np.testing.assert_allclose(probs.sum(), 1.0, atol=1e-5)
+    np.testing.assert_allclose(probs @ SETS, output.marginals(), atol=1e-5)
+    assert output.marginals()[TARGET] == 0 and not output.marginals()[REAL:].any()
+
+
+def test_the_mixture_is_not_a_product_of_marginals(outputs):
+    logits = outputs["base"].logits
+    assert jnp.abs(logits[0] - logits[1])[:REAL].max() > 1e-3
+
+
+def test_posterior_lists_every_set_of_five_candidates(outputs):
+    output = outputs["base"]
+    posterior = output.posterior()
+    np.testing.assert_allclose(posterior.probs.sum(), 1.0, atol=1e-5)
+    each = jax.jit(jax.vmap(posterior.log_prob))(jnp.asarray(SETS))
+    np.testing.assert_allclose(each, jax.vmap(output.log_prob)(jnp.asarray(SETS)), atol=1e-4)
+    np.testing.assert_allclose(posterior.marginals(), output.marginals(), atol=1e-5)
+    assert not (posterior.sets & ~output.task.possible_parents[None])[posterior.probs > 0].any()
+
+
+def test_a_shorter_posterior_holds_the_likely_parents(outputs):
+    output = outputs["base"]
+    posterior = output.posterior(num_free=2)
+    np.testing.assert_allclose(posterior.probs.sum(), 1.0, atol=1e-5)
+    likely = np.argsort(-np.asarray(output.marginals()))[:2]
+    assert set(np.flatnonzero(posterior.sets.any(0))) == set(likely.tolist()) and posterior.sets.shape[0] == 4
+
+
+def test_permuting_variables_permutes_everything(outputs):
+    assert_same(outputs["base"], outputs["variables"], PERMUTATION)
+
+
+@pytest.mark.parametrize("variant", ["rows", "free rows", "padding"])
+def test_order_of_rows_free_rows_and_padding_do_not_matter(outputs, variant):
+    assert_same(outputs["base"], outputs[variant])
+
+
+def test_twelve_slots_give_what_eight_give(model, outputs):
+    wide = eqx.filter_jit(model.predict)(*build(BASE, 12))
+    assert_same(outputs["base"], wide)
+    names = tuple("abcdefghijkl")
+    few, many = outputs["base"].posterior().to_dict(names[:SLOTS]), wide.posterior().to_dict(names)
+    assert all(abs(few[members] - many.get(members, 0.0)) < 1e-4 for members in few)
+
+
+def test_units_of_other_variables_do_not_matter(outputs):
+    assert_same(outputs["base"], outputs["units"])
+
+
+def test_units_of_the_target_scale_effects_and_nothing_else(outputs):
+    base, scaled = outputs["base"], outputs["target units"]
+    usable = np.asarray(base.task.candidates)
+    np.testing.assert_allclose((4.0 * base.effect_mean - 7.0)[usable], scaled.effect_mean[usable], atol=1e-3)
+    np.testing.assert_allclose((4.0 * base.effect_std)[usable], scaled.effect_std[usable], rtol=1e-3)
+    np.testing.assert_allclose(base.marginals(), scaled.marginals(), atol=1e-4)
+    np.testing.assert_allclose(4.0 * base.spread, scaled.spread, rtol=1e-4)
+
+
+def test_data_matter(outputs, predict):
+    other = member(jax.device_get(predict(*stack([build(make_data(seed)) for seed in range(1, 1 + len(VARIANTS))]))), 0)
+    assert jnp.abs(other.logits - outputs["base"].logits)[:, :REAL].max() > 1e-2
+
+
+def test_blocks_differ_at_initialisation(model):
+    stacked = [leaf for leaf in jax.tree.leaves(eqx.filter(model.blocks, eqx.is_array))]
+    assert all(leaf.shape[0] == CONFIG.model_n_layers for leaf in stacked)
+    assert all((leaf[0] != leaf[1]).any() for leaf in stacked)
+
+
+def test_awkward_data_give_finite_answers(predict):
+    values, intervened, *rest = BASE
+    constant, huge, alien = values.copy(), values * 1e6, intervened.copy()
+    constant[:, [1, TARGET]] = 3.0
+    alien[:VALID, 0] = True
+    cases = [
+        build(BASE, valid=np.arange(ROWS) < 2),
+        build(BASE, valid=np.arange(ROWS) < 1),
+        build(BASE, valid=np.zeros(ROWS, bool)),
+        build((constant, intervened, *rest)),
+        build((huge, intervened, *rest)),
+        build((values + 1e6, intervened, *rest)),
+        build((values, alien, *rest)),  # nothing but interventions
+    ]
+    assert len(cases) == len(VARIANTS)  # the batch that is compiled already
+    batch = predict(*stack(cases))
+    for leaf in jax.tree.leaves(eqx.filter(batch, eqx.is_inexact_array)):
+        assert jnp.isfinite(leaf).all()
+    assert (batch.effect_std > 0).all()
+    np.testing.assert_allclose(np.exp(batch.log_weights).sum(-1), 1.0, atol=1e-5)
+
+
+def test_best_is_the_lowest_candidate(outputs):
+    output = outputs["base"]
+    mean = jnp.zeros((SLOTS, CONFIG.num_bins)).at[4, 1].set(-1.0)
+    mean = mean.at[TARGET, 0].set(-5.0).at[SLOTS - 1, 0].set(-9.0)  # target and padding do not count
+    variable, value = eqx.tree_at(lambda o: o.effect_mean, output, mean).best()
+    assert variable == 4
+    np.testing.assert_allclose(value, output.grid[4, 1], atol=1e-6)
+
+
+def test_losses_of_a_known_case(outputs):
+    output = outputs["base"]
+    usable = np.asarray(output.task.candidates)
+    parents = jnp.asarray(SETS[5])
+    effects = jnp.where(usable[:, None], output.effect_mean + output.effect_std, jnp.inf)
+    losses = surrogate_losses(output, parents, effects)
+    expected = 0.5 + np.log(np.asarray(output.effect_std / output.spread)[usable]).mean()
+    np.testing.assert_allclose(losses.effect_nll, expected, atol=1e-4)
+    np.testing.assert_allclose(losses.parent_nll, -output.log_prob(parents), atol=1e-6)
+
+
+def test_kl_to_the_expert(outputs):
+    output = outputs["base"]
+    np.testing.assert_allclose(expert_kl(output, output.posterior()), 0.0, atol=1e-4)
+    sure = ParentSetPosterior(output.task.target, jnp.asarray(SETS[[3, 0]]), jnp.array([0.0, -jnp.inf]))
+    np.testing.assert_allclose(expert_kl(output, sure), -output.log_prob(jnp.asarray(SETS[3])), atol=1e-5)
+
+
+def test_observed_task_spans_the_filled_rows():
+    buffer = ExperienceBuffer(jnp.array([[1.0, -2.0], [3.0, 5.0], [99.0, 99.0]]), jnp.zeros((3, 2), bool), jnp.array([True, True, False]))
+    task = observed_task(buffer, 1)
+    assert task.low.tolist() == [1.0, -2.0] and task.high.tolist() == [3.0, 5.0]
+    assert task.var_mask.all() and task.target == 1
+
+
+def test_one_batch_is_learnt_by_heart(model):
+    """Gradients are finite, also on constant columns and with infinite entries in the effect table, and lower both losses."""
+    data = [make_data(seed) for seed in range(5)]
+    data.append((np.where(np.arange(REAL) == 1, 3.0, BASE[0]), *BASE[1:]))
+    buffers, tasks = stack([build(d) for d in data] + [build(BASE, valid=np.arange(ROWS) < 2)])
+    rng = np.random.default_rng(1)
+    parents = jnp.asarray(SETS[rng.integers(0, 32, 7)])
+    allowed = (np.arange(SLOTS) < REAL) & (np.arange(SLOTS) != TARGET)
+    effects = np.where(allowed[None, :, None], rng.normal(size=(7, 1, CONFIG.num_bins)), np.inf)
+    optimiser = optax.adam(3e-3)
+
+    def loss(model):
+        losses = jax.vmap(lambda b, t, p, e: surrogate_losses(model.predict(b, t), p, e))(buffers, tasks, parents, jnp.asarray(effects, jnp.float32))
+        return losses.parent_nll.mean() + losses.effect_nll.mean(), losses
+
+    @eqx.filter_jit
+    def step(model, state):
+        (_, losses), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+        updates, state = optimiser.update(gradients, state)
+        return eqx.apply_updates(model, updates), state, losses, optax.tree.norm(gradients)
+
+    state, history = optimiser.init(eqx.filter(model, eqx.is_array)), []
+    for _ in range(60):
+        model, state, losses, norm = step(model, state)
+        assert np.isfinite(norm)
+        history.append((float(losses.parent_nll.mean()), float(losses.effect_nll.mean())))
+    (first_parent, first_effect), (last_parent, last_effect) = history[0], history[-1]
+    assert last_parent < 0.5 * first_parent
+    assert last_effect < first_effect - 0.5
