@@ -12,6 +12,7 @@ import jax.scipy as jsp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
+from lib.linalg import positive_inverse
 from lib.scm import value_grid
 
 
@@ -207,19 +208,3 @@ def orthogonal_powers(z: Float[Array, " samples"], rows: Bool[Array, " samples"]
         kept = norm > RANK_TOLERANCE * jnp.maximum(jnp.linalg.norm(power), 1e-12)
         columns.append(jnp.where(kept, residual / jnp.where(kept, norm, 1.0), 0.0))
     return jnp.stack(columns[1:], 1)
-
-
-def positive_inverse(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
-    """Inverse of a small symmetric positive definite matrix by Gauss-Jordan sweeps, for which such matrices need no pivoting.
-
-    Plain array operations on purpose: batched LAPACK calls that follow each other in one program can deadlock XLA's thread pool on CPUs (seen with
-    jaxlib 0.10.2 and two cores: QR, then a triangular solve, for 400 problems).
-    """
-
-    def sweep(k, m):
-        pivot, column = m[k, k], m[:, k]
-        row = m[k] / pivot
-        m = (m - column[:, None] * row[None]).at[k].set(row).at[:, k].set(-column / pivot)
-        return m.at[k, k].set(1.0 / pivot)
-
-    return jax.lax.fori_loop(0, matrix.shape[0], sweep, matrix)

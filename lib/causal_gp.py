@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_det
+
 
 # --- star-graph Gaussian processes: Y ~ x_g on observational rows ---
 
@@ -55,8 +57,8 @@ def fit_star_gp(
     squares = squared_distances(x)
 
     def score(distance, lengthscale, ratio):
-        factor = jnp.linalg.cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(x.shape[0]))
-        whitened = jax.scipy.linalg.solve_triangular(factor, y, lower=True)
+        factor = cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(x.shape[0]))
+        whitened = forward_solve(factor, y[:, None])
         amplitude = (whitened**2).mean()
         return -x.shape[0] / 2 * jnp.log(amplitude) - jnp.log(jnp.diagonal(factor)).sum(), amplitude
 
@@ -99,9 +101,8 @@ def _star_effects(x, y, sets, gp, grid):
         distance = jnp.tensordot(member, squares, 1)
         scale = -0.5 / lengthscale**2
         kernel = amplitude * jnp.exp(scale * distance)
-        factor = jnp.linalg.cholesky(kernel + noise * jnp.eye(num_rows))
-        inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(num_rows))
-        alpha = jax.scipy.linalg.cho_solve((factor, True), y)
+        inverse, _ = inverse_and_log_det(kernel + noise * jnp.eye(num_rows))
+        alpha = inverse @ y
 
         def one_variable(square, to_value, inside):
             others = amplitude * jnp.exp(scale * (distance - inside * square))
@@ -168,7 +169,7 @@ class CausalGP(eqx.Module):
     def __call__(self, values: Float[Array, " values"]) -> tuple[Float[Array, " values"], Float[Array, " values"]]:
         """Posterior mean and standard deviation of E[Y | do(X = v)] at `values`."""
         cross = self.kernel(self.points, values) * self.used[:, None]
-        whitened = jax.scipy.linalg.solve_triangular(self.factor, cross, lower=True)
+        whitened = forward_solve(self.factor, cross)
         prior = self.amplitude + jnp.interp(values, self.grid, self.deviation) ** 2
         mean = jnp.interp(values, self.grid, self.mean) + self.weights @ cross
         return mean, jnp.sqrt(jnp.maximum(prior - (whitened**2).sum(0), 1e-10))
@@ -207,11 +208,11 @@ def fit_causal_gp(
         kernel = jnp.where(both, causal_kernel(grid, deviation, amplitude, lengthscale, points, points), 0.0)
         # Outcomes nearly free of noise make the system singular in float32: a hundred-thousandth of the prior variance is added.
         diagonal = scale * noise + 1e-5 * jnp.diagonal(kernel)
-        factor = jnp.linalg.cholesky(kernel + jnp.diag(jnp.where(used, diagonal, 1.0)))
-        whitened = jax.scipy.linalg.solve_triangular(factor, residual, lower=True)
+        factor = cholesky(kernel + jnp.diag(jnp.where(used, diagonal, 1.0)))
+        whitened = forward_solve(factor, residual[:, None])
         evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
         log_prior = -0.5 * jnp.log(lengthscale / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitude / (0.1 * unit)) ** 2
-        weights = jax.scipy.linalg.solve_triangular(factor, whitened, lower=True, trans=1)
+        weights = backward_solve(factor, whitened)[:, 0]
         return evidence + log_prior, factor, weights
 
     scores, factors, weights = jax.vmap(score)(lengthscales, amplitudes, scales)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lib.linalg import positive_solve
+
 
 LINEAR_PENALTY = 1e-3  # per row; only there to make the system regular
 
@@ -95,8 +97,7 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
                 gram = jnp.einsum("frm,frk->fmk", weighted, phi)
                 moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
                 train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
-                factor = jnp.linalg.cholesky(train)
-                coefficients = jax.scipy.linalg.cho_solve((factor, True), (moment.sum(0)[None] - moment)[:, :, None])
+                coefficients = jax.vmap(positive_solve)(train, (moment.sum(0)[None] - moment)[:, :, None])
                 return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
 
             return jax.vmap(bootstrap)(weights)

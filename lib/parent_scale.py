@@ -34,6 +34,7 @@ from lib.causal_gp import (
     star_effects,
 )
 from lib.doubly_robust import doubly_robust_prior
+from lib.linalg import inverse_and_log_det, positive_solve
 from lib.posterior import ParentSetPosterior
 from lib.scm import AbstractSCM, Intervention, value_grid
 
@@ -135,7 +136,7 @@ class ParentSetRegression(eqx.Module):
         """
         phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
         noise = jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)[0] if noise is None else noise
-        mean, covariance = jax.vmap(regression, in_axes=(0, None, 0))(phi, y, noise)
+        mean, covariance, _ = jax.vmap(regression, in_axes=(0, None, 0))(phi, y, noise)
         return ParentSetRegression(sets, jax.nn.log_softmax(log_prior), linear, omega, phase, mean, covariance, noise)
 
     def absorb(self, x: Float[Array, " vars"], y: Float[Array, ""], use: Bool[Array, ""], likelihood: str = "corrected") -> "ParentSetRegression":
@@ -147,7 +148,7 @@ class ParentSetRegression(eqx.Module):
         mean = self.mean + gain * (error / variance)[:, None]
         covariance = self.covariance - gain[:, :, None] * gain[:, None, :] / variance[:, None, None]  # Sherman and Morrison
         if likelihood == "published":
-            by_precision = self.noise + (phi * jnp.linalg.solve(self.covariance, phi[:, :, None])[:, :, 0]).sum(1)
+            by_precision = self.noise + (phi * jax.vmap(positive_solve)(self.covariance, phi[:, :, None])[:, :, 0]).sum(1)
             after = self.noise + jnp.einsum("km,kmn,kn->k", phi, covariance, phi)
             variance = jnp.where(self.linear, by_precision, after)
             error = jnp.where(self.linear, error, y - (mean * phi).sum(1))
@@ -165,10 +166,9 @@ def set_features(sets, linear, omega, phase, x) -> Float[Array, "sets features"]
 
 
 def regression(phi: Float[Array, "samples features"], y: Float[Array, " samples"], noise: Float[Array, ""]):
-    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise)."""
-    factor = jnp.linalg.cholesky(phi.T @ phi / noise + jnp.eye(phi.shape[1]))
-    covariance = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(phi.shape[1]))
-    return covariance @ (phi.T @ y) / noise, covariance
+    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise), and log |covariance|."""
+    covariance, log_det = inverse_and_log_det(phi.T @ phi / noise + jnp.eye(phi.shape[1]))
+    return covariance @ (phi.T @ y) / noise, covariance, -log_det
 
 
 def estimate_noise(
@@ -178,14 +178,13 @@ def estimate_noise(
     num_rows, num_features = phi.shape
 
     def improve(noise, _):
-        mean, covariance = regression(phi, y, noise)
+        mean, covariance, _ = regression(phi, y, noise)
         effective = num_features - jnp.trace(covariance)
         return jnp.maximum(((y - phi @ mean) ** 2).sum() / (num_rows - effective), NOISE_FLOOR), None
 
     noise, _ = jax.lax.scan(improve, jnp.var(y) / 2, length=iterations)
-    mean, covariance = regression(phi, y, noise)
+    mean, _, log_det = regression(phi, y, noise)
     fit = ((y - phi @ mean) ** 2).sum() / noise + (mean**2).sum()
-    log_det = jnp.linalg.slogdet(covariance)[1]
     return noise, 0.5 * (log_det - fit - num_rows * jnp.log(2 * jnp.pi * noise))
 
 
@@ -354,20 +353,7 @@ def run_parent_scale(
     observed = buffer.values[: config.num_obs]
     scale = Scale.of(observed)
     x, y = scale(observed), jnp.take(scale(observed), scm.target, axis=1)
-    if candidate_sets is not None:
-        sets, log_prior = candidate_sets
-    elif config.prior == "uniform":
-        sets, log_prior = uniform_prior(scm.target, scm.var_mask)
-    else:
-        sets, log_prior = doubly_robust_prior(
-            prior_key,
-            observed,
-            scm.target,
-            scm.var_mask,
-            num_bootstraps=config.num_bootstraps,
-            num_features=config.num_features,
-            drop_empty=config.drop_empty,
-        )
+    sets, log_prior = prior_over_sets(prior_key, scm, observed, config) if candidate_sets is None else candidate_sets
     grid = (value_grid(scm.low, scm.high, config.num_values) - scale.shift[:, None]) / scale.spread[:, None]
     star = fit_star_gp(x, y, sets)
     effects = star_effects(x, y, sets, star, grid)
@@ -377,23 +363,66 @@ def run_parent_scale(
         support = (sets & (log_probs > jnp.log(SUPPORT))[:, None]).any(0) & scm.candidates
         return log_probs, aggregate_effects(log_probs, effects, star), jnp.where(support.any(), support, scm.candidates)
 
-    def update(state, row, intervened, valid=True):
-        if predict is not None:
-            return state
-        outcome = row[scm.target] if config.unit_noise else scale(row[None])[0, scm.target]
-        return state.absorb(scale(row[None])[0], outcome, valid & ~intervened[scm.target], config.likelihood)
+    if predict is not None:
+        return optimise(step_key, scm, buffer, config, scale, sets, None, believe, lambda state, row, intervened: state, (1.0,))
+    state = initial_regression(feature_key, sets, log_prior, observed, scm.target, config)
 
-    state = None
-    if predict is None:
-        regressed = jnp.take(observed, scm.target, axis=1) if config.unit_noise else y
-        state = initial_regression(feature_key, sets, log_prior, x, regressed, config)
-        rows = (buffer.values, buffer.intervened, buffer.valid)
-        state, _ = jax.lax.scan(lambda s, row: (update(s, *row), None), state, jax.tree.map(lambda a: a[config.num_obs :], rows))
+    def update(state, row, intervened, valid=True):
+        return absorb_row(state, scale, scm.target, config, row, intervened, valid)
+
+    rows = (buffer.values, buffer.intervened, buffer.valid)
+    state, _ = jax.lax.scan(lambda s, row: (update(s, *row), None), state, jax.tree.map(lambda a: a[config.num_obs :], rows))
     return optimise(step_key, scm, buffer, config, scale, sets, state, believe, update, (1.0,))
 
 
-def initial_regression(key, sets, log_prior, x, y, config: ParentScaleConfig) -> ParentSetRegression:
+def replay_posterior(
+    key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, num_initial: Int[Array, ""] | int, config: ParentScaleConfig
+) -> Float[Array, "steps+1 sets"]:
+    """The expert's log-probabilities of its sets before each experiment of a finished run and after the last, from the run's key and rows alone.
+
+    The experiments are the `config.num_steps` rows of `buffer` from `num_initial` on. Check a run against this.
+    """
+    prior_key, feature_key, _ = jr.split(key, 3)
+    observed = buffer.values[: config.num_obs]
+    scale = Scale.of(observed)
+    sets, log_prior = prior_over_sets(prior_key, scm, observed, config)
+    state = initial_regression(feature_key, sets, log_prior, observed, scm.target, config)
+
+    def follow(state, row):
+        after = absorb_row(state, scale, scm.target, config, *row)
+        return after, after.log_probs
+
+    later = jax.tree.map(lambda a: a[config.num_obs :], (buffer.values, buffer.intervened, buffer.valid))
+    _, log_probs = jax.lax.scan(follow, state, later)
+    every = jnp.concatenate([state.log_probs[None], log_probs])
+    return every[num_initial - config.num_obs + jnp.arange(config.num_steps + 1)]
+
+
+def prior_over_sets(key, scm, observed, config: ParentScaleConfig) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """Candidate sets and their log-probabilities before any regression."""
+    if config.prior == "uniform":
+        return uniform_prior(scm.target, scm.var_mask)
+    return doubly_robust_prior(
+        key,
+        observed,
+        scm.target,
+        scm.var_mask,
+        num_bootstraps=config.num_bootstraps,
+        num_features=config.num_features,
+        drop_empty=config.drop_empty,
+    )
+
+
+def absorb_row(state: ParentSetRegression, scale: Scale, target, config: ParentScaleConfig, row, intervened, valid) -> ParentSetRegression:
+    """The belief after one raw row; a row that is not valid, or in which the target was set, says nothing."""
+    outcome = row[target] if config.unit_noise else scale(row[None])[0, target]
+    return state.absorb(scale(row[None])[0], outcome, valid & ~intervened[target], config.likelihood)
+
+
+def initial_regression(key, sets, log_prior, observed, target, config: ParentScaleConfig) -> ParentSetRegression:
     """The parent-set regression after the observational rows, with the features that `config` asks for."""
+    x = Scale.of(observed)(observed)
+    y = jnp.take(observed if config.unit_noise else x, target, axis=1)
     num_sets, num_vars = sets.shape
     num_features = num_vars if config.features == "linear" else max(config.num_features, num_vars)
     omega, phase = draw_features(key, num_sets, num_vars, num_features)

@@ -17,8 +17,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.baselines import additive_ridge_surface, least_squares_surface, positive_inverse, powers_of
+from lib.baselines import additive_ridge_surface, least_squares_surface, powers_of
 from lib.buffer import ExperienceBuffer
+from lib.linalg import positive_inverse
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task, value_grid
 
