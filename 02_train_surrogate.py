@@ -25,14 +25,14 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from lib.metrics import auroc, pooled_f1
-from lib.trajectories import ExpertExamples, extract_surrogate_training_data, load_trajectories
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint, save_module
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.metrics import auroc, parent_f1
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, SurrogateOutput, expert_kl, surrogate_losses
+from lib.trajectories import ExpertExamples, extract_surrogate_training_data, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def evaluate(model: ParentSetPredictionModel, examples: Example) -> dict[str, fl
     reached, best = effects.reshape(len(mean), -1)[np.arange(len(mean)), chosen], effects.min((1, 2))
     covered = np.abs(effects - mean)[usable] < 1.645 * np.asarray(output.effect_std)[usable]
     return {
-        "validation_parent_f1": float(pooled_f1(np.asarray(marginals) > 0.5, truth, candidates)),
-        "validation_parent_auroc": float(auroc(np.asarray(marginals), truth, candidates)),
+        "validation_parent_f1": parent_f1(np.asarray(marginals) > 0.5, truth, candidates).pooled.value,
+        "validation_parent_auroc": auroc(np.asarray(marginals), truth, candidates).value,
         "validation_set_nll": float(-np.asarray(log_prob).mean()),
         "validation_effect_r2": float(1 - ((effects - mean)[usable] ** 2).mean() / effects[usable].var()),
         "validation_coverage_90": float(covered.mean()),

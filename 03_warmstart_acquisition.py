@@ -23,7 +23,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import tyro
-from lib.trajectories import AcquisitionExamples, extract_acquisition_training_data, load_trajectories
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint, save_module
@@ -34,6 +33,7 @@ from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
+from lib.trajectories import AcquisitionExamples, extract_acquisition_training_data, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def main(config: Config) -> Path:
     token_dim = 3 * surrogate.config.model_hidden_dim
     cloned = clone(clone_key, AcquisitionPolicyNetwork(config.policy, token_dim, key=warm_key), examples["train"], config.imitation)
     _, agreement = eqx.filter_jit(clone_loss)(cloned, examples["validation"], config.imitation.surface_weight)
-    agreement = {name: float(value) for name, value in agreement._asdict().items()}
+    agreement = {name: float(value) for name, value in agreement._asdict().items()} | {"validation_states": len(examples["validation"].variable)}
     print("cloned: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
 
     # --- build, or continue ---

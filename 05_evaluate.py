@@ -17,7 +17,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -26,15 +27,28 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from lib.benchmarks import make_benchmark
-from lib.metrics import Record, auroc, best_threshold, expected_calibration_error, pooled_f1, pooled_f1_interval, render, summarise, write_results
 from tqdm import tqdm
 
 from lib import baselines
 from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, save_arrays
+from lib.benchmarks import make_benchmark
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
 from lib.grpo import CampaignDesign, Problem, draw_problem
-from lib.parent_scale import ParentScaleConfig, run_gp_ei, run_parent_scale
+from lib.metrics import (
+    Estimate,
+    Record,
+    auroc,
+    average_precision,
+    best_threshold,
+    expected_calibration_error,
+    normalised_regret,
+    paired_difference,
+    parent_f1,
+    render,
+    summarise,
+    write_results,
+)
+from lib.parent_scale import ParentScaleConfig, replay_posterior, run_gp_ei, run_parent_scale
 from lib.policy import AcquisitionPolicyNetwork
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior, initial_buffer
@@ -64,6 +78,10 @@ class Config:
     """Initial interventions per variable."""
     num_steps: int = 10
     """Experiments per campaign."""
+    literature: tuple[str, ...] = ("toy", "epidemiology", "healthcare")
+    """Benchmarks of the literature."""
+    literature_obs: int = 200
+    """Observational rows at the start, on these."""
     literature_seeds: int = 10
     """Repetitions of each benchmark."""
     literature_steps: int = 15
@@ -73,7 +91,7 @@ class Config:
 PRESETS = {
     "smoke": (
         "seconds, for CI",
-        Config(Path("artifacts/smoke"), num_problems=16, expert_problems=4, num_steps=2, literature_seeds=2, literature_steps=2, sizes=(5,), transfer_size=10),
+        Config(Path("artifacts/smoke"), num_problems=16, expert_problems=4, num_steps=2, literature=("toy",), literature_seeds=2, literature_steps=2, sizes=(5,), transfer_size=8),
     ),
     "small": ("about 3 minutes on 2 CPU cores", Config()),
     "hour": ("larger systems and more problems", Config(Path("artifacts/hour"), sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64)),
@@ -81,6 +99,7 @@ PRESETS = {
 }
 
 REGRET_STEPS = (1, 3, 5, 10)
+STRUCTURE_BASELINES = ("all_ones", "absolute_correlation", "f_test")
 EXPERT_FAMILY = ("parent_scale", "parent_scale_amortized", "cbo_known_graph", "bo")
 # Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of 1,000 samples). Source: result files of the original code.
 PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
@@ -98,9 +117,9 @@ class Models(eqx.Module):
     grpo_policy: AcquisitionPolicyNetwork
 
 
-def make_method(name: str, models: Models, config: Config, num_steps: int) -> Callable:
+def make_method(name: str, models: Models, num_obs: int, num_steps: int) -> Callable:
     """The method called `name` as a function of (key, scm, buffer)."""
-    expert = ParentScaleConfig(num_obs=config.num_obs, num_steps=num_steps)
+    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
     def campaign(decide):
         return lambda key, scm, buffer: run_campaign(key, scm, buffer, num_steps, lambda k, b, t: decide(scm, k, b, t))
@@ -168,9 +187,9 @@ METHODS = (
 
 
 @eqx.filter_jit
-def run_method(name: str, models: Models, keys: jax.Array, scms: AbstractSCM, buffers, config: Config, num_steps: int) -> dict[str, jax.Array]:
-    """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and, for the expert, its final marginals."""
-    method = make_method(name, models, config, num_steps)
+def run_method(name: str, models: Models, keys: jax.Array, scms: AbstractSCM, buffers, num_obs: int, num_steps: int) -> dict[str, jax.Array]:
+    """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and the expert's parent marginals before it experiments."""
+    method = make_method(name, models, num_obs, num_steps)
 
     def one(inputs):
         key, scm, buffer = inputs
@@ -201,8 +220,7 @@ def structure_scores(surrogate: ParentSetPredictionModel, problems: Problem) -> 
     def one(problem):
         scm, buffer = problem.scm, problem.buffer
         output = surrogate.predict(buffer, scm.task)
-        rivals = {name: getattr(baselines, name)(buffer, scm.target, scm.var_mask) for name in ("all_ones", "absolute_correlation")}
-        rivals["f_test"] = -baselines.f_test_log_p(buffer, scm.target, scm.var_mask)
+        rivals = {name: getattr(baselines, name)(buffer, scm.target, scm.var_mask) for name in STRUCTURE_BASELINES}
         rest = {"log_prob": output.log_prob(scm.parents), "effect_mean": output.effect_mean, "effect_std": output.effect_std}
         return rivals | {"acbo": output.marginals(), "parents": scm.parents, "possible": scm.task.possible_parents} | rest
 
@@ -220,14 +238,10 @@ class Evaluation:
         self.records: list[Record] = []
         self.mark = fingerprint(config, inputs)
 
-    def add(self, table: str, task: str, method: str, metric: str, interval: tuple[float, float, float], n: int, unit: str = "") -> None:
-        """One row of the results."""
-        value, low, high = (float(x) for x in interval)
+    def add(self, table: str, task: str, method: str, metric: str, estimate: Estimate | float, n: int, unit: str = "") -> None:
+        """One row of the results; a bare number is a single measurement and has no interval."""
+        value, low, high = (estimate, -np.inf, np.inf) if isinstance(estimate, float) else estimate
         self.records.append(Record(table, task, method, metric, value, low, high, n, unit))
-
-    def single(self, table: str, task: str, method: str, metric: str, value: float, n: int, unit: str = "") -> None:
-        """A row without an interval: one measurement."""
-        self.add(table, task, method, metric, (value, value, value), n, unit)
 
     def stored(self, name: str, compute: Callable[[], dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """`compute()`, unless the file of an earlier run with the same settings and inputs holds it."""
@@ -257,87 +271,102 @@ def held_out(config: Config, size: int, bucket: int, num_bins: int, count: int, 
     return problems, np.asarray(optima)
 
 
-def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, optima: np.ndarray) -> None:
-    """Simple regret of every method, and paired differences to the deployed system."""
+def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, optima: np.ndarray) -> np.ndarray:
+    """Simple regret of every method, and paired differences to the deployed system; returns the expert's final parent marginals `[batch, vars]`."""
     config, task = evaluation.config, f"d={size}"
     keys = jr.split(jr.fold_in(jr.key(config.seed), size), config.num_problems)
     baseline = np.asarray(problems.truth.baseline)
-    regret = {}
+    regret, marginals = {}, np.zeros(0)
     for name in tqdm(METHODS, desc=f"methods, {task}"):
         count = min(config.expert_problems, config.num_problems) if name in EXPERT_FAMILY else config.num_problems
-        part = jax.tree.map(lambda leaf: leaf[:count], (keys, problems.scm, problems.buffer))
-        result = evaluation.stored(f"{name}_d{size}", lambda: run_method(name, evaluation.models, *part, config, config.num_steps))
-        regret[name] = (result["recommended"] - optima[:count, None]) / (baseline - optima)[:count, None]
+        part = jax.tree.map(lambda leaf, n=count: leaf[:n], (keys, problems.scm, problems.buffer))
+        result = evaluation.stored(f"{name}_d{size}", partial(run_method, name, evaluation.models, *part, config.num_obs, config.num_steps))
+        regret[name] = normalised_regret(result["recommended"], optima[:count, None], baseline[:count, None])
+        if name == "parent_scale":
+            marginals = result["marginals"]
+    steps = [s for s in REGRET_STEPS if s <= config.num_steps]
     nonlinear = np.asarray(problems.scm.nonlinear)
+    for kind, rows in (("", nonlinear | ~nonlinear), ("/linear", ~nonlinear), ("/fourier", nonlinear)):
+        for name, values in regret.items():
+            chosen = values[rows[: len(values)]]
+            for step in steps:
+                evaluation.add("optimisation", task + kind, name, f"regret@{step}", summarise(chosen[:, step]), len(chosen))
     for name, values in regret.items():
-        for step in (s for s in REGRET_STEPS if s <= config.num_steps):
-            evaluation.add("optimisation", task, name, f"regret@{step}", summarise(values[:, step]), len(values), "share")
-            ours = regret["acbo"][: len(values)]
+        for step in steps:
             if name != "acbo":
-                interval = summarise(values[:, step] - ours[:, step])
-                evaluation.add("optimisation_difference", task, name, f"regret@{step} minus acbo", interval, len(values), "share")
-            for kind, rows in (("linear", ~nonlinear), ("fourier", nonlinear)):
-                chosen = values[rows[: len(values)], step]
-                evaluation.add("optimisation_by_mechanism", f"{task}/{kind}", name, f"regret@{step}", summarise(chosen), len(chosen), "share")
+                more = paired_difference(values[:, step], regret["acbo"][: len(values), step])
+                evaluation.add("optimisation", f"{task}/regret above acbo's, paired", name, f"regret@{step}", more, len(values))
     final = regret["acbo"][:, -1]
     evaluation.add("success", task, "acbo", "stability", summarise((final < 1.0).astype(float)), len(final), "share of problems better than doing nothing")
     draw_regret(regret, config, size)
+    return marginals
 
 
-def evaluate_structure(evaluation: Evaluation, size: int, problems: Problem, validation: Problem) -> None:
-    """Parent accuracy of the surrogate against baselines whose thresholds are chosen on validation problems; effects and calibration."""
+def evaluate_structure(evaluation: Evaluation, size: int, problems: Problem, validation: Problem) -> dict[str, np.ndarray]:
+    """Parent accuracy of the surrogate against baselines whose thresholds are chosen on validation problems; effects and calibration.
+
+    Returns the scores of `structure_scores`.
+    """
     task, surrogate = f"d={size}", evaluation.models.acbo.surrogate
     scores = evaluation.stored(f"structure_d{size}", lambda: structure_scores(surrogate, problems))
     tuning = evaluation.stored(f"structure_validation_d{size}", lambda: structure_scores(surrogate, validation))
     truth, possible = scores["parents"], scores["possible"]
-    said = {"acbo": scores["acbo"] > 0.5}
-    for name in ("all_ones", "absolute_correlation", "f_test"):
-        said[name] = scores[name] >= best_threshold(tuning[name], tuning["parents"], tuning["possible"])
+    n = len(truth)
+    said = {name: scores[name] >= best_threshold(tuning[name], tuning["parents"], tuning["possible"]) for name in STRUCTURE_BASELINES}
+    said["acbo"] = scores["acbo"] > 0.5
+    ours = parent_f1(said["acbo"], truth, possible)
     for name, guess in said.items():
-        evaluation.add("surrogate", task, name, "parent F1", pooled_f1_interval(guess, truth, possible), len(truth))
-        evaluation.single("surrogate", task, name, "AUROC", auroc(scores[name], truth, possible), len(truth))
+        f1 = parent_f1(guess, truth, possible)
+        evaluation.add("surrogate", task, name, "parent F1", f1.mean, n)
+        evaluation.add("surrogate", task, name, "pooled F1", f1.pooled, n)
+        evaluation.add("surrogate", task, name, "AUROC", auroc(scores[name], truth, possible), n)
+        evaluation.add("surrogate", task, name, "AUPRC", average_precision(scores[name], truth, possible), n)
         if name != "acbo":
-            gain = pooled_f1_interval(said["acbo"], truth, possible, guess)
-            evaluation.add("surrogate", task, name, "F1 gain of acbo", gain, len(truth))
-    evaluation.add("surrogate", task, "acbo", "set NLL (nats)", summarise(-scores["log_prob"]), len(truth))
-    evaluation.single("surrogate", task, "acbo", "ECE", expected_calibration_error(scores["acbo"][possible], truth[possible]), len(truth))
+            evaluation.add("surrogate", task, name, "F1 below acbo's, paired", paired_difference(ours.per_problem, f1.per_problem), n)
     effects = np.asarray(problems.truth.effects)
     usable, error = np.isfinite(effects), effects - scores["effect_mean"]
-    evaluation.single("surrogate", task, "acbo", "effect R2", 1 - (error[usable] ** 2).mean() / effects[usable].var(), len(truth))
     inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
-    evaluation.add("surrogate", task, "acbo", "coverage of 90 % bands", summarise(inside.sum((1, 2)) / usable.sum((1, 2))), len(truth))
+    task = f"{task}/beliefs and effects"
+    evaluation.add("surrogate", task, "acbo", "exact set", summarise((said["acbo"] == truth).all(1).astype(float)), n)
+    evaluation.add("surrogate", task, "acbo", "set NLL (nats)", summarise(-scores["log_prob"]), n)
+    evaluation.add("surrogate", task, "acbo", "ECE", expected_calibration_error(scores["acbo"], truth, possible), n)
+    evaluation.add("surrogate", task, "acbo", "effect R2", float(1 - (error[usable] ** 2).mean() / effects[usable].var()), n)
+    evaluation.add("surrogate", task, "acbo", "coverage of 90 % bands", summarise(inside.sum((1, 2)) / usable.sum((1, 2))), n)
+    return scores
 
 
-def evaluate_success(evaluation: Evaluation, size: int, problems: Problem, optima: np.ndarray, transfer: tuple[float, float]) -> None:
-    """The criteria of phase4_training_infrastructure.md."""
+def evaluate_success(
+    evaluation: Evaluation, size: int, problems: Problem, scores: dict[str, np.ndarray], expert_marginals: np.ndarray, transfer: tuple[float, float]
+) -> None:
+    """The criteria of phase4_training_infrastructure.md. `transfer` is the parent F1 at the largest trained and at the transfer size."""
     config, models, task = evaluation.config, evaluation.models, f"d={size}"
-    count = min(config.expert_problems, config.num_problems)
-    scores = evaluation.stored(f"structure_d{size}", lambda: structure_scores(models.acbo.surrogate, problems))
-    expert = evaluation.stored(f"parent_scale_d{size}", lambda: {})
+    count = len(expert_marginals)
     truth, possible = scores["parents"][:count], scores["possible"][:count]
-    ours, theirs = scores["acbo"][:count] > 0.5, expert["marginals"] > 0.5
-    f1 = {"acbo": pooled_f1(ours, truth, possible), "parent_scale": pooled_f1(theirs, truth, possible)}
-    drop = 1 - f1["acbo"] / max(f1["parent_scale"], 1e-9)
-    evaluation.single("success", task, "acbo", "accuracy_drop", drop, count, "relative F1 lost against the expert; negative: better")
-    evaluation.add("surrogate", task, "parent_scale", "parent F1", pooled_f1_interval(theirs, truth, possible), count)
+    ours, theirs = (parent_f1(marginals[:count] > 0.5, truth, possible) for marginals in (scores["acbo"], expert_marginals))
+    drop = float(1 - ours.mean.value / max(theirs.mean.value, 1e-9))
+    evaluation.add("success", task, "acbo", "accuracy_drop", drop, count, "share of the expert's parent F1 lost; negative: better than the expert")
+    evaluation.add("surrogate", f"{task}/expert's problems", "parent_scale", "parent F1", theirs.mean, count)
+    evaluation.add("surrogate", f"{task}/expert's problems", "acbo", "parent F1", ours.mean, count)
 
     # speed: one posterior for one problem, after compilation, on this machine
     one = jax.tree.map(lambda leaf: leaf[0], (jr.split(jr.key(0), 1), problems.scm, problems.buffer))
-    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=1)
-    infer = eqx.filter_jit(lambda k, s, b: run_parent_scale(k, s, b, settings).log_probs)
+    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=0)
+    infer = eqx.filter_jit(lambda k, s, b: replay_posterior(k, s, b, b.size, settings))
     predict = eqx.filter_jit(lambda model, s, b: model.predict(b, s.task).posterior().log_probs)
     slow, fast = median_seconds(lambda: infer(*one), 3), median_seconds(lambda: predict(models.acbo.surrogate, *one[1:]), 20)
-    evaluation.single("success", task, "acbo", "speedup", slow / fast, 1, "expert's seconds per posterior (and one decision) over the surrogate's")
-    evaluation.single("success", task, "acbo", "surrogate_latency", 1000 * fast, 20, "ms per posterior, one problem")
+    evaluation.add("success", task, "acbo", "speedup", slow / fast, 1, "our expert's seconds per posterior over the surrogate's")
+    evaluation.add("success", task, "acbo", "surrogate_latency", 1000 * fast, 20, "ms per posterior, one problem")
 
-    agreement = read_header(config.folder / "bc_policy.eqx")["metrics"]
-    evaluation.single("success", "demos", "bc_policy", "expert_agreement", agreement["variable_agreement"], 0, "share of held-out expert steps, variable")
-    evaluation.single("success", "demos", "bc_policy", "expert_value_agreement", agreement["value_agreement"], 0, "of these, value within 10 % of the range")
+    header = read_header(config.folder / "bc_policy.eqx")["metrics"]
+    demos = int(header["validation_states"])
+    evaluation.add("success", "demos", "bc_policy", "expert_agreement", header["variable_agreement"], demos, "share of held-out expert steps, variable")
+    evaluation.add("success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range")
     curves, _ = load_arrays(config.folder / "curves.npz", "curves")
-    evaluation.single("success", "training", "grpo_policy", "convergence_ratio", convergence_ratio(curves["reward"]), 1, "warm iterations / cold iterations")
-    evaluation.single("success", f"d={config.transfer_size}", "acbo", "transfer_drop", 1 - transfer[1] / transfer[0], config.num_problems, "relative F1 lost")
+    evaluation.add("success", "training", "grpo_policy", "convergence_ratio", convergence_ratio(curves["reward"]), 1, "warm iterations / cold iterations")
+    lost = float(1 - transfer[1] / max(transfer[0], 1e-9))
+    evaluation.add("success", f"d={config.transfer_size}", "acbo", "transfer_drop", lost, config.num_problems, f"share of parent F1 lost against {task}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    evaluation.single("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
+    evaluation.add("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
 
 
 def median_seconds(call: Callable[[], jax.Array], repeats: int) -> float:
@@ -352,32 +381,34 @@ def median_seconds(call: Callable[[], jax.Array], repeats: int) -> float:
 
 
 def convergence_ratio(reward: np.ndarray, window: int = 10) -> float:
-    """Iterations the warm start needs to reach the reward that the cold start ends with (moving averages), over all iterations; infinite if it never does."""
+    """Iterations that the warm start needs to reach the reward that the cold start ends with, as a share of all iterations; 1 if it never does.
+
+    `reward[2, iterations]`: warm, cold; both as moving averages over `window` iterations.
+    """
     window = min(window, reward.shape[1])
     smooth = np.stack([np.convolve(r, np.ones(window) / window, "valid") for r in reward])
     reached = np.flatnonzero(smooth[0] >= smooth[1, -1])
-    return float((reached[0] + 1) / smooth.shape[1]) if len(reached) else float("inf")
+    return float((reached[0] + 1) / smooth.shape[1]) if len(reached) else 1.0
 
 
 def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
     """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps` experiments."""
     config = evaluation.config
-    campaign = CampaignDesign(config.num_obs, config.num_obs, config.per_variable, config.literature_steps)
-    for benchmark in ("toy", "epidemiology", "healthcare"):
+    capacity = config.literature_obs + config.per_variable * bucket + config.literature_steps
+    keys = jr.split(jr.fold_in(jr.key(config.seed), 7), config.literature_seeds)
+    runs = [(benchmark, name) for benchmark in config.literature for name in ("random", "additive_ridge", "parent_scale", "surrogate_greedy", "acbo")]
+    for benchmark, name in tqdm(runs, desc="literature"):
         scm = make_benchmark(benchmark, bucket)
-        capacity = campaign.max_obs + campaign.per_variable * bucket + campaign.num_steps
-        keys = jr.split(jr.fold_in(jr.key(config.seed), 7), config.literature_seeds)
-        buffers = eqx.filter_jit(jax.vmap(lambda k: initial_buffer(k, scm, campaign.max_obs, campaign.per_variable, capacity)))(keys)
+        first = partial(initial_buffer, scm=scm, num_obs=config.literature_obs, per_variable=config.per_variable, capacity=capacity)
+        buffers = eqx.filter_jit(eqx.filter_vmap(first))(keys)
         scms = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(keys), *leaf.shape)) if eqx.is_array(leaf) else leaf, scm)
-        best = float(scm.optimum().mean)
-        evaluation.single("literature", benchmark, "optimum", "E[Y | do]", best, 1)
-        evaluation.single("literature", benchmark, "nothing", "E[Y | do]", float(scm.mean_outcome(Intervention.none(bucket))), 1)
-        evaluation.single("literature", benchmark, "CBO-U (published best noisy Y, 30 trials)", "E[Y | do]", PUBLISHED[benchmark], 10)
-        for name in ("random", "additive_ridge", "parent_scale", "acbo"):
-            result = evaluation.stored(
-                f"{name}_{benchmark}", lambda: run_method(name, evaluation.models, keys, scms, buffers, config, config.literature_steps)
-            )
-            evaluation.add("literature", benchmark, name, "E[Y | do]", summarise(result["recommended"][:, -1]), len(keys))
+        if name == "random":
+            evaluation.add("literature", benchmark, "optimum", "E[Y | do]", float(scm.optimum().mean), 1)
+            evaluation.add("literature", benchmark, "doing nothing", "E[Y | do]", float(scm.mean_outcome(Intervention.none(bucket))), 1)
+            evaluation.add("literature", benchmark, "CBO-U, as published (see lib)", "E[Y | do]", PUBLISHED[benchmark], 10)
+        play = partial(run_method, name, evaluation.models, keys, scms, buffers, config.literature_obs, config.literature_steps)
+        result = evaluation.stored(f"{name}_{benchmark}", play)
+        evaluation.add("literature", benchmark, name, "E[Y | do]", summarise(result["recommended"][:, -1]), len(keys))
 
 
 def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> None:
@@ -421,18 +452,18 @@ def main(config: Config) -> Path:
     f1 = {}
     for size in (*config.sizes, config.transfer_size):
         problem_key, validation_key = jr.split(jr.fold_in(jr.key(config.seed), 1000 + size))
-        slots = bucket if size <= bucket else size
+        slots = max(bucket, size)
         problems, optima = held_out(config, size, slots, num_bins, config.num_problems, problem_key)
         validation, _ = held_out(config, size, slots, num_bins, config.num_problems, validation_key)
-        evaluate_structure(evaluation, size, problems, validation)
+        scores = evaluate_structure(evaluation, size, problems, validation)
         f1[size] = next(r.value for r in evaluation.records if (r.task, r.method, r.metric) == (f"d={size}", "acbo", "parent F1"))
-        if size in config.sizes:
-            evaluate_optimisation(evaluation, size, problems, optima)
-            last = size, problems, optima
-    evaluate_success(evaluation, *last, transfer=(f1[config.sizes[-1]], f1[config.transfer_size]))
+        if size != config.transfer_size:
+            marginals = evaluate_optimisation(evaluation, size, problems, optima)
+            largest = size, problems, scores, marginals
+    evaluate_success(evaluation, *largest, transfer=(f1[largest[0]], f1[config.transfer_size]))
     evaluate_literature(evaluation, bucket)
     write_results(results, evaluation.records)
-    for table in ("success", "surrogate", "optimisation", "optimisation_difference", "literature"):
+    for table in ("success", "surrogate", "optimisation", "literature"):
         print(f"\n## {table}\n\n{render(evaluation.records, table)}")
     print(f"\nwritten to {results}")
     return results

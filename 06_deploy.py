@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from lib.benchmarks import make_benchmark
 from tabulate import tabulate
 
+from lib.benchmarks import make_benchmark
 from lib.buffer import DataError, ExperienceBuffer, read_bounds
 from lib.config import errors_for_people, use_compilation_cache
 from lib.policy import AcquisitionState

@@ -31,6 +31,7 @@ REMAKE = {
     "policy": "python 03_warmstart_acquisition.py",
     "curves": "python 03_warmstart_acquisition.py",
     "acbo": "python 04_train_e2e.py",
+    "evaluation": "python 05_evaluate.py",
 }
 
 

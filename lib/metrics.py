@@ -243,23 +243,36 @@ def write_results(folder: Path, records: Sequence[Record]) -> None:
 
 
 def render(records: Sequence[Record], table: str, style: str = "github") -> str:
-    """One table: a row per method, a column per task and metric, cells `value [low, high]`. `style` is one of tabulate's (default: Markdown).
+    """One table, cells `value [low, high]`. `style` is one of tabulate's (default: Markdown).
 
-    Rows and columns are in the order in which they first occur. Raises `ValueError` for a table without records.
+    `success` is a list, a row per record. Otherwise a row per method; columns are tasks if there is one metric, else metrics, in a part per task. Rows,
+    columns and parts are in the order in which they first occur. Raises `ValueError` for a table without records.
     """
     chosen = [r for r in records if r.table == table]
     if not chosen:
         raise ValueError(f"no records for '{table}'; there are records for {', '.join(dict.fromkeys(r.table for r in records)) or 'nothing'}")
-    columns = {(r.task, r.metric): f"{r.task} {r.metric}" + (f" ({r.unit})" if r.unit else "") for r in chosen}
-    cells = {(r.method, r.task, r.metric): cell(r) for r in chosen}
-    body = [[method, *(cells.get((method, *column), "") for column in columns)] for method in dict.fromkeys(r.method for r in chosen)]
-    return tabulate.tabulate(body, ["method", *columns.values()], tablefmt=style, disable_numparse=True)
+
+    def typeset(body, header):
+        return tabulate.tabulate(body, header, tablefmt=style, disable_numparse=True)
+
+    def grid(part, name):
+        names = dict.fromkeys(name(r) for r in part)
+        cells = {(r.method, name(r)): cell(r) for r in part}
+        return typeset([[method, *(cells.get((method, n), "") for n in names)] for method in dict.fromkeys(r.method for r in part)], ["method", *names])
+
+    if table == "success":
+        return typeset([[r.metric, r.task, r.method, cell(r), str(r.n), r.unit] for r in chosen], ["criterion", "task", "method", "value", "n", "unit"])
+    if len({r.metric for r in chosen}) == 1:
+        return grid(chosen, lambda r: r.task)
+    heading = "% {}\n" if style.startswith("latex") else "**{}**\n\n"
+    parts = {task: [r for r in chosen if r.task == task] for task in dict.fromkeys(r.task for r in chosen)}
+    return "\n\n".join(heading.format(task) + grid(part, lambda r: r.metric + (f" ({r.unit})" if r.unit else "")) for task, part in parts.items())
 
 
 def cell(record: Record) -> str:
-    """`value [low, high]` to three significant digits."""
+    """`value [low, high]` to three significant digits; the value alone where there is no interval."""
     value, low, high = (f"{v:.3g}" for v in (record.value, record.low, record.high))
-    return f"{value} [{low}, {high}]"
+    return value if np.isinf(record.low) and np.isinf(record.high) else f"{value} [{low}, {high}]"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -158,11 +158,21 @@ def make_records():
     ]
 
 
+def rows_of(markdown):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")]
+
+
 def test_render():
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in render(make_records(), "optimisation").splitlines()]
-    assert lines[0] == ["method", "d=10 regret", "d=10/nonlinear time (ms)"]
-    assert lines[2] == ["random", "0.988 [0.9, 1.05]", ""]
-    assert lines[3] == ["acbo", "0.1 [0.05, 0.15]", "12 [11, 13]"]
+    text = render(make_records(), "optimisation")
+    assert text.startswith("**d=10**\n") and "\n**d=10/nonlinear**\n" in text
+    lines = rows_of(text)
+    assert lines[0] == ["method", "regret"] and lines[2] == ["random", "0.988 [0.9, 1.05]"] and lines[3] == ["acbo", "0.1 [0.05, 0.15]"]
+    assert lines[4] == ["method", "time (ms)"] and lines[6] == ["acbo", "12 [11, 13]"]
+    one_metric = [replace(r, metric="regret", unit="") for r in make_records()]
+    lines = rows_of(render(one_metric, "optimisation"))
+    assert lines[0] == ["method", "d=10", "d=10/nonlinear"] and lines[2] == ["random", "0.988 [0.9, 1.05]", ""]
+    success = [Record("success", "d=8", "acbo", "speedup", 120.0, -np.inf, np.inf, 1, "times")]
+    assert rows_of(render(success, "success"))[2] == ["speedup", "d=8", "acbo", "120", "1", "times"]
     with pytest.raises(ValueError, match="no records for 'success'; there are records for optimisation, literature"):
         render(make_records(), "success")
 
@@ -180,7 +190,7 @@ def test_write_results(tmp_path):
     assert [float(row["value"]) for row in table] == [0.98765, 0.1, 12.0] and table[2]["unit"] == "ms"
     assert (folder / "optimisation.md").read_text() == render(records, "optimisation") + "\n"
     latex = (folder / "optimisation.tex").read_text()
-    assert latex.startswith(r"\begin{tabular}") and "0.988 [0.9, 1.05]" in latex
+    assert latex.startswith("% d=10\n\\begin{tabular}") and "0.988 [0.9, 1.05]" in latex
 
 
 def test_write_results_refuses(tmp_path):
