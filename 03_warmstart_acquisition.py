@@ -33,7 +33,7 @@ from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
-from lib.trajectories import AcquisitionExamples, extract_acquisition_training_data, load_trajectories
+from lib.trajectories import AcquisitionExamples, extract_acquisition_training_data, join, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -237,17 +237,20 @@ def main(config: Config) -> Path:
 
     # --- read ---
     surrogate, _ = load_surrogate(surrogate_path)
-    examples = {part: extract_acquisition_training_data(load_trajectories(demos_path, part)[0], surrogate) for part in ("train", "validation")}
+    parts = [load_trajectories(demos_path, part)[0] for part in ("train", "validation")]
+    examples = extract_acquisition_training_data(join(parts), surrogate)
+    count = parts[0].variable.size
+    train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
 
     # --- clone (deterministic and short, so a resumed run repeats it) ---
-    token_dim = 3 * surrogate.config.model_hidden_dim
-    cloned = clone(clone_key, AcquisitionPolicyNetwork(config.policy, token_dim, key=warm_key), examples["train"], config.imitation)
-    _, agreement = eqx.filter_jit(clone_loss)(cloned, examples["validation"], config.imitation.surface_weight)
-    agreement = {name: float(value) for name, value in agreement._asdict().items()} | {"validation_states": len(examples["validation"].variable)}
+    token_dim, build = 3 * surrogate.config.model_hidden_dim, eqx.filter_jit(AcquisitionPolicyNetwork)
+    cloned = clone(clone_key, build(config.policy, token_dim, key=warm_key), train, config.imitation)
+    _, agreement = eqx.filter_jit(clone_loss)(cloned, validation, config.imitation.surface_weight)
+    agreement = {name: float(value) for name, value in agreement._asdict().items()} | {"validation_states": len(validation.variable)}
     print("cloned: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
 
     # --- build, or continue ---
-    references = stack(cloned, AcquisitionPolicyNetwork(config.policy, token_dim, key=cold_key))
+    references = stack(cloned, build(config.policy, token_dim, key=cold_key))
     optimiser_state = eqx.filter_vmap(lambda policy: make_optimiser(config).init(eqx.filter(policy, eqx.is_array)))(references)
     nothing = jnp.zeros((2, config.iterations))
     twins = Twins(references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)))

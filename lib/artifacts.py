@@ -74,7 +74,7 @@ def load_module(path: Path, stage: str, build: Callable[[dict[str, Any]], Any]) 
     check_header(path, header, stage)
     check_checksum(path, hashlib.sha256(payload).hexdigest(), header, stage)
     try:
-        like = build(header["hyperparameters"])
+        like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))  # shapes only: nothing is initialised to be thrown away
     except (TypeError, KeyError) as error:
         raise ArtifactError(path, f"its hyperparameters do not fit this version of the code ({error})", stage) from error
     return deserialise(path, payload, like, stage), header

@@ -129,13 +129,9 @@ class ParentSetRegression(eqx.Module):
     noise: Float[Array, " sets"]
 
     @staticmethod
-    def fit(sets, log_prior, linear, omega, phase, x, y, noise=None) -> "ParentSetRegression":
-        """Condition the weights, not the probabilities of the sets, on observational `x[samples, vars]` and `y[samples]`.
-
-        `noise[sets]` defaults to the evidence estimate, `estimate_noise`.
-        """
+    def fit(sets, log_prior, linear, omega, phase, x, y, noise) -> "ParentSetRegression":
+        """Condition the weights, not the probabilities of the sets, on observational `x[samples, vars]` and `y[samples]`, given `noise[sets]`."""
         phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
-        noise = jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)[0] if noise is None else noise
         mean, covariance, _ = jax.vmap(regression, in_axes=(0, None, 0))(phi, y, noise)
         return ParentSetRegression(sets, jax.nn.log_softmax(log_prior), linear, omega, phase, mean, covariance, noise)
 
@@ -426,15 +422,19 @@ def initial_regression(key, sets, log_prior, observed, target, config: ParentSca
     num_sets, num_vars = sets.shape
     num_features = num_vars if config.features == "linear" else max(config.num_features, num_vars)
     omega, phase = draw_features(key, num_sets, num_vars, num_features)
-    linear = jnp.array(config.features == "linear")
+
+    def noise_and_evidence(linear):
+        phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
+        return jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)
+
     if config.features == "auto":
-
-        def evidence(linear):
-            phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
-            return jax.nn.logsumexp(log_prior + jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)[1])
-
-        linear = evidence(jnp.array(True)) >= evidence(jnp.array(False))
-    noise = jnp.ones(num_sets) if config.unit_noise else None
+        noises, evidence = jax.lax.map(noise_and_evidence, jnp.array([False, True]))
+        linear = jnp.diff(jax.nn.logsumexp(log_prior[None] + evidence, axis=1))[0] >= 0
+        noise = jnp.where(linear, noises[1], noises[0])
+    else:
+        linear = jnp.array(config.features == "linear")
+        noise = noise_and_evidence(linear)[0]
+    noise = jnp.ones(num_sets) if config.unit_noise else noise
     return ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, noise)
 
 
