@@ -89,7 +89,10 @@ PRESETS = {
     "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4)),
     "small": ("about 2 minutes on 2 CPU cores", Config()),
     "hour": ("larger systems", Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), num_models=800, num_obs=200)),
-    "paper": ("sizes of the design documents", Config(Path("artifacts/paper"), prior=SCMPrior(max_vars=20, max_size=20), num_models=1000, num_obs=200, num_steps=30)),
+    "paper": (
+        "sizes of the design documents",
+        Config(Path("artifacts/paper"), prior=SCMPrior(max_vars=20, max_size=20), num_models=1000, num_obs=200, num_steps=30),
+    ),
 }
 
 

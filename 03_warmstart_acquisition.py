@@ -195,7 +195,13 @@ def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: Campaig
 
 @eqx.filter_jit
 def iterate(
-    key: jax.Array, twins: Twins, references: AcquisitionPolicyNetwork, surrogate: ParentSetPredictionModel, problems: Problem, index: jax.Array, config: Config
+    key: jax.Array,
+    twins: Twins,
+    references: AcquisitionPolicyNetwork,
+    surrogate: ParentSetPredictionModel,
+    problems: Problem,
+    index: jax.Array,
+    config: Config,
 ) -> Twins:
     """One GRPO iteration of both twins on the same problems with the same keys."""
     keys = jr.split(key, config.problems_per_iteration)

@@ -237,7 +237,9 @@ def main(config: Config) -> Path:
     (surrogate, _), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
     optimisers = make_optimisers(config)
     state = TrainState(
-        TrainedACBOSystem(surrogate, policy), optimisers[0].init(eqx.filter(surrogate, eqx.is_array)), optimisers[1].init(eqx.filter(policy, eqx.is_array))
+        TrainedACBOSystem(surrogate, policy),
+        optimisers[0].init(eqx.filter(surrogate, eqx.is_array)),
+        optimisers[1].init(eqx.filter(policy, eqx.is_array)),
     )
     mark = fingerprint(config, inputs)
     resumed = load_checkpoint(checkpoint_path, state, mark)

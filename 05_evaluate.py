@@ -91,11 +91,27 @@ class Config:
 PRESETS = {
     "smoke": (
         "seconds, for CI",
-        Config(Path("artifacts/smoke"), num_problems=16, expert_problems=4, num_steps=2, literature=("toy",), literature_seeds=2, literature_steps=2, sizes=(5,), transfer_size=8),
+        Config(
+            Path("artifacts/smoke"),
+            num_problems=16,
+            expert_problems=4,
+            num_steps=2,
+            literature=("toy",),
+            literature_seeds=2,
+            literature_steps=2,
+            sizes=(5,),
+            transfer_size=8,
+        ),
     ),
     "small": ("about 3 minutes on 2 CPU cores", Config()),
-    "hour": ("larger systems and more problems", Config(Path("artifacts/hour"), sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64)),
-    "paper": ("for one GPU", Config(Path("artifacts/paper"), sizes=(5, 10, 20), transfer_size=40, num_problems=1000, expert_problems=200, num_steps=30)),
+    "hour": (
+        "larger systems and more problems",
+        Config(Path("artifacts/hour"), sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64),
+    ),
+    "paper": (
+        "for one GPU",
+        Config(Path("artifacts/paper"), sizes=(5, 10, 20), transfer_size=40, num_problems=1000, expert_problems=200, num_steps=30),
+    ),
 }
 
 REGRET_STEPS = (1, 3, 5, 10)
@@ -297,7 +313,9 @@ def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, 
                 more = paired_difference(values[:, step], regret["acbo"][: len(values), step])
                 evaluation.add("optimisation", f"{task}/regret above acbo's, paired", name, f"regret@{step}", more, len(values))
     final = regret["acbo"][:, -1]
-    evaluation.add("success", task, "acbo", "stability", summarise((final < 1.0).astype(float)), len(final), "share of problems better than doing nothing")
+    evaluation.add(
+        "success", task, "acbo", "stability", summarise((final < 1.0).astype(float)), len(final), "share of problems better than doing nothing"
+    )
     draw_regret(regret, config, size)
     return marginals
 
@@ -359,12 +377,20 @@ def evaluate_success(
 
     header = read_header(config.folder / "bc_policy.eqx")["metrics"]
     demos = int(header["validation_states"])
-    evaluation.add("success", "demos", "bc_policy", "expert_agreement", header["variable_agreement"], demos, "share of held-out expert steps, variable")
-    evaluation.add("success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range")
+    evaluation.add(
+        "success", "demos", "bc_policy", "expert_agreement", header["variable_agreement"], demos, "share of held-out expert steps, variable"
+    )
+    evaluation.add(
+        "success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range"
+    )
     curves, _ = load_arrays(config.folder / "curves.npz", "curves")
-    evaluation.add("success", "training", "grpo_policy", "convergence_ratio", convergence_ratio(curves["reward"]), 1, "warm iterations / cold iterations")
+    evaluation.add(
+        "success", "training", "grpo_policy", "convergence_ratio", convergence_ratio(curves["reward"]), 1, "warm iterations / cold iterations"
+    )
     lost = float(1 - transfer[1] / max(transfer[0], 1e-9))
-    evaluation.add("success", f"d={config.transfer_size}", "acbo", "transfer_drop", lost, config.num_problems, f"share of parent F1 lost against {task}")
+    evaluation.add(
+        "success", f"d={config.transfer_size}", "acbo", "transfer_drop", lost, config.num_problems, f"share of parent F1 lost against {task}"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     evaluation.add("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
 
@@ -421,7 +447,9 @@ def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> Non
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, values in regret.items():
         steps, mean = np.arange(values.shape[1]), values.mean(0)
-        (line,) = axes.plot(steps, mean, label=f"{name} (n={len(values)})", linewidth=2.5 if name == "acbo" else 1.2, zorder=3 if name == "acbo" else 2)
+        (line,) = axes.plot(
+            steps, mean, label=f"{name} (n={len(values)})", linewidth=2.5 if name == "acbo" else 1.2, zorder=3 if name == "acbo" else 2
+        )
         if name == "acbo":
             half = 1.96 * values.std(0) / np.sqrt(len(values))
             axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2)

@@ -129,7 +129,8 @@ def suggest(config: Suggest) -> dict:
         "recommended_action": described(best),
         "parents": {names[i]: float(marginals[i]) for i in np.argsort(-np.asarray(marginals)[: len(names)]) if i != target},
         "parent_sets": [
-            {"parents": sorted(members), "probability": p} for members, p in top.to_dict((*names, *[""] * (wide.values.shape[1] - len(names)))).items()
+            {"parents": sorted(members), "probability": p}
+            for members, p in top.to_dict((*names, *[""] * (wide.values.shape[1] - len(names)))).items()
         ],
         "best_effects": best_effects(state, names, sign),
     }
@@ -145,7 +146,12 @@ def best_effects(state: AcquisitionState, names: tuple[str, ...], sign: float) -
         if np.isfinite(mean[i]).all():
             b = int(mean[i].argmin())
             rows.append(
-                {"variable": names[i], "value": float(state.output.grid[i, b]), "mean": sign * float(mean[i, b]), "std": float(state.output.effect_std[i, b])}
+                {
+                    "variable": names[i],
+                    "value": float(state.output.grid[i, b]),
+                    "mean": sign * float(mean[i, b]),
+                    "std": float(state.output.effect_std[i, b]),
+                }
             )
     return rows
 
@@ -185,7 +191,11 @@ def demo(config: Demo) -> list[float]:
         result = system.run_optimization(scm, config.steps, config.online, buffer=first(data_key), key=play_key)
         if seed == 0:
             rows = zip(np.asarray(result.variable), np.asarray(result.value), np.asarray(result.outcome), strict=True)
-            print(tabulate([[t + 1, scm.names[i], f"{v:.3f}", f"{y:.3f}"] for t, (i, v, y) in enumerate(rows)], headers=["step", "set", "to", "outcome"]))
+            print(
+                tabulate(
+                    [[t + 1, scm.names[i], f"{v:.3f}", f"{y:.3f}"] for t, (i, v, y) in enumerate(rows)], headers=["step", "set", "to", "outcome"]
+                )
+            )
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
         scores.append(float(scm.mean_outcome(Intervention.single(variable, value, BUCKETS[0]))))
         print(f"seed {seed}: after {config.steps} experiments recommends {scm.names[variable]} = {value:.3f}, E[Y | do] = {scores[-1]:.3f}")

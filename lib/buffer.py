@@ -69,9 +69,7 @@ class ExperienceBuffer(eqx.Module):
 
     def write(self, index, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
         """`add_intervention` at a known free place, without the check: for loops that count their own steps."""
-        return ExperienceBuffer(
-            self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True)
-        )
+        return ExperienceBuffer(self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True))
 
     def to_csv(self, path: Path, names: tuple[str, ...]) -> None:
         """Write the filled rows in the format that `from_csv` reads (single-variable interventions)."""
@@ -108,10 +106,14 @@ class ExperienceBuffer(eqx.Module):
             values[r] = [parse_number(cell, path, line, name) for cell, name in zip(cells, variables, strict=True)]
         observations = int((~intervened.any(1)).sum())
         if observations < MIN_OBSERVATIONS:
-            raise DataError(f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least {MIN_OBSERVATIONS} are needed: add observations")
+            raise DataError(
+                f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least {MIN_OBSERVATIONS} are needed: add observations"
+            )
         constant = [n for i, n in enumerate(variables) if np.ptp(values[~intervened.any(1), i]) == 0]
         if constant:
-            raise DataError(f"{path}, column '{constant[0]}': zero variance over the observational rows: drop the column or add rows in which it varies")
+            raise DataError(
+                f"{path}, column '{constant[0]}': zero variance over the observational rows: drop the column or add rows in which it varies"
+            )
         return NamedBuffer(variables, ExperienceBuffer(jnp.asarray(values), jnp.asarray(intervened), jnp.ones(len(table), bool)))
 
 

@@ -45,9 +45,7 @@ def squared_distances(x: Float[Array, "samples vars"]) -> Float[Array, "vars sam
     return (x.T[:, :, None] - x.T[:, None, :]) ** 2
 
 
-def fit_star_gp(
-    x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], max_rows: int = 100
-) -> StarGP:
+def fit_star_gp(x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], max_rows: int = 100) -> StarGP:
     """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and noise ratio, the amplitude in closed form.
 
     `x` standardised, `y` centred. Only the first `max_rows` rows are used here (the cost is cubic, and hyperparameters need fewer rows than
@@ -201,7 +199,8 @@ def fit_causal_gp(
     residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
     both = used[:, None] & used[None, :]
     lengthscales, amplitudes, scales = (
-        axis.reshape(-1) for axis in jnp.meshgrid(jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales), indexing="ij")
+        axis.reshape(-1)
+        for axis in jnp.meshgrid(jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales), indexing="ij")
     )
 
     def score(lengthscale, amplitude, scale):

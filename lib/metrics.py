@@ -258,10 +258,14 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
     def grid(part, name):
         names = dict.fromkeys(name(r) for r in part)
         cells = {(r.method, name(r)): cell(r) for r in part}
-        return typeset([[method, *(cells.get((method, n), "") for n in names)] for method in dict.fromkeys(r.method for r in part)], ["method", *names])
+        return typeset(
+            [[method, *(cells.get((method, n), "") for n in names)] for method in dict.fromkeys(r.method for r in part)], ["method", *names]
+        )
 
     if table == "success":
-        return typeset([[r.metric, r.task, r.method, cell(r), str(r.n), r.unit] for r in chosen], ["criterion", "task", "method", "value", "n", "unit"])
+        return typeset(
+            [[r.metric, r.task, r.method, cell(r), str(r.n), r.unit] for r in chosen], ["criterion", "task", "method", "value", "n", "unit"]
+        )
     if len({r.metric for r in chosen}) == 1:
         return grid(chosen, lambda r: r.task)
     heading = "% {}\n" if style.startswith("latex") else "**{}**\n\n"

@@ -75,7 +75,11 @@ class ParentScaleConfig:
     """values per variable in the stored acquisition surface; the search grid has one more value between any two"""
 
     def __post_init__(self):
-        for name, value, known in (("prior", self.prior, PRIORS), ("features", self.features, FEATURES), ("likelihood", self.likelihood, LIKELIHOODS)):
+        for name, value, known in (
+            ("prior", self.prior, PRIORS),
+            ("features", self.features, FEATURES),
+            ("likelihood", self.likelihood, LIKELIHOODS),
+        ):
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
 

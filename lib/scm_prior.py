@@ -218,9 +218,7 @@ def initial_buffer(
     return ExperienceBuffer(jnp.where(keep, rows, 0.0), flags & keep, valid).grow(capacity - rows.shape[0])
 
 
-def sample_problem(
-    key: Key[Array, ""], prior: SCMPrior, num_obs: int, per_variable: int, capacity: int
-) -> tuple[SyntheticSCM, ExperienceBuffer]:
+def sample_problem(key: Key[Array, ""], prior: SCMPrior, num_obs: int, per_variable: int, capacity: int) -> tuple[SyntheticSCM, ExperienceBuffer]:
     """A model and its first data set (multi_stage_training.md)."""
     scm_key, data_key = jr.split(key)
     scm = sample_scm(scm_key, prior)

@@ -156,9 +156,7 @@ def load_surrogate(path: Path) -> tuple[ParentSetPredictionModel, dict]:
 
 def load_policy(path: Path) -> tuple[AcquisitionPolicyNetwork, dict]:
     """A policy of stage 3 and its header."""
-    return load_module(
-        path, "policy", lambda shape: AcquisitionPolicyNetwork(PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0))
-    )
+    return load_module(path, "policy", lambda shape: AcquisitionPolicyNetwork(PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0)))
 
 
 # --- deployment: the group is scored on a fitted model, never on the system ---
@@ -204,7 +202,9 @@ def online_policy(key: Key[Array, ""], system: TrainedACBOSystem, state: Acquisi
         reward = jax.vmap(score)(variable, value)
         group = Groups(state, variable, value, jax.vmap(distribution.log_prob)(variable, value), reward)
         batch = jax.tree.map(lambda leaf: leaf[None], group)
-        policy, optimiser_state, _ = update_acquisition_grpo(policy, optimiser_state, optimiser, system.policy, batch, config.grpo, config.grpo.kl_weight)
+        policy, optimiser_state, _ = update_acquisition_grpo(
+            policy, optimiser_state, optimiser, system.policy, batch, config.grpo, config.grpo.kl_weight
+        )
         return eqx.filter((policy, optimiser_state), eqx.is_array), None
 
     dynamic, _ = jax.lax.scan(update, dynamic, jr.split(key, config.updates))

@@ -126,7 +126,9 @@ def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) ->
     margin = 1e-4 * (scm.high - scm.low)[variable]
     in_range = scm.candidates[variable] & (value >= scm.low[variable] - margin) & (value <= scm.high[variable] + margin)
     rows = trajectory.num_initial + steps
-    recorded = trajectory.buffer.intervened[rows, variable] & (jnp.abs(trajectory.buffer.values[rows, variable] - value) <= 1e-5 + 1e-5 * jnp.abs(value))
+    recorded = trajectory.buffer.intervened[rows, variable] & (
+        jnp.abs(trajectory.buffer.values[rows, variable] - value) <= 1e-5 + 1e-5 * jnp.abs(value)
+    )
     if config.outcome_samples == 1:
         recorded &= jnp.abs(trajectory.buffer.values[rows, scm.target] - trajectory.outcome) <= 1e-5 + 1e-5 * jnp.abs(trajectory.outcome)
     log_probs = replay_posterior(jr.wrap_key_data(trajectory.key_data), scm, trajectory.buffer, trajectory.num_initial, config)
