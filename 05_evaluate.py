@@ -68,9 +68,9 @@ class Config:
     """Numbers of variables of the held-out problems."""
     transfer_size: int = 16
     """A size never trained on."""
-    num_problems: int = 150
+    num_problems: int = 300
     """Held-out problems per size."""
-    expert_problems: int = 32
+    expert_problems: int = 100
     """How many of them the expert's family runs on."""
     num_obs: int = 50
     """Observational rows at the start."""
