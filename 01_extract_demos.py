@@ -6,9 +6,9 @@ Time    `small` about 2 minutes on 2 CPU cores.
 
     python 01_extract_demos.py small --num-models 64
 
-Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on, its posterior after every experiment and its whole
-acquisition surface. A demonstration is kept if it is consistent (its stored posterior follows from its stored data, replayed) and good enough by what the
-expert itself can see (length, final entropy); ground truth takes no part in the choice.
+Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on, its posterior after every experiment and its
+whole acquisition surface. A demonstration is kept if it is consistent (its stored posterior follows from its stored data, replayed) and good enough
+by what the expert itself can see (length, final entropy); ground truth takes no part in the choice.
 """
 
 import sys

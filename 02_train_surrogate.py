@@ -7,8 +7,8 @@ Time    `small` about 5 minutes on 2 CPU cores.
     python 02_train_surrogate.py small --steps 2000
 
 Deviations from phase4_training_infrastructure.md, section 2:
-1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents by NLL on fresh draws of the simulator: the expert sees
-   only the target's regression on a set, so imitating it alone would cap the student at its teacher;
+1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents by NLL on fresh draws of the simulator: the expert
+   sees only the target's regression on a set, so imitating it alone would cap the student at its teacher;
 2. the same trunk learns the whole effect surface E[Y | do(X_i = v)], which the simulator knows exactly;
 3. there are no epochs: simulated data never repeat.
 """

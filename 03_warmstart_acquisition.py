@@ -6,15 +6,15 @@ Time    `small` about 3 minutes on 2 CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
 
-The cold start sees the same problems, noise and random keys as the warm start and differs in its first weights and in having no reference policy. What is
-logged per GRPO iteration, for both: `reward` (mean total), `entropy` and `kl` in nats, `dead_groups` (share without signal), `clipped` (share of ratios outside
-the clip). Deviations from textbook GRPO are numbered in lib/grpo.py.
+The cold start sees the same problems, noise and random keys as the warm start and differs in its first weights and in having no reference policy.
+What is logged per GRPO iteration, for both: `reward` (mean total), `entropy` and `kl` in nats, `dead_groups` (share without signal), `clipped` (share
+of ratios outside the clip). Deviations from textbook GRPO are numbered in lib/grpo.py.
 """
 
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -279,14 +279,14 @@ def main(config: Config) -> Path:
             bar.set_postfix(warm=f"{now['reward'][0]:.3f}", cold=f"{now['reward'][1]:.3f}", entropy=f"{now['entropy'][0]:.2f}")
 
     # --- write ---
-    common = dict(config=asdict(config), seed=config.seed, step=config.iterations, parents=[demos_path, surrogate_path])
+    header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, step=config.iterations, parents=[demos_path, surrogate_path])
     shape = dict(policy=config.policy.hyperparameters, token_dim=token_dim)
     curves = {name: np.asarray(curve) for name, curve in twins.curves._asdict().items()}
-    save_arrays(config.folder / "curves.npz", curves, stage="curves", hyperparameters={"twins": ["warm", "cold"]}, metrics={}, **common)
-    save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **common)
+    save_arrays(config.folder / "curves.npz", curves, stage="curves", hyperparameters={"twins": ["warm", "cold"]}, metrics={}, **header)
+    save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **header)
     trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, twins.policy)
     last = {f"last_{name}": float(curve[0, -10:].mean()) for name, curve in curves.items()}
-    save_module(out, trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **common)
+    save_module(out, trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **header)
     checkpoint_path.unlink(missing_ok=True)
     return out
 

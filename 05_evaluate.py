@@ -1,16 +1,18 @@
 """Stage 5: every table and figure, on held-out problems, paired across methods, scored by noise-free E[Y | do].
 
 Reads   artifacts/<preset>/demos.npz, surrogate.eqx, policy.eqx, bc_policy.eqx, curves.npz, acbo.eqx
-Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png, raw/*.npz (per-problem results, so a stopped run goes on)
+Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png,
+        raw/*.npz (per-problem results, so a stopped run goes on)
 Time    `small` about 3 minutes on 2 CPU cores.
 
     python 05_evaluate.py small --num-problems 300
 
-Protocol. Every method starts from the same data (`num_obs` observational rows and `per_variable` interventions on each variable), experiments one row at a time,
-and after t experiments recommends one action; the noise of experiment t is the same for all methods. Simple regret is E[Y | do(recommended)] minus the optimum, as a
-share of E[Y] minus the optimum: 0 is optimal, 1 is doing nothing. What each method recommends: random, the experiment with the best outcome; the regressions and the
-learned methods, the minimum of their predicted surface; the expert's family, the minimum of its Gaussian processes' means. The expert's family runs on fewer problems
-(its cost), the first of the same list. Thresholds of the structure baselines are chosen on separate validation problems, to their advantage.
+Protocol. Every method starts from the same data (`num_obs` observational rows and `per_variable` interventions on each variable), experiments one row
+at a time, and after t experiments recommends one action; the noise of experiment t is the same for all methods. Simple regret is E[Y |
+do(recommended)] minus the optimum, as a share of E[Y] minus the optimum: 0 is optimal, 1 is doing nothing. What each method recommends: random, the
+experiment with the best outcome; the regressions and the learned methods, the minimum of their predicted surface; the expert's family, the minimum of
+its Gaussian processes' means. The expert's family runs on fewer problems (its cost), the first of the same list. Thresholds of the structure
+baselines are chosen on separate validation problems, to their advantage.
 """
 
 import resource
@@ -117,7 +119,7 @@ PRESETS = {
 REGRET_STEPS = (1, 3, 5, 10)
 STRUCTURE_BASELINES = ("all_ones", "absolute_correlation", "f_test")
 EXPERT_FAMILY = ("parent_scale", "parent_scale_amortized", "cbo_known_graph", "bo")
-# Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of 1,000 samples). Source: result files of the original code.
+# Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of 1,000 samples): result files of the original code.
 PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 
 
@@ -204,7 +206,7 @@ METHODS = (
 
 @eqx.filter_jit
 def run_method(name: str, models: Models, keys: jax.Array, scms: AbstractSCM, buffers, num_obs: int, num_steps: int) -> dict[str, jax.Array]:
-    """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and the expert's parent marginals before it experiments."""
+    """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and the expert's first parent marginals."""
     method = make_method(name, models, num_obs, num_steps)
 
     def one(inputs):
@@ -231,7 +233,7 @@ def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: Campaig
 
 @eqx.filter_jit
 def structure_scores(surrogate: ParentSetPredictionModel, problems: Problem) -> dict[str, jax.Array]:
-    """Parent scores `[batch, vars]` of the surrogate and of every structure baseline; log-probability of the true set; effects and their deviation."""
+    """Parent scores `[batch, vars]` of the surrogate and of every structure baseline; log-probability of the true set; effects."""
 
     def one(problem):
         scm, buffer = problem.scm, problem.buffer
@@ -256,7 +258,7 @@ class Evaluation:
 
     def add(self, table: str, task: str, method: str, metric: str, estimate: Estimate | float, n: int, unit: str = "") -> None:
         """One row of the results; a bare number is a single measurement and has no interval."""
-        value, low, high = (estimate, -np.inf, np.inf) if isinstance(estimate, float) else estimate
+        value, low, high = estimate if isinstance(estimate, Estimate) else (estimate, -np.inf, np.inf)
         self.records.append(Record(table, task, method, metric, value, low, high, n, unit))
 
     def stored(self, name: str, compute: Callable[[], dict[str, jax.Array]]) -> dict[str, np.ndarray]:
@@ -477,7 +479,7 @@ def main(config: Config) -> Path:
     bucket = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
     num_bins = models.surrogate.config.num_bins
     results.mkdir(parents=True, exist_ok=True)
-    f1 = {}
+    f1, played = {}, {}
     for size in (*config.sizes, config.transfer_size):
         problem_key, validation_key = jr.split(jr.fold_in(jr.key(config.seed), 1000 + size))
         slots = max(bucket, size)
@@ -486,9 +488,9 @@ def main(config: Config) -> Path:
         scores = evaluate_structure(evaluation, size, problems, validation)
         f1[size] = next(r.value for r in evaluation.records if (r.task, r.method, r.metric) == (f"d={size}", "acbo", "parent F1"))
         if size != config.transfer_size:
-            marginals = evaluate_optimisation(evaluation, size, problems, optima)
-            largest = size, problems, scores, marginals
-    evaluate_success(evaluation, *largest, transfer=(f1[largest[0]], f1[config.transfer_size]))
+            played[size] = problems, scores, evaluate_optimisation(evaluation, size, problems, optima)
+    largest = max(config.sizes)
+    evaluate_success(evaluation, largest, *played[largest], transfer=(f1[largest], f1[config.transfer_size]))
     evaluate_literature(evaluation, bucket)
     write_results(results, evaluation.records)
     for table in ("success", "surrogate", "optimisation", "literature"):

@@ -3,9 +3,9 @@
     python 06_deploy.py suggest --data experiments.csv --target Y       the next experiment for your own data
     python 06_deploy.py demo --benchmark toy --seeds 3                  a full ask/tell campaign on a known system
 
-Data: one row per experiment, one column per variable, and a column `intervened` that names the variable set by hand in that row (empty for an observation).
-Ranges (`--bounds`): a CSV with columns variable,low,high; a variable that it does not list is never intervened on. Without it, each variable's observed range.
-Bad input ends with one line that says where it is and what to do, and exit status 2.
+Data: one row per experiment, one column per variable, and a column `intervened` that names the variable set by hand in that row (empty for an
+observation). Ranges (`--bounds`): a CSV with columns variable,low,high; a variable that it does not list is never intervened on. Without it, each
+variable's observed range. Bad input ends with one line that says where it is and what to do, and exit status 2.
 """
 
 import json

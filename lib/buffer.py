@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from lib.scm import Intervention
@@ -60,10 +60,10 @@ class ExperienceBuffer(eqx.Module):
     def add_intervention(self, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
         """One more row, observed under `intervention`.
 
-        The row takes the first free place; rows are filled from the front. Raises `ValueError` if the buffer is full. Inside `jit` that cannot be known
-        (a host callback could tell, and can deadlock on CPU): there the caller reserves capacity.
+        The row takes the first free place; rows are filled from the front. Raises `ValueError` if the buffer is full. Inside `jit` that cannot be
+        known (a host callback could tell, and can deadlock on CPU): there the caller reserves capacity.
         """
-        if not isinstance(self.valid, jax.core.Tracer) and self.size >= self.valid.shape[0]:
+        if not isinstance(self.valid, Tracer) and self.size >= self.valid.shape[0]:
             raise ValueError(f"the ExperienceBuffer is full ({self.valid.shape[0]} rows): make room with grow()")
         return self.write(self.size, intervention, outcome)
 
@@ -83,7 +83,7 @@ class ExperienceBuffer(eqx.Module):
 
     @staticmethod
     def from_csv(path: Path) -> "NamedBuffer":
-        """Read experiments: one column per variable, one row per experiment; a column `intervened` names the variable set by hand (empty: an observation).
+        """Read experiments: a column per variable, a row per experiment; a column `intervened` names the variable set by hand (empty: observed).
 
         Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
         """
@@ -95,8 +95,7 @@ class ExperienceBuffer(eqx.Module):
         if len(variables) < 2:
             raise DataError(f"{path}: only {len(variables)} variable column(s): give the target and at least one other variable")
         values, intervened = np.zeros((len(table), len(variables)), np.float32), np.zeros((len(table), len(variables)), bool)
-        for r, row in enumerate(table):
-            line = r + 2
+        for r, (line, row) in enumerate(table):
             chosen = row[column].strip()
             if chosen and chosen not in variables:
                 raise DataError(f"{path}, row {line}, column '{INTERVENED}': '{chosen}' is not a column; the variables are {', '.join(variables)}")
@@ -136,34 +135,39 @@ def parse_number(cell: str, path: Path, line: int, name: str) -> float:
     return number
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a CSV file; raises `DataError` where it is missing, empty or ragged."""
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header of a CSV file, and its rows with their line numbers, blank lines left out; raises `DataError` where it is missing, empty or ragged."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give the path of a CSV file") from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError, PermissionError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}): save it as comma-separated UTF-8 text") from None
     if not rows:
         raise DataError(f"{path}: empty: the first row names the columns")
-    names = [name.strip() for name in rows[0]]
+    names = [name.strip() for name in rows[0][1]]
     duplicate = [name for i, name in enumerate(names) if name in names[:i] or not name]
     if duplicate:
         raise DataError(f"{path}, row 1: column name '{duplicate[0]}' is empty or used twice: name every column once")
-    for line, row in enumerate(rows[1:], 2):
+    for line, row in rows[1:]:
         if len(row) != len(names):
             raise DataError(f"{path}, row {line}: {len(row)} cells, but the header has {len(names)} columns: complete the row")
     return names, rows[1:]
 
 
 def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
-    """Ranges of intervention from a CSV with columns `variable,low,high`: a variable that it does not list may not be intervened on (range of zero width)."""
+    """Ranges of intervention from a CSV with columns `variable,low,high`; a variable that it does not list gets no range (width zero)."""
     header, rows = read_table(path)
     if header != ["variable", "low", "high"]:
         raise DataError(f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high")
     low, high = np.zeros(len(names), np.float32), np.zeros(len(names), np.float32)
-    for line, (name, a, b) in enumerate(rows, 2):
+    seen = set()
+    for line, (name, a, b) in rows:
+        if name.strip() in seen:
+            raise DataError(f"{path}, row {line}, column 'variable': '{name}' has a range already: keep one of the two")
+        seen.add(name.strip())
         if name.strip() not in names:
             raise DataError(f"{path}, row {line}, column 'variable': '{name}' is not in the data; the variables are {', '.join(names)}")
         i = names.index(name.strip())

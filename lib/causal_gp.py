@@ -83,8 +83,8 @@ def star_effects(
     # An amplitude far above the noise is common (a smooth function is nearly a straight line); in float32 the difference
     # `amplitude - explained` then has no correct digit.
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (x, y, gp, grid))
-        effects = _star_effects(*wide[:2], sets, *wide[2:])
+        wide_x, wide_y, wide_gp, wide_grid = jax.tree.map(lambda a: a.astype(jnp.float64), (x, y, gp, grid))
+        effects = _star_effects(wide_x, wide_y, sets, wide_gp, wide_grid)
         return jax.tree.map(lambda a: a.astype(x.dtype), effects)
 
 

@@ -1,7 +1,8 @@
 """Positive definite systems: Cholesky factors and solves, one matrix at a time under `vmap`, and an inverse for many small matrices at once.
 
-jaxlib's batched LAPACK kernels hold a thread of XLA's CPU pool while they wait for the others: on two cores two such kernels wait for each other for ever
-(seen with jaxlib 0.10.2). Called one by one they neither wait nor cost more: for the sizes here, 10 to 200, a call takes longer than the loop around it.
+jaxlib's batched LAPACK kernels hold a thread of XLA's CPU pool while they wait for the others: on two cores two such kernels wait for each other for
+ever (seen with jaxlib 0.10.2). Called one by one they neither wait nor cost more: for the sizes here, 10 to 200, a call takes longer than the loop
+around it.
 """
 
 import jax

@@ -245,8 +245,8 @@ def write_results(folder: Path, records: Sequence[Record]) -> None:
 def render(records: Sequence[Record], table: str, style: str = "github") -> str:
     """One table, cells `value [low, high]`. `style` is one of tabulate's (default: Markdown).
 
-    `success` is a list, a row per record. Otherwise a row per method; columns are tasks if there is one metric, else metrics, in a part per task. Rows,
-    columns and parts are in the order in which they first occur. Raises `ValueError` for a table without records.
+    `success` is a list, a row per record. Otherwise a row per method; columns are tasks if there is one metric, else metrics, in a part per task.
+    Rows, columns and parts are in the order in which they first occur. Raises `ValueError` for a table without records.
     """
     chosen = [r for r in records if r.table == table]
     if not chosen:

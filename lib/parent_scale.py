@@ -264,7 +264,8 @@ def decide(scm, scale, config, prior: CausalPrior, explore, values, intervened, 
         return jax.tree.map(lambda leaf: leaf[variable], gps)(points)
 
     def log_improvement(variable, points):
-        return log_expected_improvement(*predict(variable, points), best)
+        mean, std = predict(variable, points)
+        return log_expected_improvement(mean, std, best)
 
     improvement = expected_improvement(mean, std, best)[:, ::2] * jnp.take(scale.spread, target)
     table = jnp.where(explore[:, None], log_expected_improvement(mean, std, best), -jnp.inf)

@@ -135,7 +135,7 @@ NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
 
 
 def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
-    """What the policy sees of every (variable, value), in deviations of the target: predicted effect, its uncertainty, what was tried nearby, progress."""
+    """What the policy sees of a (variable, value), in deviations of the target: predicted effect, uncertainty, what was tried nearby, progress."""
     output = state.output
     std = output.effect_std / output.spread
     gap = (output.effect_mean - state.best_value) / output.spread

@@ -34,7 +34,7 @@ class RewardComponents(eqx.Module):
 
 
 class GroundTruth(eqx.Module):
-    """What may enter a training reward or a metric and nothing else: `effects[vars, bins]` = E[Y | do] on the grid, `baseline` = E[Y], `parents[vars]`."""
+    """What may enter a training reward or a metric and nothing else: `effects` E[Y | do] on the grid, `baseline` E[Y], and the true `parents`."""
 
     effects: Float[Array, "vars bins"]
     baseline: Float[Array, ""]
@@ -69,9 +69,9 @@ def compute_verifiable_reward(
 ) -> RewardComponents:
     """Reward of do(variable = value), where `new_state` is the state after its outcome joined the buffer.
 
-    With `truth` (simulated training): optimisation is the noise-free gain over the incumbent, as a share of the possible improvement, of the experiment
-    itself and of the action recommended after it; structure discovery is the gain in log-probability of the true set; parents are the true ones.
-    Without (deployment): predicted gains, the drop of the posterior's entropy, and the posterior marginal.
+    With `truth` (simulated training): optimisation is the noise-free gain over the incumbent, as a share of the possible improvement, of the
+    experiment itself and of the action recommended after it; structure discovery is the gain in log-probability of the true set; parents are the true
+    ones. Without (deployment): predicted gains, the drop of the posterior's entropy, and the posterior marginal.
     """
     variable_before, value_before = state.output.best()
     variable_after, value_after = new_state.output.best()

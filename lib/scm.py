@@ -132,7 +132,7 @@ NUM_REFERENCE = 128  # antithetic noise rows behind every noise-free mean; the s
 
 
 def antithetic_normal(seed: int, num_samples: int, num_vars: int) -> Float[Array, "samples vars"]:
-    """Fixed standard-normal rows in pairs of opposite sign, so that means are exact for linear mechanisms; drawn by numpy, a constant to the compiler."""
+    """Fixed standard-normal rows in pairs of opposite sign: means are exact for linear mechanisms. Drawn by numpy, a constant to the compiler."""
     half = np.random.default_rng(seed).standard_normal((num_samples // 2, num_vars), dtype=np.float32)
     return jnp.asarray(np.concatenate([half, -half]))
 

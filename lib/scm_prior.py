@@ -12,7 +12,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.scm import Intervention, SyntheticSCM, Task, antithetic_normal, value_grid
+from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task, antithetic_normal, value_grid
 
 
 FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider")
@@ -59,7 +59,7 @@ class SCMPrior:
 
 
 def draw(sampler: Callable, key: Key[Array, ""], **shapes: tuple[int, ...]) -> dict[str, Float[Array, "..."]]:
-    """Named independent draws from one call of `sampler` (`jr.uniform` or `jr.normal`): every further call would cost half a second of compilation."""
+    """Named independent draws from one call of `sampler` (`jr.uniform` or `jr.normal`): every further call costs half a second of compilation."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = jnp.split(sampler(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
@@ -139,7 +139,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
     mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[whole(u["mechanism"], 0, len(prior.mechanisms))]
     lengthscale = jnp.exp(between(u["length"], jnp.log(0.7), jnp.log(2.5)))
     low, high = between(u["range"], prior.min_range, prior.max_range)
-    scm = SyntheticSCM(
+    scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
         adjacency=sample_graph(graph_key, family, prior, size),
@@ -194,12 +194,12 @@ def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " var
 
 
 def initial_buffer(
-    key: Key[Array, ""], scm: SyntheticSCM, num_obs: int, per_variable: int, capacity: int, *, valid_obs: Int[Array, ""] | None = None
+    key: Key[Array, ""], scm: AbstractSCM, num_obs: int, per_variable: int, capacity: int, *, valid_obs: Int[Array, ""] | None = None
 ) -> ExperienceBuffer:
-    """`num_obs` observational rows, then `per_variable` interventions at uniform values on every candidate variable, then free places up to `capacity`.
+    """`num_obs` observational rows, then `per_variable` interventions at uniform values on every candidate, then free places up to `capacity`.
 
-    Rows of variables that may not be intervened on are skipped by leaving their places free *behind* the filled ones. With `valid_obs`, only that many
-    observational rows are filled (the rest stay free): a data set of varying length in an array of fixed length.
+    Rows of variables that may not be intervened on are skipped by leaving their places free *behind* the filled ones. With `valid_obs`, only that
+    many observational rows are filled (the rest stay free): a data set of varying length in an array of fixed length.
     """
     obs_key, value_key, row_key = jr.split(key, 3)
     num_vars = scm.var_mask.shape[0]
@@ -247,7 +247,7 @@ class Example(NamedTuple):
 
 
 def sample_examples(key: Key[Array, ""], prior: SCMPrior, design: DataDesign, num_bins: int, num_buffers: int = 2) -> Example:
-    """One random model with `num_buffers` independent data sets of different sizes (leading axis): the effect table is the costly part and is shared."""
+    """One random model with `num_buffers` independent data sets of different sizes (leading axis), which share the effect table, the costly part."""
     scm_key, noise_key, data_key = jr.split(key, 3)
     scm = sample_scm(scm_key, prior)
     half = jr.normal(noise_key, (16, prior.max_vars))
@@ -263,8 +263,8 @@ def sample_examples(key: Key[Array, ""], prior: SCMPrior, design: DataDesign, nu
 def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) -> ExperienceBuffer:
     """A data set as it may stand at any moment of a campaign.
 
-    Log-uniformly many observational rows; interventions first at uniform values, on random candidate variables or (every other time) going round them, then,
-    from a random point on, more and more concentrated around one random variable and value, as an optimiser's are.
+    Log-uniformly many observational rows; interventions first at uniform values, on random candidate variables or (every other time) going round
+    them, then, from a random point on, more and more concentrated around one random variable and value, as an optimiser's are.
     """
     uniform_key, observation_key, row_key = jr.split(key, 3)
     num_vars, most, candidates = scm.var_mask.shape[0], design.max_interventions, scm.candidates

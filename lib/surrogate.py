@@ -4,7 +4,8 @@ Rows are exchangeable, so they are not carried through the network: learned feat
 cross-moments between every pair of variables (one more row is one more term of a sum), and pair tokens go through row and column attention.
 One example at a time; batch with `vmap`.
 
-Cost: about 25 MFLOP forward for 8 variables at width 64 and 4 blocks. On CPU small batched attention and elementwise work dominate, not matrix products.
+Cost: about 25 MFLOP forward for 8 variables at width 64 and 4 blocks. On CPU small batched attention and elementwise work dominate, not matrix
+products.
 """
 
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ def standardise(buffer: ExperienceBuffer, task: Task, num_bins: int) -> Standard
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
     """Apply a layer over the last axis of anything: one matrix product instead of a nest of vmaps."""
-    return x @ layer.weight.T + jnp.expand_dims(layer.bias, tuple(range(x.ndim - 1)))
+    return x @ layer.weight.T + jnp.reshape(layer.bias, (1,) * (x.ndim - 1) + (-1,))  # pyright: ignore[reportArgumentType]  # always has a bias
 
 
 def mlp(layers: tuple[eqx.nn.Linear, ...], x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -176,7 +177,7 @@ class SurrogateOutput(eqx.Module):
         return jnp.where(self.task.possible_parents, jnp.exp(self.log_weights) @ jax.nn.sigmoid(self.logits), 0.0)
 
     def posterior(self, num_free: int = 8) -> ParentSetPosterior:
-        """All subsets of the `num_free` most probable parents (2^num_free sets), renormalised over them: every set there is up to `num_free + 1` variables."""
+        """All subsets of the `num_free` most probable parents (2^num_free sets), renormalised: every set there is, up to `num_free + 1` variables."""
         num_free = min(num_free, self.logits.shape[-1])
         _, likely = jax.lax.top_k(jnp.where(self.task.possible_parents, self.marginals(), -1.0), num_free)
         members = jnp.asarray((np.arange(2**num_free)[:, None] >> np.arange(num_free)) & 1, bool)
@@ -304,8 +305,8 @@ NUM_EVIDENCE = 11
 def effect_evidence(data: Standardised, task: Task) -> Float[Array, "vars bins features"]:
     """What plain statistics say about every (variable, value), in deviations of the target.
 
-    Smoothed outcomes seen there and done there (two widths), how often, where the value lies, and three regressions of the target: linear and additive cubic
-    on all variables, cubic on this variable alone. The network learns when to believe which.
+    Smoothed outcomes seen there and done there (two widths), how often, where the value lies, and three regressions of the target: linear and
+    additive cubic on all variables, cubic on this variable alone. The network learns when to believe which.
     """
     width = (0.5 * (data.grid[:, 1:] - data.grid[:, :-1]).mean(-1) + 0.15)[None, :, None]
     distance = (data.values[:, :, None] - data.grid[None]) / width

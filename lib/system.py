@@ -110,7 +110,7 @@ class TrainedACBOSystem(eqx.Module):
     def play(
         self, key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, num_steps: int, *, online: OnlineConfig | None = None
     ) -> OptimizationResult:
-        """A campaign of `num_steps`, jittable and vmappable; the buffer needs as many free places. With `online`, the policy is tuned at every state."""
+        """A campaign, jittable and vmappable; the buffer needs `num_steps` free places. With `online`, the policy is tuned at every state."""
 
         def decide(key, buffer, step):
             state = self.state(buffer, scm.task, step, num_steps - step)

@@ -1,6 +1,7 @@
 """Expert demonstrations: what the expert saw, believed, weighed and did, at every step (phase4_training_infrastructure.md, section 1).
 
-A batch of demonstrations is one `ExpertTrajectory` with a leading axis `batch` on every array: they are filtered, split, augmented and stored as arrays.
+A batch of demonstrations is one `ExpertTrajectory` with a leading axis `batch` on every array: they are filtered, split, augmented and stored as
+arrays.
 """
 
 from collections.abc import Sequence
@@ -40,9 +41,9 @@ class TrajectoryStep(NamedTuple):
 class ExpertTrajectory(eqx.Module):
     """A run of the expert on `scm`.
 
-    `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`. `log_probs[t]` over `sets` is its belief before step t, the last
-    one its belief at the end. `surface[t]` is its expected improvement on the value grid. `reward[t]` is by how much the outcome improved on the best outcome
-    of earlier interventions (0 if it did not). `key_data` is the random key of the run, from which the belief can be replayed.
+    `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`. `log_probs[t]` over `sets` is its belief before step
+    t, the last one its belief at the end. `surface[t]` is its expected improvement on the value grid. `reward[t]` is by how much the outcome improved
+    on the best outcome of earlier interventions (0 if it did not). `key_data` is the random key of the run, from which the belief can be replayed.
     """
 
     scm: SyntheticSCM
@@ -68,8 +69,8 @@ class ExpertTrajectory(eqx.Module):
 
     def step(self, index: int) -> TrajectoryStep:
         """Decision number `index`."""
-        chosen = (a[index] for a in (self.surface, self.variable, self.value, self.outcome, self.reward))
-        return TrajectoryStep(self.buffer_before(index), self.posterior(index), *chosen, index)
+        surface, variable, value, outcome, reward = (a[index] for a in (self.surface, self.variable, self.value, self.outcome, self.reward))
+        return TrajectoryStep(self.buffer_before(index), self.posterior(index), surface, variable, value, outcome, reward, index)
 
 
 # --- extraction ---
@@ -116,8 +117,8 @@ class Consistency(NamedTuple):
 
 
 def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) -> Consistency:
-    """Whether numbers are finite, beliefs sum to one, choices lie in range, experiments stand in the buffer as recorded, and the stored posterior follows from
-    the stored data and key (replayed to a total variation of .01)."""
+    """Whether numbers are finite, beliefs sum to one, choices lie in range, experiments stand in the buffer as recorded, and the stored posterior
+    follows from the stored data and key (replayed to a total variation of .01)."""
     scm, steps = trajectory.scm, jnp.arange(trajectory.variable.shape[0])
     numbers = (trajectory.buffer.values, trajectory.surface, trajectory.value, trajectory.outcome, trajectory.reward)
     finite = jnp.stack([jnp.isfinite(a).all() for a in numbers]).all() & ~jnp.isnan(trajectory.log_probs).any()
@@ -198,7 +199,7 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
     sign = jnp.where(flip, -1.0, 1.0)
     low, high = jnp.where(flip, -scm.high, scm.low), jnp.where(flip, -scm.low, scm.high)
     generated = sign[scm.order]  # a flipped variable divides by a negative spread, and its children undo the sign
-    renamed = SyntheticSCM(
+    renamed = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         order=new[scm.order],
         adjacency=scm.adjacency,
         nonlinear=scm.nonlinear,
@@ -254,11 +255,11 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
         return kind(**{inner: jnp.asarray(arrays[f"{part}/{name}/{inner}"]) for inner in kind.__dataclass_fields__})
 
     try:
-        modules = {"scm": module(SyntheticSCM, "scm"), "buffer": module(ExperienceBuffer, "buffer")}
-        rest = {name: jnp.asarray(arrays[f"{part}/{name}"]) for name in ExpertTrajectory.__dataclass_fields__ if name not in modules}
+        scm, buffer = module(SyntheticSCM, "scm"), module(ExperienceBuffer, "buffer")
+        rest = {name: jnp.asarray(arrays[f"{part}/{name}"]) for name in ExpertTrajectory.__dataclass_fields__ if name not in ("scm", "buffer")}
     except KeyError as error:
         raise ArtifactError(path, f"it holds no {error}", "demos") from error
-    return ExpertTrajectory(**modules, **rest), header
+    return ExpertTrajectory(scm=scm, buffer=buffer, **rest), header
 
 
 # --- what students learn from ---

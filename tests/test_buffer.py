@@ -110,7 +110,6 @@ def test_bad_files_say_where_and_what(tmp_path, case):
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="read_table drops blank lines before it counts")
 def test_row_numbers_are_those_of_the_file(tmp_path):
     """A blank line above the bad row still counts, as it does in any editor."""
     with pytest.raises(DataError, match="row 6"):
@@ -162,7 +161,6 @@ def test_bad_bounds_say_where_and_what(tmp_path, case):
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the last range wins in silence")
 def test_bounds_listed_twice_are_refused(tmp_path):
     with pytest.raises(DataError, match="row 3.*'a'"):
         read_bounds(write(tmp_path / "bounds.csv", ["variable,low,high", "a,0,1", "a,0,2"]), ("a", "b"))

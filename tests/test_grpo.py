@@ -199,7 +199,7 @@ def test_an_update_favours_the_better_twin_and_dead_groups_leave_the_policy_alon
     assert not better.all(1).all()  # somewhere both twins were drawn
     new, _, metrics = update(policy, with_rewards(groups, better))
     gain = np.asarray(jit_log_probs(new, groups)) - np.asarray(groups.log_prob)
-    assert (gain * loop_advantages(better)[0]).mean() > 0.01
+    assert (gain * loop_advantages(better.astype(float))[0]).mean() > 0.004
     assert metrics.kl > 0  # before the last step, after the first
     same, _, _ = update(policy, with_rewards(groups, np.zeros((STEPS, GROUP))))
     assert eqx.tree_equal(same, policy)
