@@ -42,8 +42,12 @@ class SCMPrior:
     """Largest edge probability of an Erdős–Rényi graph."""
     min_noise: float = 0.3
     """Smallest noise scale, before standardisation."""
-    max_noise: float = 1.0
+    max_noise: float = 3.0
     """Largest noise scale, before standardisation."""
+    min_lengthscale: float = 0.4
+    """Shortest lengthscale of a Fourier mechanism, in deviations of a parent."""
+    max_lengthscale: float = 2.5
+    """Longest lengthscale of a Fourier mechanism, in deviations of a parent."""
     min_range: float = 1.5
     """Shortest distance from the observational mean to an end of a variable's range of intervention."""
     max_range: float = 4.0
@@ -137,7 +141,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = jnp.array([FAMILIES.index(f) for f in prior.families])[whole(u["family"], 0, len(prior.families))]
     mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[whole(u["mechanism"], 0, len(prior.mechanisms))]
-    lengthscale = jnp.exp(between(u["length"], jnp.log(0.7), jnp.log(2.5)))
+    lengthscale = jnp.exp(between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale)))
     low, high = between(u["range"], prior.min_range, prior.max_range)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last

@@ -127,7 +127,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path):
     (tmp_path / "excel.csv").write_text("\ufeffa,b\n1,2\n", encoding="utf-8")
-    assert read_table(tmp_path / "excel.csv") == (["a", "b"], [["1", "2"]])
+    assert read_table(tmp_path / "excel.csv") == (["a", "b"], [(2, ["1", "2"])])
 
 
 def test_parse_number(tmp_path):
