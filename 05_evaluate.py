@@ -34,6 +34,7 @@ from tqdm import tqdm
 from lib import baselines
 from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, save_arrays
 from lib.benchmarks import make_benchmark
+from lib.buffer import ExperienceBuffer
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
 from lib.grpo import CampaignDesign, Problem, draw_problem
 from lib.metrics import (
@@ -51,7 +52,6 @@ from lib.metrics import (
     write_results,
 )
 from lib.parent_scale import ParentScaleConfig, replay_posterior, run_gp_ei, run_parent_scale
-from lib.policy import AcquisitionPolicyNetwork
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior, initial_buffer
 from lib.surrogate import ParentSetPredictionModel
@@ -126,17 +126,8 @@ PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 # --- methods: (key, scm, buffer) -> recommended variables and values [steps + 1] ---
 
 
-class Models(eqx.Module):
-    """Everything trained: the end-to-end system, and what it was before stage 4."""
-
-    acbo: TrainedACBOSystem
-    surrogate: ParentSetPredictionModel
-    bc_policy: AcquisitionPolicyNetwork
-    grpo_policy: AcquisitionPolicyNetwork
-
-
-def make_method(name: str, models: Models, num_obs: int, num_steps: int) -> Callable:
-    """The method called `name` as a function of (key, scm, buffer)."""
+def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
+    """The method called `name` as a function of (key, scm, buffer); `system` is what the learned ones use."""
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
     def campaign(decide):
@@ -156,14 +147,14 @@ def make_method(name: str, models: Models, num_obs: int, num_steps: int) -> Call
         return baselines.random_choice(key, scm.low, scm.high, scm.candidates), (variable, buffer.values[best, variable])
 
     def greedy(scm, key, buffer, step):
-        choice = models.acbo.surrogate.predict(buffer, scm.task).best()
+        choice = system.surrogate.predict(buffer, scm.task).best()
         return choice, choice
 
     def amortized(key, scm, buffer):
-        first = models.acbo.surrogate.predict(buffer, scm.task).posterior().top_k(16)
+        first = system.surrogate.predict(buffer, scm.task).posterior().top_k(16)
 
         def believe(buffer):
-            output = models.acbo.surrogate.predict(buffer, scm.task)
+            output = system.surrogate.predict(buffer, scm.task)
             return jax.nn.log_softmax(jax.vmap(output.log_prob)(first.sets))
 
         return run_parent_scale(key, scm, buffer, expert, candidate_sets=(first.sets, jax.nn.log_softmax(first.log_probs)), predict=believe)
@@ -180,9 +171,7 @@ def make_method(name: str, models: Models, num_obs: int, num_steps: int) -> Call
         "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
         "parent_scale_amortized": amortized,
         "surrogate_greedy": campaign(greedy),
-        "bc_policy": lambda key, scm, buffer: TrainedACBOSystem(models.surrogate, models.bc_policy).play(key, scm, buffer, num_steps),
-        "grpo_policy": lambda key, scm, buffer: TrainedACBOSystem(models.surrogate, models.grpo_policy).play(key, scm, buffer, num_steps),
-        "acbo": lambda key, scm, buffer: models.acbo.play(key, scm, buffer, num_steps),
+        "acbo": lambda key, scm, buffer: system.play(key, scm, buffer, num_steps),
     }
     if name not in methods:
         raise ValueError(f"unknown method '{name}': choose from {', '.join(methods)}")
@@ -204,10 +193,16 @@ METHODS = (
 )
 
 
+def in_batches(function: Callable, inputs):
+    """`function` over the leading axis, some at a time: equal batches, because a remainder would compile `function` once more."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    return jax.lax.map(function, inputs, batch_size=max(size for size in range(1, 31) if count % size == 0))
+
+
 @eqx.filter_jit
-def run_method(name: str, models: Models, keys: jax.Array, scms: AbstractSCM, buffers, num_obs: int, num_steps: int) -> dict[str, jax.Array]:
+def run_method(name: str, system: TrainedACBOSystem, keys: jax.Array, scms: AbstractSCM, buffers, num_obs: int, num_steps: int):
     """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and the expert's first parent marginals."""
-    method = make_method(name, models, num_obs, num_steps)
+    method = make_method(name, system, num_obs, num_steps)
 
     def one(inputs):
         key, scm, buffer = inputs
@@ -217,7 +212,7 @@ def run_method(name: str, models: Models, keys: jax.Array, scms: AbstractSCM, bu
         marginals = run.posterior(scm.target, 0).marginals() if name == "parent_scale" else jnp.zeros(num_vars)
         return {"recommended": means, "marginals": marginals}
 
-    return jax.lax.map(one, (keys, scms, buffers), batch_size=16)
+    return in_batches(one, (keys, scms, buffers))
 
 
 @eqx.filter_jit
@@ -228,7 +223,7 @@ def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: Campaig
         problem = draw_problem(key, prior, campaign, num_bins)
         return problem, problem.scm.optimum().mean
 
-    return jax.lax.map(one, jr.split(key, count), batch_size=32)
+    return in_batches(one, jr.split(key, count))
 
 
 @eqx.filter_jit
@@ -242,7 +237,7 @@ def structure_scores(surrogate: ParentSetPredictionModel, problems: Problem) -> 
         rest = {"log_prob": output.log_prob(scm.parents), "effect_mean": output.effect_mean, "effect_std": output.effect_std}
         return rivals | {"acbo": output.marginals(), "parents": scm.parents, "possible": scm.task.possible_parents} | rest
 
-    return jax.lax.map(one, problems, batch_size=32)
+    return in_batches(one, problems)
 
 
 # --- the run ---
@@ -251,8 +246,8 @@ def structure_scores(surrogate: ParentSetPredictionModel, problems: Problem) -> 
 class Evaluation:
     """Collects records; keeps per-problem results on disk, so that a stopped evaluation goes on where it was."""
 
-    def __init__(self, config: Config, models: Models, inputs: list[Path]):
-        self.config, self.models, self.inputs = config, models, inputs
+    def __init__(self, config: Config, systems: dict[str, TrainedACBOSystem], inputs: list[Path]):
+        self.config, self.systems, self.inputs = config, systems, inputs
         self.records: list[Record] = []
         self.mark = fingerprint(config, inputs)
 
@@ -260,6 +255,11 @@ class Evaluation:
         """One row of the results; a bare number is a single measurement and has no interval."""
         value, low, high = estimate if isinstance(estimate, Estimate) else (estimate, -np.inf, np.inf)
         self.records.append(Record(table, task, method, metric, value, low, high, n, unit))
+
+    def play(self, name: str, keys: jax.Array, scms: AbstractSCM, buffers: ExperienceBuffer, num_obs: int, num_steps: int) -> dict[str, jax.Array]:
+        """Results of `run_method`; the learned policies are one program with different weights."""
+        program = "acbo" if name in self.systems else name
+        return run_method(program, self.systems.get(name, self.systems["acbo"]), keys, scms, buffers, num_obs, num_steps)
 
     def stored(self, name: str, compute: Callable[[], dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """`compute()`, unless the file of an earlier run with the same settings and inputs holds it."""
@@ -298,7 +298,7 @@ def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, 
     for name in tqdm(METHODS, desc=f"methods, {task}"):
         count = min(config.expert_problems, config.num_problems) if name in EXPERT_FAMILY else config.num_problems
         part = jax.tree.map(lambda leaf, n=count: leaf[:n], (keys, problems.scm, problems.buffer))
-        result = evaluation.stored(f"{name}_d{size}", partial(run_method, name, evaluation.models, *part, config.num_obs, config.num_steps))
+        result = evaluation.stored(f"{name}_d{size}", partial(evaluation.play, name, *part, config.num_obs, config.num_steps))
         regret[name] = normalised_regret(result["recommended"], optima[:count, None], baseline[:count, None])
         if name == "parent_scale":
             marginals = result["marginals"]
@@ -327,7 +327,7 @@ def evaluate_structure(evaluation: Evaluation, size: int, problems: Problem, val
 
     Returns the scores of `structure_scores`.
     """
-    task, surrogate = f"d={size}", evaluation.models.acbo.surrogate
+    task, surrogate = f"d={size}", evaluation.systems["acbo"].surrogate
     scores = evaluation.stored(f"structure_d{size}", lambda: structure_scores(surrogate, problems))
     tuning = evaluation.stored(f"structure_validation_d{size}", lambda: structure_scores(surrogate, validation))
     truth, possible = scores["parents"], scores["possible"]
@@ -359,7 +359,7 @@ def evaluate_success(
     evaluation: Evaluation, size: int, problems: Problem, scores: dict[str, np.ndarray], expert_marginals: np.ndarray, transfer: tuple[float, float]
 ) -> None:
     """The criteria of phase4_training_infrastructure.md. `transfer` is the parent F1 at the largest trained and at the transfer size."""
-    config, models, task = evaluation.config, evaluation.models, f"d={size}"
+    config, surrogate, task = evaluation.config, evaluation.systems["acbo"].surrogate, f"d={size}"
     count = len(expert_marginals)
     truth, possible = scores["parents"][:count], scores["possible"][:count]
     ours, theirs = (parent_f1(marginals[:count] > 0.5, truth, possible) for marginals in (scores["acbo"], expert_marginals))
@@ -373,7 +373,7 @@ def evaluate_success(
     settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=0)
     infer = eqx.filter_jit(lambda k, s, b: replay_posterior(k, s, b, b.size, settings))
     predict = eqx.filter_jit(lambda model, s, b: model.predict(b, s.task).posterior().log_probs)
-    slow, fast = median_seconds(lambda: infer(*one), 3), median_seconds(lambda: predict(models.acbo.surrogate, *one[1:]), 20)
+    slow, fast = median_seconds(lambda: infer(*one), 3), median_seconds(lambda: predict(surrogate, *one[1:]), 20)
     evaluation.add("success", task, "acbo", "speedup", slow / fast, 1, "our expert's seconds per posterior over the surrogate's")
     evaluation.add("success", task, "acbo", "surrogate_latency", 1000 * fast, 20, "ms per posterior, one problem")
 
@@ -424,7 +424,7 @@ def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
     config = evaluation.config
     capacity = config.literature_obs + config.per_variable * bucket + config.literature_steps
     keys = jr.split(jr.fold_in(jr.key(config.seed), 7), config.literature_seeds)
-    runs = [(benchmark, name) for benchmark in config.literature for name in ("random", "additive_ridge", "parent_scale", "surrogate_greedy", "acbo")]
+    runs = [(benchmark, name) for benchmark in config.literature for name in ("random", "additive_ridge", "parent_scale", "acbo")]
     for benchmark, name in tqdm(runs, desc="literature"):
         scm = make_benchmark(benchmark, bucket)
         first = partial(initial_buffer, scm=scm, num_obs=config.literature_obs, per_variable=config.per_variable, capacity=capacity)
@@ -434,7 +434,7 @@ def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
             evaluation.add("literature", benchmark, "optimum", "E[Y | do]", float(scm.optimum().mean), 1)
             evaluation.add("literature", benchmark, "doing nothing", "E[Y | do]", float(scm.mean_outcome(Intervention.none(bucket))), 1)
             evaluation.add("literature", benchmark, "CBO-U, as published (see lib)", "E[Y | do]", PUBLISHED[benchmark], 10)
-        play = partial(run_method, name, evaluation.models, keys, scms, buffers, config.literature_obs, config.literature_steps)
+        play = partial(evaluation.play, name, keys, scms, buffers, config.literature_obs, config.literature_steps)
         result = evaluation.stored(f"{name}_{benchmark}", play)
         evaluation.add("literature", benchmark, name, "E[Y | do]", summarise(result["recommended"][:, -1]), len(keys))
 
@@ -469,15 +469,15 @@ def main(config: Config) -> Path:
     for path in inputs:
         if not path.exists():
             raise ArtifactError(path, "missing")
-    models = Models(
-        TrainedACBOSystem.load(config.folder / "acbo.eqx"),
-        load_surrogate(config.folder / "surrogate.eqx")[0],
-        load_policy(config.folder / "bc_policy.eqx")[0],
-        load_policy(config.folder / "policy.eqx")[0],
-    )
-    evaluation = Evaluation(config, models, inputs)
+    before = load_surrogate(config.folder / "surrogate.eqx")[0]
+    systems = {
+        "bc_policy": TrainedACBOSystem(before, load_policy(config.folder / "bc_policy.eqx")[0]),
+        "grpo_policy": TrainedACBOSystem(before, load_policy(config.folder / "policy.eqx")[0]),
+        "acbo": TrainedACBOSystem.load(config.folder / "acbo.eqx"),
+    }
+    evaluation = Evaluation(config, systems, inputs)
     bucket = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
-    num_bins = models.surrogate.config.num_bins
+    num_bins = before.config.num_bins
     results.mkdir(parents=True, exist_ok=True)
     f1, played = {}, {}
     for size in (*config.sizes, config.transfer_size):

@@ -90,7 +90,7 @@ class ParentScaleConfig:
 
 
 class ExpertRun(eqx.Module):
-    """What the expert believed, computed and did. Index 0 of an axis `steps+1` is before the first experiment.
+    """What the expert believed, computed and did. Axes `beliefs` and `steps+1` start before the first experiment.
 
     `surface` is the expected improvement, in units of Y, on `value_grid(low, high, num_bins)`, zero outside the exploration set. `variable`,
     `value`, `outcome` are the experiments; `recommended_*` the intervention of least posterior mean over all candidates. The rows of the
@@ -98,7 +98,7 @@ class ExpertRun(eqx.Module):
     """
 
     sets: Bool[Array, "sets vars"]
-    log_probs: Float[Array, "steps+1 sets"]
+    log_probs: Float[Array, "beliefs sets"]
     surface: Float[Array, "steps vars bins"]
     variable: Int[Array, " steps"]
     value: Float[Array, " steps"]
@@ -378,7 +378,7 @@ def run_parent_scale(
 
 def replay_posterior(
     key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, num_initial: Int[Array, ""] | int, config: ParentScaleConfig
-) -> Float[Array, "steps+1 sets"]:
+) -> Float[Array, "beliefs sets"]:
     """The expert's log-probabilities of its sets before each experiment of a finished run and after the last, from the run's key and rows alone.
 
     The experiments are the `config.num_steps` rows of `buffer` from `num_initial` on. Check a run against this.

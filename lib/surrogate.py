@@ -213,7 +213,7 @@ class ParentSetPredictionModel(eqx.Module):
         self.blocks = make_block(jr.split(block_key, config.model_n_layers))
         self.parent_head = make_mlp((3 * dim, dim, config.num_components), key=parent_key)
         self.weight_head = eqx.nn.Linear(dim, config.num_components, key=weight_key)
-        self.effect_head = make_mlp((3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, 2 * bins), key=effect_key)
+        self.effect_head = make_mlp((3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, (2 + NUM_ESTIMATES) * bins), key=effect_key)
         self.config = config
 
     def predict(self, buffer: ExperienceBuffer, task: Task) -> SurrogateOutput:
@@ -226,7 +226,9 @@ class ParentSetPredictionModel(eqx.Module):
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate([pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1)
         evidence = jax.lax.stop_gradient(effect_evidence(data, task))
-        means, log_std = jnp.split(mlp(self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1)), 2, -1)
+        head = mlp(self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1))
+        free, log_std, gates = jnp.split(head.reshape(*evidence.shape[:2], -1), (1, 2), -1)
+        means, log_std = free[..., 0] + (gates * evidence[..., :NUM_ESTIMATES]).sum(-1), log_std[..., 0]
         shift, spread = data.shift[task.target], data.spread[task.target]
         return SurrogateOutput(
             task,
@@ -257,6 +259,7 @@ class ParentSetPredictionModel(eqx.Module):
             observed,
             partial_correlation(observed),
             partial_correlation(everything),
+            smooth_correlation(data),
             is_target[:, None] * one,
             is_target[None] * one,
             jnp.eye(num_vars),
@@ -276,7 +279,7 @@ class ParentSetPredictionModel(eqx.Module):
         return output.effect_mean, output.effect_std
 
 
-NUM_PLAIN, NUM_STATISTICS = 4, 8  # hand-made features per scalar, and per pair, beside the learned ones
+NUM_PLAIN, NUM_STATISTICS = 4, 9  # hand-made features per scalar, and per pair, beside the learned ones
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
@@ -299,18 +302,37 @@ def partial_correlation(moments: Float[Array, "vars vars"]) -> Float[Array, "var
     return -precision / scale[:, None] / scale[None]
 
 
-NUM_EVIDENCE = 11
+def bumps(values: Float[Array, "samples vars"], centres: Float[Array, "vars bins"], width: Float[Array, " vars"]):
+    """Gaussian bumps `[samples, vars, bins]` around the centres of each variable."""
+    return jnp.exp(-0.5 * ((values[:, :, None] - centres[None]) / width[None, :, None]) ** 2)
+
+
+def smooth_correlation(data: Standardised) -> Float[Array, "vars vars"]:
+    """Correlation `[i, j]` of variable j with the best smooth function of variable i over the observational rows: it sees waves that moments miss."""
+    num_vars = data.values.shape[1]
+    rows = data.observational[:, None] * data.values
+    centres = jnp.broadcast_to(jnp.linspace(-2.5, 2.5, 11)[None], (num_vars, 11))
+    features = bumps(data.values, centres, jnp.full(num_vars, 0.5)) * data.observational[:, None, None]
+    features = features - features.sum(0) / jnp.maximum(data.observational.sum(), 1.0) * data.observational[:, None, None]
+    moments = jnp.einsum("nvp,nvq->vpq", features, features) + jnp.eye(11)[None]
+    against = jnp.einsum("nvp,nw->vpw", features, rows)
+    explained = jnp.einsum("vpw,vpq,vqw->vw", against, jax.vmap(positive_inverse)(moments), against)
+    return jnp.sqrt(jnp.clip(explained / jnp.maximum((rows**2).sum(0), 1.0)[None], 0.0, 1.0))
+
+
+NUM_ESTIMATES = 7  # the first of the evidence are estimates of the effect itself, which the network may pass on
+NUM_EVIDENCE = 13
 
 
 def effect_evidence(data: Standardised, task: Task) -> Float[Array, "vars bins features"]:
     """What plain statistics say about every (variable, value), in deviations of the target.
 
-    Smoothed outcomes seen there and done there (two widths), how often, where the value lies, and three regressions of the target: linear and
-    additive cubic on all variables, cubic on this variable alone. The network learns when to believe which.
+    Estimates: outcomes seen there and done there (two widths), and four regressions of the target: linear and additive cubic on all variables,
+    cubic and smooth on this variable alone. Then how often each was seen, how sure the smooth one is, and where the value lies. The network learns
+    when to believe which.
     """
-    width = (0.5 * (data.grid[:, 1:] - data.grid[:, :-1]).mean(-1) + 0.15)[None, :, None]
-    distance = (data.values[:, :, None] - data.grid[None]) / width
-    near, wide = jnp.exp(-0.5 * distance**2), jnp.exp(-0.5 * (distance / 3.0) ** 2)
+    width = 0.5 * (data.grid[:, 1:] - data.grid[:, :-1]).mean(-1) + 0.15
+    near, wide = bumps(data.values, data.grid, width), bumps(data.values, data.grid, 3.0 * width)
     outcome = jnp.take(data.values, task.target, axis=1)
     usable = data.valid * (1.0 - jnp.take(data.intervened, task.target, axis=1))
     observed, done = (data.observational * usable)[:, None, None], (data.intervened * usable[:, None])[:, :, None]
@@ -320,13 +342,19 @@ def effect_evidence(data: Standardised, task: Task) -> Float[Array, "vars bins f
     wide_mean = jnp.einsum("nvb,n->vb", wide * done, outcome) / (wide_count + 0.3)
     rows = ExperienceBuffer(data.values, data.intervened > 0, data.valid > 0)
     low, high, bins = data.grid[:, 0], data.grid[:, -1], data.grid.shape[1]
-    surfaces = [
+    alone = (observed + done)[..., 0]
+    smooth, certainty = smooth_surface(near, outcome, alone, bumps(data.grid.T, data.grid, width).swapaxes(0, 1))
+    estimates = [
+        seen_mean,
+        near_mean,
+        wide_mean,
         least_squares_surface(rows, task.target, low, high, bins),
         additive_ridge_surface(rows, task.target, low, high, bins),
-        single_cause_surface(data.values, outcome, (observed + done)[..., 0], data.grid),
+        single_cause_surface(data.values, outcome, alone, data.grid),
+        smooth,
     ]
-    smoothed = [seen_mean, near_mean, wide_mean, jnp.log1p(seen_count), jnp.log1p(near_count), jnp.log1p(wide_count), near_count / (near_count + 0.3)]
-    features = jnp.stack([*smoothed, data.grid, *surfaces], -1)
+    counts = [jnp.log1p(seen_count), jnp.log1p(near_count), jnp.log1p(wide_count), near_count / (near_count + 0.3)]
+    features = jnp.stack([*estimates, *counts, certainty, data.grid], -1)
     return jnp.where(task.var_mask[:, None, None], jnp.clip(features, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0)
 
 
@@ -343,6 +371,23 @@ def single_cause_surface(
     moments = jnp.einsum("nvp,nvq->vpq", design, powers - centre[None]) + jnp.eye(3)[None]
     slopes = jnp.einsum("vpq,vq->vp", jax.vmap(positive_inverse)(moments), jnp.einsum("nvp,n->vp", design, outcome))
     return level[:, None] + jnp.einsum("vbp,vp->vb", powers_of((grid - middle[:, None]) / half[:, None], 3) - centre[:, None], slopes)
+
+
+def smooth_surface(
+    near: Float[Array, "samples vars bins"],
+    outcome: Float[Array, " samples"],
+    weights: Float[Array, "samples vars"],
+    at_grid: Float[Array, "vars bins bins"],
+) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+    """Ridge regression of the outcome on bumps along each variable by itself, over its weighted rows, and the log of its variance on the grid."""
+    total = jnp.maximum(weights.sum(0), 1.0)
+    level = (weights * outcome[:, None]).sum(0) / total
+    features = near * weights[:, :, None]
+    moments = jnp.einsum("nvp,nvq->vpq", features, near) + 0.5 * jnp.eye(near.shape[-1])[None]
+    inverse = jax.vmap(positive_inverse)(moments)
+    slopes = jnp.einsum("vpq,nvq,nv->vp", inverse, features, outcome[:, None] - level[None])
+    variance = jnp.einsum("vbp,vpq,vbq->vb", at_grid, inverse, at_grid)
+    return level[:, None] + jnp.einsum("vbp,vp->vb", at_grid, slopes), jnp.log(variance + 1e-3)
 
 
 class SurrogateLosses(NamedTuple):

@@ -50,7 +50,7 @@ class ExpertTrajectory(eqx.Module):
     buffer: ExperienceBuffer
     num_initial: Int[Array, ""]
     sets: Bool[Array, "sets vars"]
-    log_probs: Float[Array, "steps+1 sets"]
+    log_probs: Float[Array, "beliefs sets"]
     surface: Float[Array, "steps vars bins"]
     variable: Int[Array, " steps"]
     value: Float[Array, " steps"]
@@ -251,15 +251,21 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
     """The demonstrations of one part, `train` or `validation`, and the file's header; raises `ArtifactError` if the file cannot be used."""
     arrays, header = load_arrays(path, "demos")
 
-    def module(kind, name):
-        return kind(**{inner: jnp.asarray(arrays[f"{part}/{name}/{inner}"]) for inner in kind.__dataclass_fields__})
+    parts = {"scm": SyntheticSCM, "buffer": ExperienceBuffer}
+
+    def fields(kind, prefix):
+        return {name: jnp.asarray(arrays[f"{prefix}/{name}"]) for name in kind.__dataclass_fields__ if name not in parts}
 
     try:
-        scm, buffer = module(SyntheticSCM, "scm"), module(ExperienceBuffer, "buffer")
-        rest = {name: jnp.asarray(arrays[f"{part}/{name}"]) for name in ExpertTrajectory.__dataclass_fields__ if name not in ("scm", "buffer")}
+        inner = {name: fields(kind, f"{part}/{name}") for name, kind in parts.items()}
+        rest = fields(ExpertTrajectory, part)
     except KeyError as error:
         raise ArtifactError(path, f"it holds no {error}", "demos") from error
-    return ExpertTrajectory(scm=scm, buffer=buffer, **rest), header
+
+    def build(inner, rest):
+        return ExpertTrajectory(**{name: kind(**inner[name]) for name, kind in parts.items()}, **rest)
+
+    return jax.vmap(build)(inner, rest), header
 
 
 # --- what students learn from ---

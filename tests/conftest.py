@@ -8,6 +8,7 @@ import pytest
 
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
 
 @pytest.fixture

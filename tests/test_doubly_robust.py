@@ -1,0 +1,209 @@
+"""The prior over parent sets: on systems with known parents, under renaming and padding, and its parts against numpy and scipy."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.stats
+
+from lib.doubly_robust import (
+    LINEAR_PENALTY,
+    benjamini_yekutieli,
+    doubly_robust_prior,
+    held_out_residuals,
+    increase_p_values,
+    set_frequencies,
+    standardise,
+)
+
+
+ROWS, REAL, SLOTS, BOOTSTRAPS = 300, 5, 8, 6
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+PERMUTATION = np.array([3, 0, 4, 2, 1])  # new variable j is old variable PERMUTATION[j]
+NEW_NAMES = np.argsort(PERMUTATION).tolist()
+
+
+def zscores(columns):
+    return (columns - columns.mean(0)) / columns.std(0)
+
+
+def make_rows(seed, outcome):
+    """Variable 2 is the target; 0 and 1 are roots, 3 is a noisy copy of 0, 4 has nothing to do with anyone. Units differ."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(ROWS, REAL))
+    x[:, 3] = 0.8 * x[:, 0] + 0.6 * x[:, 3]
+    x[:, 2] = outcome(x, x[:, 2])
+    return x * np.array([1.0, 10.0, 3.0, 0.1, 1.0]) + np.array([0.0, 5.0, -1.0, 0.0, 100.0])
+
+
+SYSTEMS = {
+    "linear": make_rows(0, lambda x, noise: 1.5 * x[:, 0] - x[:, 1] + 0.5 * noise),
+    "square": make_rows(1, lambda x, noise: x[:, 1] ** 2 + 0.3 * noise),
+    "nothing": make_rows(2, lambda x, noise: noise),
+}
+
+
+jit_priors = jax.jit(jax.vmap(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, num_features=20)), compiler_options=FAST)
+
+
+def priors(systems, targets, slots=REAL):
+    """Sets and probabilities of several data sets at once, all with the same key."""
+    rows = np.pad(np.stack(systems), ((0, 0), (0, 0), (0, slots - REAL)))
+    keys = jnp.stack([jr.key(5)] * len(systems))
+    mask = np.broadcast_to(np.arange(slots) < REAL, (len(systems), slots))
+    sets, log_probs = jit_priors(keys, jnp.asarray(rows, jnp.float32), jnp.asarray(targets), jnp.asarray(mask))
+    return np.asarray(sets), np.exp(np.asarray(log_probs, float))
+
+
+@pytest.fixture(scope="module")
+def found():
+    """By name: every system, and the linear one with its variables renamed."""
+    systems = [*SYSTEMS.values(), SYSTEMS["linear"][:, PERMUTATION]]
+    sets, probs = priors(systems, [2, 2, 2, NEW_NAMES[2]])
+    return {name: (sets[i], probs[i]) for i, name in enumerate([*SYSTEMS, "renamed"])}
+
+
+def members(sets, probs):
+    return {frozenset(np.flatnonzero(s).tolist()): float(p) for s, p in zip(sets, probs, strict=True) if p > 0}
+
+
+def test_probabilities_are_bootstrap_frequencies(found):
+    for sets, probs in found.values():
+        assert sets.shape == (max(BOOTSTRAPS, REAL), REAL) and probs.shape == sets.shape[:1]
+        np.testing.assert_allclose(probs.sum(), 1.0, atol=1e-5)
+        assert len(members(sets, probs)) == (probs > 0).sum()  # no set twice
+    for name in ("linear", "square", "renamed"):
+        counts = found[name][1] * BOOTSTRAPS
+        np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
+
+
+def test_the_target_is_in_no_set(found):
+    for name in SYSTEMS:
+        sets, probs = found[name]
+        assert not sets[probs > 0][:, 2].any()
+
+
+def test_many_rows_of_a_linear_system_give_its_parents(found):
+    assert members(*found["linear"])[frozenset({0, 1})] > 0.6
+
+
+def test_an_effect_without_correlation_is_found(found):
+    sets, probs = found["square"]
+    assert probs @ sets[:, 1] == pytest.approx(1.0, abs=1e-5)
+    assert max(members(sets, probs), key=members(sets, probs).__getitem__) == frozenset({1})
+
+
+def test_without_any_effect_single_variables_are_equally_probable(found):
+    single = members(*found["nothing"])
+    assert set(single) == {frozenset({i}) for i in (0, 1, 3, 4)}
+    np.testing.assert_allclose(list(single.values()), 0.25, atol=1e-5)
+
+
+def test_renaming_variables_renames_the_sets(found):
+    """Random features are drawn per name, so this holds where the evidence is strong, not digit by digit."""
+    old, new = members(*found["linear"]), members(*found["renamed"])
+    renamed = {frozenset(NEW_NAMES[i] for i in s): p for s, p in old.items()}
+    best = max(renamed, key=renamed.__getitem__)
+    assert max(new, key=new.__getitem__) == best
+    assert abs(new[best] - renamed[best]) <= 0.34
+
+
+def test_padding_changes_nothing(found):
+    sets, probs = priors(list(SYSTEMS.values()), [2, 2, 2], SLOTS)
+    assert sets.shape == (len(SYSTEMS), max(BOOTSTRAPS, SLOTS), SLOTS)
+    for i, name in enumerate(SYSTEMS):
+        padded, plain = members(sets[i], probs[i]), members(*found[name])
+        assert set(padded) == set(plain)
+        assert all(abs(padded[s] - plain[s]) < 1e-5 for s in plain)
+
+
+# --- the parts ---
+
+
+def test_standardise():
+    rows = np.random.default_rng(0).normal(3.0, 5.0, (40, 3))
+    rows[:, 1] = 7.0
+    result = np.asarray(standardise(jnp.asarray(rows, jnp.float32)))
+    np.testing.assert_allclose(result[:, [0, 2]], zscores(rows[:, [0, 2]]), atol=1e-4)
+    assert (result[:, 1] == 0).all()
+
+
+def test_residuals_are_held_out():
+    """With the waves penalised away each fold's prediction is a ridge regression on the drawn rows of the others, once per bootstrap."""
+    rows, num_folds = 23, 5
+    rng = np.random.default_rng(3)
+    x = zscores(rng.normal(size=(rows, 3)))
+    y = zscores(x @ np.array([1.0, -0.5, 0.0]) + 0.3 * rng.normal(size=rows))
+    key = jr.key(4)
+    single = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    run = jax.jit(lambda penalty: held_out_residuals(jr.key(1), *single, key, 2, num_folds, 4, penalty), compiler_options=FAST)
+    full, without, counts = (np.asarray(a) for a in run(1e6))
+    assert full.shape == counts.shape == (2, 25) and without.shape == (3, 2, 25)
+    assert (counts.sum(1) == rows).all() and (counts[:, rows:] == 0).all()  # the places that fill the last fold up were never drawn
+    order = np.asarray(jr.permutation(jr.split(key)[0], rows))
+    fold = np.arange(rows) // 5
+
+    def squared_residuals(columns, weights):
+        phi, result = np.column_stack([np.ones(rows), x[order][:, columns]]), np.zeros(rows)
+        for f in range(num_folds):
+            train, held_out = np.where(fold == f, 0.0, weights), fold == f
+            gram = phi.T @ (train[:, None] * phi) + rows * LINEAR_PENALTY * np.eye(phi.shape[1])
+            result[held_out] = y[order][held_out] - phi[held_out] @ np.linalg.solve(gram, phi.T @ (train * y[order]))
+        return result**2
+
+    for b in range(2):
+        np.testing.assert_allclose(full[b, :rows], squared_residuals([0, 1, 2], counts[b, :rows]), atol=2e-3)
+        for i in range(3):
+            others = [j for j in range(3) if j != i]
+            np.testing.assert_allclose(without[i, b, :rows], squared_residuals(others, counts[b, :rows]), atol=2e-3)
+    products, *_ = run(0.01)
+    assert (products < 0).any()  # with waves the two nuisances differ: no squares
+
+
+def test_p_values_agree_with_a_paired_t_test():
+    rng = np.random.default_rng(5)
+    full, counts = rng.normal(size=(2, 30)), rng.integers(0, 4, (2, 30))
+    without = full[None] + rng.normal(np.array([0.4, 0.1, -0.4, 0.0])[:, None, None], 1.0, (4, 2, 30))
+    without[3] = full  # leaving this one out changes nothing
+    arguments = (jnp.asarray(a, jnp.float32) for a in (full, without, counts))
+    p_values = np.asarray(jax.jit(increase_p_values)(*arguments))
+    assert p_values.shape == (2, 4) and (p_values[:, 3] == 1).all()
+    for b in range(2):
+        for i in range(3):
+            expanded = np.repeat((without[i] - full)[b], counts[b])
+            t = expanded.mean() / (expanded.std(ddof=1) / np.sqrt(expanded.size))
+            expected = 2 * scipy.stats.t.sf(t, expanded.size - 1) if t > 0 else 1.0
+            np.testing.assert_allclose(p_values[b, i], expected, atol=1e-4)
+    assert p_values[:, 0].min() < 0.01 and (p_values[:, 2] == 1).all()
+
+
+def test_selection_agrees_with_scipy():
+    rng = np.random.default_rng(6)
+    select = jax.jit(jax.vmap(ft.partial(benjamini_yekutieli, alpha=0.1)))
+    p_values, real = rng.uniform(size=(64, 6)) ** 4, rng.uniform(size=(64, 6)) < 0.7
+    selected = np.asarray(select(jnp.asarray(p_values, jnp.float32), jnp.asarray(real)))
+    for p, r, chosen in zip(p_values, real, selected, strict=True):
+        assert not chosen[~r].any()
+        if r.any():
+            assert (chosen[r] == (scipy.stats.false_discovery_control(p[r], method="by") <= 0.1)).all()
+    assert 50 < selected.sum() < real.sum() - 50
+
+
+@pytest.mark.parametrize("drop_empty,kept", [(False, 1.0), (True, 0.75)])
+def test_equal_selections_are_counted_together(drop_empty, kept):
+    selected = jnp.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
+    sets, log_probs = set_frequencies(selected, jnp.array([True, True, False]), drop_empty)
+    expected = {frozenset({0}): 0.5, frozenset({0, 1}): 0.25} | ({} if drop_empty else {frozenset(): 0.25})
+    assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(expected)
+    np.testing.assert_allclose(np.exp(log_probs).sum(), kept, atol=1e-6)  # the published code does not renormalise
+
+
+def test_only_empty_selections_give_single_variables():
+    real = jnp.array([True, False, True, True])
+    for drop_empty in (False, True):
+        sets, log_probs = set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
+        assert sets.shape == (4, 4)  # as many places as variables
+        assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx({frozenset({i}): 1 / 3 for i in (0, 2, 3)})

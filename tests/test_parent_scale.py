@@ -1,0 +1,605 @@
+"""The expert: its regression against batch formulas in numpy, its steps against recorded runs of the original code, its runs against their own rules.
+
+Three recorded runs are in tests/cases; PARENT_SCALE_CASES names the folder that holds all ten.
+"""
+
+import functools as ft
+import itertools
+import os
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jaxtyping
+import numpy as np
+import pytest
+import scipy.stats
+
+from lib.benchmarks import AbstractBenchmark, Toy, make_benchmark
+from lib.buffer import ExperienceBuffer
+from lib.causal_gp import StarGP, star_effects
+from lib.parent_scale import (
+    SUPPORT,
+    ParentScaleConfig,
+    ParentSetRegression,
+    Scale,
+    absorb_row,
+    draw_features,
+    estimate_noise,
+    initial_regression,
+    replay_posterior,
+    run_parent_scale,
+    set_features,
+    uniform_prior,
+)
+from lib.scm import AbstractSCM, Intervention
+
+
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def single(array):
+    return jnp.asarray(array, jnp.float32)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    "name,choices", [("prior", "doubly_robust, uniform"), ("features", "auto, linear, fourier"), ("likelihood", "corrected, published")]
+)
+def test_unknown_settings_list_the_choices(name, choices, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests, where nothing checks types before the settings do
+    settings = {"num_obs": 10, "num_steps": 1, name: "best"}
+    with pytest.raises(ValueError, match=f"unknown {name} 'best'.*{choices}"):
+        ParentScaleConfig(**settings)
+
+
+def test_the_search_grid_has_one_more_value_between_any_two():
+    assert ParentScaleConfig(num_obs=10, num_steps=1, num_bins=6).num_values == 11
+
+
+# --- the regression, against numpy in float64 ---
+
+NUM_VARS, FEATURES, FITTED, NEW = 4, 6, 20, 8
+SETS = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], bool)
+LOG_PRIOR = np.log([0.4, 0.1, 0.3, 0.2])
+NOISE = np.array([0.3, 0.2, 0.5, 1.0])
+
+
+def make_rows(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(FITTED + NEW, NUM_VARS))
+    return x, 0.7 * x[:, 0] - 0.5 * np.sin(2 * x[:, 1]) + 0.5 * rng.normal(size=FITTED + NEW)
+
+
+X, Y = make_rows(0)
+OMEGA, PHASE = (np.asarray(a, float) for a in draw_features(jr.key(3), len(SETS), NUM_VARS, FEATURES))
+
+
+@ft.cache
+def jit_absorb(likelihood):
+    """`(linear, use[new]) -> (initial state, states after every new row)`."""
+
+    def follow(linear, use):
+        state = ParentSetRegression.fit(jnp.asarray(SETS), single(LOG_PRIOR), linear, *map(single, (OMEGA, PHASE, X[:FITTED], Y[:FITTED], NOISE)))
+
+        def step(state, row):
+            state = state.absorb(*row, likelihood)
+            return state, state
+
+        return state, jax.lax.scan(step, state, (single(X[FITTED:]), single(Y[FITTED:]), use))[1]
+
+    return jax.jit(follow, compiler_options=FAST)
+
+
+def absorb(linear, likelihood="corrected", use=None):
+    return jit_absorb(likelihood)(jnp.array(linear), jnp.ones(NEW, bool) if use is None else jnp.asarray(use))
+
+
+def features(members, omega, phase, linear):
+    """Features of all rows under one set."""
+    inside = X * members
+    return np.pad(inside, ((0, 0), (0, FEATURES - NUM_VARS))) if linear else np.sqrt(2 / FEATURES) * np.cos(inside @ omega + phase)
+
+
+def log_softmax(scores):
+    return scores - scipy.special.logsumexp(scores)
+
+
+def posterior_of_weights(phi, y, noise):
+    covariance = np.linalg.inv(phi.T @ phi / noise + np.eye(phi.shape[1]))
+    return covariance @ phi.T @ y / noise, covariance
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_one_row_at_a_time_is_the_batch_posterior(linear):
+    """Weights are those of a batch regression on all rows, and the predictive densities multiply to the ratio of batch evidences."""
+    _, states = absorb(linear)
+    evidence = np.zeros((NEW, len(SETS)))
+    for k, members in enumerate(SETS):
+        phi = features(members, OMEGA[k], PHASE[k], linear)
+        outer = phi @ phi.T + NOISE[k] * np.eye(FITTED + NEW)
+
+        def log_evidence(rows, outer=outer):
+            return scipy.stats.multivariate_normal.logpdf(Y[:rows], np.zeros(rows), outer[:rows, :rows])
+
+        for t in range(NEW):
+            rows = FITTED + t + 1
+            mean, covariance = posterior_of_weights(phi[:rows], Y[:rows], NOISE[k])
+            np.testing.assert_allclose(states.mean[t, k], mean, atol=5e-4)
+            np.testing.assert_allclose(states.covariance[t, k], covariance, atol=5e-4)
+            evidence[t, k] = log_evidence(rows) - log_evidence(FITTED)
+    expected = np.stack([log_softmax(LOG_PRIOR + row) for row in evidence])
+    np.testing.assert_allclose(states.log_probs, expected, atol=2e-3)
+    assert np.abs(np.exp(expected[-1]) - np.exp(LOG_PRIOR)).max() > 0.1  # the rows do say something
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_published_likelihood_departs_as_documented(linear):
+    """Linear: the precision in place of the covariance. Fourier: a row is absorbed before it is scored. The weights are the same."""
+    start, states = absorb(linear, "published")
+    _, corrected = absorb(linear)
+    expected = LOG_PRIOR.copy()
+    for t in range(NEW):
+        y = Y[FITTED + t]
+        for k, members in enumerate(SETS):
+            phi = features(members, OMEGA[k], PHASE[k], linear)
+            before, after = (posterior_of_weights(phi[:rows], Y[:rows], NOISE[k]) for rows in (FITTED + t, FITTED + t + 1))
+            row = phi[FITTED + t]
+            mean, matrix = (before[0], np.linalg.inv(before[1])) if linear else after
+            expected[k] += scipy.stats.norm.logpdf(y, row @ mean, np.sqrt(NOISE[k] + row @ matrix @ row))
+        np.testing.assert_allclose(states.log_probs[t], log_softmax(expected), atol=5e-3)
+    np.testing.assert_allclose(states.mean, corrected.mean, atol=1e-5)
+    np.testing.assert_allclose(start.log_probs, LOG_PRIOR, atol=1e-5)
+    assert np.abs(np.exp(states.log_probs) - np.exp(corrected.log_probs)).max() > 0.01
+
+
+def test_rows_that_are_not_used_change_nothing():
+    use = np.arange(NEW) % 2 == 0
+    start, states = absorb(True, use=use)
+    for before, after in ((0, 1), (4, 5)):  # rows 1 and 5 are not used
+        one, two = (jax.tree.map(lambda leaf, t=t: leaf[t], states) for t in (before, after))
+        assert eqx.tree_equal(one, two)
+    assert (start.log_probs != states.log_probs[0]).any()
+    _, none = absorb(True, use=np.zeros(NEW, bool))
+    assert eqx.tree_equal(jax.tree.map(lambda leaf: leaf[-1], none), start)
+
+
+def test_a_row_in_which_the_target_was_set_says_nothing():
+    config = ParentScaleConfig(num_obs=FITTED, num_steps=1)
+    start, _ = absorb(True)
+    scale = Scale(jnp.zeros(NUM_VARS), jnp.full(NUM_VARS, 2.0))
+    row = single([0.5, -1.0, 2.0, 3.0])
+    step = jax.jit(lambda intervened, valid: absorb_row(start, scale, 3, config, row, intervened, valid), compiler_options=FAST)
+    seen = step(jnp.array([True, False, False, False]), jnp.array(True))
+    expected = jax.jit(lambda: start.absorb(row / 2.0, row[3] / 2.0, jnp.array(True)), compiler_options=FAST)()
+    np.testing.assert_allclose(seen.log_probs, expected.log_probs, atol=1e-5)  # in standard units
+    for intervened, valid in ((jnp.arange(4) == 3, True), (jnp.zeros(4, bool), False)):
+        assert eqx.tree_equal(step(intervened, jnp.array(valid)), start)
+
+
+def test_features_of_a_set_ignore_the_other_variables():
+    for linear in (True, False):
+        phi = np.asarray(set_features(jnp.asarray(SETS), jnp.array(linear), single(OMEGA), single(PHASE), single(X[0])))
+        for k, members in enumerate(SETS):
+            np.testing.assert_allclose(phi[k], features(members, OMEGA[k], PHASE[k], linear)[0], atol=1e-5)
+
+
+def test_more_variables_or_sets_leave_the_draws_of_the_others():
+    omega, phase = draw_features(jr.key(3), len(SETS) + 2, NUM_VARS + 3, FEATURES)
+    assert (np.asarray(omega, float)[: len(SETS), :NUM_VARS] == OMEGA).all() and (np.asarray(phase, float)[: len(SETS)] == PHASE).all()
+    assert (omega[0] != omega[1]).all() and phase.min() >= 0 and phase.max() <= 2 * np.pi
+
+
+def test_noise_and_evidence():
+    """The evidence is that of a Gaussian process at the estimated noise; the noise is a fixed point, near the truth and near the best evidence."""
+    rng = np.random.default_rng(1)
+    phi = rng.normal(size=(100, 5))
+    y = phi @ np.array([1.0, -1.0, 0.5, 0.0, 0.0]) + 0.5 * rng.normal(size=100)
+    noise, evidence = (float(v) for v in jax.jit(estimate_noise)(single(phi), single(y)))
+
+    def log_evidence(noise):
+        return scipy.stats.multivariate_normal.logpdf(y, np.zeros(100), phi @ phi.T + noise * np.eye(100))
+
+    np.testing.assert_allclose(evidence, log_evidence(noise), atol=0.05)
+    mean, covariance = posterior_of_weights(phi, y, noise)
+    np.testing.assert_allclose(noise, ((y - phi @ mean) ** 2).sum() / (100 - 5 + np.trace(covariance)), rtol=1e-3)
+    assert abs(noise - 0.25) < 0.12
+    assert evidence > max(log_evidence(factor * noise) for factor in (0.5, 0.8, 1.25, 2.0))
+
+
+def test_automatic_features_follow_the_data():
+    """One call on two data sets: a straight line and a wave."""
+    config = ParentScaleConfig(num_obs=80, num_steps=1, num_features=30)
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(2, 80, 3))
+    rows[0, :, 2] = 2 * rows[0, :, 0] - rows[0, :, 1] + 0.3 * rows[0, :, 2]
+    rows[1, :, 2] = np.cos(2 * rows[1, :, 0]) + 0.1 * rows[1, :, 2]
+    sets = jnp.array([[1, 0, 0], [1, 1, 0]], bool)
+    fit = jax.jit(jax.vmap(lambda rows: initial_regression(jr.key(0), sets, jnp.log(jnp.full(2, 0.5)), rows, 2, config)), compiler_options=FAST)
+    state = fit(single(rows))
+    assert state.linear.tolist() == [True, False]
+    np.testing.assert_allclose(state.log_probs, np.log(0.5), atol=1e-6)  # observational rows condition the weights only
+    np.testing.assert_allclose(state.noise[0, 1], 0.09 / rows[0, :, 2].var(), rtol=0.3)  # in units of the variance of Y
+
+
+@pytest.mark.parametrize("slots", [5, 7])
+def test_uniform_prior_holds_all_small_sets(slots):
+    sets, log_probs = uniform_prior(jnp.array(1), jnp.arange(slots) < 5)
+    listed = {frozenset(np.flatnonzero(s).tolist()) for s, p in zip(np.asarray(sets), np.asarray(log_probs), strict=True) if p > -np.inf}
+    assert listed == {frozenset(c) for size in (1, 2, 3) for c in itertools.combinations((0, 2, 3, 4), size)}
+    np.testing.assert_allclose(np.exp(log_probs)[np.isfinite(log_probs)], 1 / len(listed), rtol=1e-5)
+
+
+# --- recorded runs of the original code ---
+
+KEPT = ("d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30", "d5_nonlinear_dr1_s1_T10")
+OTHERS = (
+    "d5_linear_dr1_s1_T10",
+    "d5_nonlinear_dr0_s0_T10",
+    "d5_nonlinear_dr1_s0_T30",
+    "d10_linear_dr1_s0_T30",
+    "d10_linear_dr1_s1_T10",
+    "d10_nonlinear_dr1_s0_T30",
+    "d10_nonlinear_dr1_s1_T10",
+)
+CASE_VARS, CASE_SETS, CASE_UPDATES, CASE_FEATURES = 10, 14, 48, 100  # every case is padded to these: one program for all
+
+
+@ft.cache
+def read_case(name):
+    folder = Path(__file__).parent / "cases" if name in KEPT else os.environ.get("PARENT_SCALE_CASES")
+    if folder is None:
+        pytest.skip("PARENT_SCALE_CASES does not name the folder with all recorded runs")
+    with np.load(Path(folder) / f"{name}.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def pad(array, *sizes):
+    return np.pad(array, [(0, size - have) for size, have in zip(sizes, array.shape, strict=True)])
+
+
+def case_features(case):
+    """Whether the case is linear, its frequencies `[sets, vars, features]` and phases."""
+    omega, phase = np.zeros((CASE_SETS, CASE_VARS, CASE_FEATURES)), np.zeros((CASE_SETS, CASE_FEATURES))
+    if "weights" not in case:
+        for k, members in enumerate(case["sets"]):
+            omega[k, np.flatnonzero(members)], phase[k] = case[f"rff{k}_omega"], case[f"rff{k}_b"]
+    return jnp.array("weights" in case), single(omega), single(phase)
+
+
+@ft.cache
+def jit_follow():
+    def follow(sets, log_prior, linear, omega, phase, x, y, updates):
+        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(CASE_SETS))
+
+        def run(likelihood):
+            def step(state, row):
+                state = state.absorb(*row, likelihood)
+                return state, state.log_probs
+
+            return jax.lax.scan(step, start, updates)[1]
+
+        return run("published"), run("corrected")
+
+    return jax.jit(follow, compiler_options=FAST)
+
+
+@ft.cache
+def followed(name):
+    """Probabilities `[updates, sets]` of both likelihoods after every update of a case."""
+    case = read_case(name)
+    observed, target, count = case["obs"], int(case["target"]), len(case["upd_y"])
+    inputs = Scale.of(single(observed))(single(observed))
+    kept = np.arange(observed.shape[1]) != target
+    np.testing.assert_allclose(inputs[:, kept], ((observed - case["means"]) / case["stds"])[:, kept], atol=1e-4)
+    updates = (
+        single(pad(np.nan_to_num(case["upd_x"]), CASE_UPDATES, CASE_VARS)),
+        single(pad(case["upd_y"], CASE_UPDATES)),
+        jnp.arange(CASE_UPDATES) < count,
+    )
+    with np.errstate(divide="ignore"):
+        log_prior = single(np.log(pad(case["prior"], CASE_SETS)))
+    x = single(pad(np.where(kept[None], inputs, 0.0), len(observed), CASE_VARS))
+    both = jit_follow()(
+        jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)), log_prior, *case_features(case), x, single(observed[:, target]), updates
+    )
+    return tuple(np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both)
+
+
+def pruned(probs, published):
+    """The original drops a set for good once it is improbable, and renormalises."""
+    kept = np.where(published > 0, probs, 0.0)
+    return kept / kept.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", KEPT + OTHERS)
+def test_every_update_of_the_posterior_is_the_originals(name):
+    case = read_case(name)
+    published, corrected = followed(name)
+    np.testing.assert_allclose(pruned(published, case["posterior_published"]), case["posterior_published"], atol=5e-4)
+    np.testing.assert_allclose(corrected, case["posterior_corrected"], atol=5e-4)
+    if "weights" in case:
+        assert np.abs(published - corrected).max() > 0.2  # the comparison tells the two apart
+
+
+@pytest.mark.parametrize("name", KEPT + OTHERS)
+def test_the_originals_exploration_set_is_the_support_of_the_posterior(name):
+    """Before every experiment the original computed an expected improvement exactly for the variables of the sets above the threshold."""
+    case = read_case(name)
+    steps, updates = len(case["ei"]), len(case["upd_y"])
+    before = slice(updates - steps - 1, updates - 1)
+    probs = pruned(followed(name)[0], case["posterior_published"])[before]
+    probs = np.where(np.abs(probs - SUPPORT) < 1e-6, case["posterior_published"][before], probs)  # within rounding of the threshold
+    explored = ((probs > SUPPORT)[:, :, None] & case["sets"][None]).any(1)
+    # Not the first experiment: in one case the original then still explored variables of sets below the threshold.
+    assert (explored == ~np.isnan(case["ei"]))[1:].all()
+
+
+@ft.cache
+def jit_effects():
+    return jax.jit(star_effects, compiler_options=FAST)
+
+
+@pytest.mark.parametrize("name", KEPT + OTHERS)
+def test_do_effects_are_the_originals(name):
+    """Mean and variance of Y under do, from the original's hyperparameters, in raw units."""
+    case = read_case(name)
+    observed, table = case["obs"], case["do_effects"]
+    hyperparameters, grid = np.ones((3, len(case["sets"]))), np.zeros((observed.shape[1], 5))
+    for row in table:
+        hyperparameters[:, int(row[0])] = row[5:]
+    for variable in np.unique(table[:, 1]).astype(int):
+        values = np.unique(table[table[:, 1] == variable, 2])
+        grid[variable, : len(values)] = values
+    y, gp = single(observed[:, case["target"]]), StarGP(*single(hyperparameters))
+    effects = jit_effects()(single(observed), y, jnp.asarray(case["sets"]), gp, single(grid))
+    sets, variables = table[:, 0].astype(int), table[:, 1].astype(int)
+    places = np.abs(grid[variables] - table[:, 2:3]).argmin(1)
+    np.testing.assert_allclose(effects.mean[sets, variables, places], table[:, 3], atol=1e-4)
+    np.testing.assert_allclose(effects.variance[sets, variables, places], table[:, 4], rtol=1e-4)
+
+
+class LinearSystem(AbstractSCM):
+    """The system of a recorded linear run: `weights[parent, child]` and standard deviations `noise`."""
+
+    target: jax.Array
+    low: jax.Array
+    high: jax.Array
+    parents: jax.Array
+    var_mask: jax.Array
+    weights: jax.Array
+    noise: jax.Array
+    names: tuple[str, ...] = eqx.field(static=True, default=tuple("ABCDE"))
+
+    def draw_noise(self, key, num_samples):
+        return self.noise[None] * jr.normal(key, (num_samples, self.noise.shape[0]))
+
+    def reference_noise(self):
+        return jnp.zeros((1, self.noise.shape[0]))
+
+    def simulate(self, noise, intervention):
+        x = jnp.zeros_like(noise)
+        for _ in self.names:  # long enough to reach the end of every path
+            x = jnp.where(intervention.mask[None], intervention.values[None], x @ self.weights + noise)
+        return x
+
+
+def linear_system(case):
+    weights, target = case["weights"] * (case["adjacency"] != 0), int(case["target"])
+    low, high = case["search_range"].T
+    return LinearSystem(
+        target=jnp.array(target),
+        low=single(low),
+        high=single(high),
+        parents=jnp.asarray(weights[:, target] != 0),
+        var_mask=jnp.ones(len(weights), bool),
+        weights=single(weights),
+        noise=single(case["noise_sigma"]),
+    )
+
+
+ALL_SETS, FEW_SETS = KEPT[:2]  # linear, with the uniform and the doubly robust prior
+AS_PUBLISHED = ParentScaleConfig(
+    num_obs=200, num_steps=10, prior="uniform", features="linear", likelihood="published", unit_noise=True, outcome_samples=1000
+)
+
+
+def case_buffer(case, experiments):
+    """Observations, the first interventions, and the rows that the original fed to its posterior, if `experiments`, or else free places."""
+    observed, first, target = case["obs"], len(case["int_var"]), int(case["target"])
+    raw = case["upd_x"][first:] * case["stds"] + case["means"]
+    raw[:, target] = case["upd_y"][first:]
+    values = np.concatenate([observed, case["int_data"], raw * experiments])
+    chosen = np.concatenate([np.full(len(observed), -1), case["int_var"], case["chosen_var"] if experiments else np.full(len(raw), -1)])
+    valid = np.arange(len(values)) < len(values) - (0 if experiments else len(raw))
+    return ExperienceBuffer(single(values), jnp.asarray(chosen[:, None] == np.arange(observed.shape[1])), jnp.asarray(valid))
+
+
+def test_a_recorded_run_is_replayed_from_its_raw_rows():
+    """The whole path: standardisation, uniform prior, noise, updates, with the published settings."""
+    case = read_case(ALL_SETS)
+    first, scm = len(case["int_var"]), linear_system(case)
+    replay = jax.jit(lambda scm, buffer: replay_posterior(jr.key(0), scm, buffer, 200 + first, AS_PUBLISHED), compiler_options=FAST)
+    probs = np.exp(np.asarray(replay(scm, case_buffer(case, True)), float))
+    sets = np.asarray(uniform_prior(scm.target, scm.var_mask)[0])
+    order = [np.flatnonzero((sets == members).all(1))[0] for members in case["sets"]]
+    np.testing.assert_allclose(probs[:, order].sum(1), 1.0, atol=1e-4)
+    expected = case["posterior_published"][first - 1 :]
+    np.testing.assert_allclose(pruned(probs[:, order], expected), expected, atol=5e-4)
+
+
+def test_on_the_originals_problem_the_expert_does_as_well():
+    """Same system, data, sets and settings: after ten experiments what it recommends is as good as the best that the original tried."""
+    case = read_case(FEW_SETS)
+    scm = linear_system(case)
+    with np.errstate(divide="ignore"):
+        candidate_sets = (jnp.asarray(case["sets"]), single(np.log(case["prior"])))
+
+    def both(scm, buffer, variables, values):
+        run = run_parent_scale(jr.key(0), scm, buffer, AS_PUBLISHED, candidate_sets=candidate_sets)
+        mean = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, scm.low.shape[0])))
+        return run, mean(run.recommended_variable, run.recommended_value), mean(variables, values), mean(run.variable, run.value)
+
+    arguments = (case_buffer(case, False), jnp.asarray(case["chosen_var"], jnp.int32), single(case["chosen_value"]))
+    run, recommended, original, tried = jax.jit(both, compiler_options=FAST)(scm, *arguments)
+    nothing = float(scm.mean_outcome(Intervention.none(5)))
+    assert recommended[-1] < original.min() + 0.02 * (nothing - original.min())
+    np.testing.assert_allclose(run.outcome, tried, atol=5 * case["obs"][:, case["target"]].std() / np.sqrt(1000))  # means of 1,000 samples
+    assert (np.asarray(run.sets) == case["sets"]).all()
+
+
+# --- runs ---
+
+CONFIG = ParentScaleConfig(num_obs=60, num_steps=6, num_bins=9, num_features=30, num_bootstraps=6)
+NUM_RUNS, FIRST, FREE = 4, ((0, -2.0), (1, 0.0), (0, 3.0), (1, 9.0)), 2
+KEYS = jr.split(jr.key(11), NUM_RUNS)
+
+
+class SteadyToy(Toy):
+    """The benchmark with a key per variable, so that places without a variable leave the noise of the others as it is."""
+
+    def __init__(self, num_slots):
+        AbstractBenchmark.__init__(self, num_slots)
+
+    def draw_noise(self, key, num_samples):
+        one = jax.vmap(lambda i: jr.uniform(jr.fold_in(key, i), (num_samples,), minval=1e-6, maxval=1.0 - 1e-6), out_axes=1)
+        return one(jnp.arange(self.var_mask.shape[0]))
+
+
+@ft.cache
+def jit_buffers():
+    def one(key, scm):
+        num_vars, num_rows = scm.low.shape[0], CONFIG.num_obs + len(FIRST)
+        interventions = [Intervention.none(num_vars)] * CONFIG.num_obs + [Intervention.single(i, v, num_vars) for i, v in FIRST]
+        masks, values = (jnp.stack([getattr(a, field) for a in interventions]) for field in ("mask", "values"))
+        rows = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, v))[0])(scm.draw_noise(key, num_rows), masks, values)
+        buffer = ExperienceBuffer(rows, masks, jnp.ones(num_rows, bool))
+        return buffer.grow(CONFIG.num_steps + FREE)
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None)), compiler_options=FAST)
+
+
+def make_problem(slots):
+    scm = SteadyToy(slots)
+    return scm, jit_buffers()(jr.split(jr.key(12), NUM_RUNS), scm)
+
+
+@ft.cache
+def jit_run():
+    def one(key, scm, buffer):
+        run = run_parent_scale(key, scm, buffer, CONFIG)
+        return run, replay_posterior(key, scm, run.buffer, run.num_initial, CONFIG)
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None, 0)), compiler_options=FAST)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(3)
+
+
+@pytest.fixture(scope="module")
+def runs(problem):
+    """Runs on data sets of the benchmark (leading axis), and their replayed posteriors."""
+    return jit_run()(KEYS, *problem)
+
+
+def test_experiments_are_on_candidates_within_their_ranges(runs, problem):
+    (run, _), (scm, _) = runs, problem
+    low, high, candidates = (np.asarray(a) for a in (scm.low, scm.high, scm.candidates))
+    for variable, value in ((run.variable, run.value), (run.recommended_variable, run.recommended_value)):
+        assert candidates[variable].all()
+        assert (value >= low[variable]).all() and (value <= high[variable]).all()
+    assert run.variable.shape == (NUM_RUNS, CONFIG.num_steps) and run.recommended_value.shape == (NUM_RUNS, CONFIG.num_steps + 1)
+    assert len(np.unique(run.value)) >= NUM_RUNS  # not always the same one
+
+
+def test_rows_stand_behind_those_that_were_there(runs, problem):
+    (run, _), (_, before) = runs, problem
+    start, stop = CONFIG.num_obs + len(FIRST), CONFIG.num_obs + len(FIRST) + CONFIG.num_steps
+    assert (run.num_initial == start).all()
+    assert (run.buffer.values[:, :start] == before.values[:, :start]).all() and (
+        run.buffer.intervened[:, :start] == before.intervened[:, :start]
+    ).all()
+    assert run.buffer.valid[:, :stop].all() and not run.buffer.valid[:, stop:].any()
+    everyone, steps = np.arange(NUM_RUNS)[:, None], np.arange(start, stop)[None]
+    assert (run.buffer.intervened[:, start:stop].sum(2) == 1).all() and run.buffer.intervened[everyone, steps, run.variable].all()
+    assert (run.buffer.values[everyone, steps, run.variable] == run.value).all()
+    assert (run.buffer.values[:, start:stop, 2] == run.outcome).all()  # one sample: the outcome is the row's
+
+
+def test_beliefs_are_distributions_over_sets_without_the_target(runs):
+    run, _ = runs
+    probs = np.exp(np.asarray(run.log_probs, float))
+    np.testing.assert_allclose(probs.sum(2), 1.0, atol=1e-4)
+    assert not np.asarray(run.sets)[..., 2][probs[:, 0] > 0].any()
+    assert np.abs(probs[:, -1] - probs[:, 0]).max() > 0.05  # experiments change them
+    last = jax.tree.map(lambda leaf: leaf[0], run).posterior(2)
+    assert (last.log_probs == run.log_probs[0, -1]).all() and last.target == 2
+
+
+def test_the_surface_is_an_improvement_on_possible_parents(runs):
+    run, _ = runs
+    surface, probs = np.asarray(run.surface), np.exp(np.asarray(run.log_probs, float))[:, :-1]
+    support = np.any(np.asarray(run.sets)[:, None] & (probs > SUPPORT)[..., None], axis=2)
+    support = np.where(np.any(support, axis=2, keepdims=True), support, [True, True, False])  # no possible parent: everything is explored
+    assert (surface[~support] == 0).all() and (surface >= 0).all() and np.isfinite(surface).all()
+    assert (surface.max(3)[support] > 0).all()
+    assert (np.take_along_axis(support, np.asarray(run.variable)[..., None], 2)).all()
+
+
+def test_replay_gives_the_stored_posterior(runs):
+    run, replayed = runs
+    assert replayed.shape == run.log_probs.shape
+    np.testing.assert_allclose(np.exp(replayed), np.exp(run.log_probs), atol=1e-3)
+
+
+def test_places_without_a_variable_leave_the_run_as_it_is(runs):
+    run, _ = runs
+    wide, _ = jit_run()(KEYS, *make_problem(5))
+    for name in ("variable", "recommended_variable"):
+        assert (getattr(run, name) == getattr(wide, name)).all()
+    for name in ("value", "outcome", "recommended_value", "log_probs"):
+        one, two = (np.exp(getattr(r, name)) if name == "log_probs" else getattr(r, name) for r in (run, wide))
+        np.testing.assert_allclose(one, two, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(run.surface, wide.surface[:, :, :3], atol=1e-4)
+    assert not wide.surface[:, :, 3:].any() and not wide.buffer.values[:, :, 3:].any()
+    assert (run.sets == wide.sets[:, :, :3]).all() and not wide.sets[:, :, 3:].any()
+
+
+def test_the_expert_does_not_look_at_the_truth(runs, problem):
+    run, _ = runs
+    scm, buffers = problem
+    blind, _ = jit_run()(KEYS, eqx.tree_at(lambda s: s.parents, scm, ~scm.parents), buffers)
+    assert eqx.tree_equal(run, blind)
+
+
+def test_what_is_recommended_beats_doing_nothing(runs):
+    """On the benchmark itself, by the expected outcome, averaged over the runs."""
+    scm = make_benchmark("toy", 3)
+    run, _ = runs
+    mean = jax.jit(jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, 3))), compiler_options=FAST)
+    expected = np.asarray(mean(run.recommended_variable[:, -1], run.recommended_value[:, -1]))
+    nothing = float(scm.mean_outcome(Intervention.none(3)))
+    assert expected.mean() < nothing - 0.3
+
+
+def test_a_buffer_that_fills_up_gives_nan(runs, problem):
+    """Rows are counted at run time, where nothing can be raised: the data come back as nan, and so does some of the surface."""
+    scm, buffers = problem
+    crowded, _ = jit_run()(KEYS, scm, eqx.tree_at(lambda b: b.valid, buffers, jnp.ones_like(buffers.valid)))
+    assert np.isnan(crowded.buffer.values).all() and np.isnan(crowded.surface).any((1, 2, 3)).all()
+    assert not np.isnan(runs[0].buffer.values).any()
+
+
+def test_a_buffer_that_is_too_small_and_predictions_without_sets_are_refused(problem):
+    scm, buffers = problem
+    buffer = jax.tree.map(lambda leaf: leaf[0, : CONFIG.num_obs + 3], buffers)
+    with pytest.raises(ValueError, match="63 places for 60 observations and 6 experiments"):
+        eqx.filter_eval_shape(run_parent_scale, KEYS[0], scm, buffer, CONFIG)
+    with pytest.raises(ValueError, match="candidate_sets"):
+        run_parent_scale(KEYS[0], scm, buffer, CONFIG, predict=lambda buffer: jnp.zeros(1))

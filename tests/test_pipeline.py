@@ -1,0 +1,189 @@
+"""The scripts as a person runs them, at a size that only shows that they work: chained, interrupted, resumed, and given bad input.
+
+`make smoke` runs the evaluation; here it would be mostly compilation.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.artifacts import ArtifactError, read_header
+from lib.buffer import DataError
+from lib.grpo import CampaignDesign, GRPOConfig
+from lib.policy import PolicyConfig
+from lib.scm_prior import DataDesign, SCMPrior
+from lib.surrogate import SurrogateConfig
+
+
+ROOT = Path(__file__).parent.parent
+PRIOR = SCMPrior(max_vars=3, max_size=3)
+DESIGN = DataDesign(min_obs=20, max_obs=24, max_interventions=8)
+CAMPAIGN = CampaignDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
+SURROGATE = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_heads=2, num_moments=3, num_components=2, num_bins=6)
+GRPO = GRPOConfig(group_size=3)
+
+
+def script(name: str):
+    """A numbered script as a module."""
+    found = importlib.util.spec_from_file_location(name[3:-3], ROOT / name)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up
+    found.loader.exec_module(module)
+    return module
+
+
+STAGES = [script(name) for name in ("01_extract_demos.py", "02_train_surrogate.py", "03_warmstart_acquisition.py", "04_train_e2e.py")]
+EVALUATE = script("05_evaluate.py")
+DEPLOY = script("06_deploy.py")
+
+
+def configs(folder: Path) -> list:
+    """The smallest settings of every stage."""
+    demos, surrogate, policy, e2e = (stage.Config for stage in STAGES)
+    return [
+        demos(folder, prior=PRIOR, num_models=6, num_obs=20, per_variable=1, num_steps=5, num_bins=6, batch=3, max_posterior_entropy=9.0),
+        surrogate(
+            folder,
+            prior=PRIOR,
+            design=DESIGN,
+            model=SURROGATE,
+            steps=6,
+            warmup_steps=1,
+            models_per_step=2,
+            demos_per_step=2,
+            chunk=2,
+            evaluate_every=4,
+            checkpoint_every=2,
+        ),
+        policy(
+            folder,
+            prior=PRIOR,
+            campaign=CAMPAIGN,
+            policy=PolicyConfig(policy_hidden_dim=8, policy_n_layers=1),
+            imitation=STAGES[2].ImitationConfig(imitation_epochs=1),
+            grpo=GRPO,
+            iterations=3,
+            problems_per_iteration=2,
+            checkpoint_every=1,
+        ),
+        e2e(
+            folder,
+            prior=PRIOR,
+            design=DESIGN,
+            campaign=CAMPAIGN,
+            levels=1,
+            grpo=GRPO,
+            rounds=3,
+            problems_per_round=2,
+            surrogate_steps=1,
+            models_per_step=2,
+            checkpoint_every=1,
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the four stages of training have run."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    for stage, config in zip(STAGES, configs(folder), strict=True):
+        stage.main(config)
+    return folder
+
+
+def test_every_stage_writes_what_it_says(finished):
+    for name in ("demos.npz", "surrogate.eqx", "policy.eqx", "bc_policy.eqx", "curves.npz", "acbo.eqx"):
+        header = read_header(finished / name)
+        assert header["seed"] == 0 and header["metrics"] is not None
+    for name, count in (("demos", 2), ("surrogate", 3), ("policy", 3), ("e2e", 3)):
+        lines = [json.loads(line) for line in (finished / "logs" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(lines) == count and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert not list(finished.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("stage, product", [(1, "surrogate.eqx"), (2, "policy.eqx"), (3, "acbo.eqx")])
+def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(finished, tmp_path, monkeypatch, stage, product):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for file in finished.glob("*.[ne]*"):
+        if file.name != product:
+            (folder / file.name).write_bytes(file.read_bytes())
+    module = STAGES[stage]
+    config = dataclasses.replace(configs(folder)[stage])
+    real = module.save_checkpoint
+
+    def save_and_die(*args, **kwargs):
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(config)
+    assert not (folder / product).exists()
+    module.main(config)
+    assert (folder / product).read_bytes() == (finished / product).read_bytes()
+
+
+def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
+    (tmp_path / "surrogate.eqx").write_bytes((finished / "policy.eqx").read_bytes())
+    (tmp_path / "policy.eqx").write_bytes((finished / "policy.eqx").read_bytes())
+    with pytest.raises(ArtifactError, match="surrogate.eqx.*02_train_surrogate.py"):
+        STAGES[3].main(configs(tmp_path)[3])
+
+
+def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
+    with pytest.raises(ArtifactError, match="demos.npz.*01_extract_demos.py"):
+        EVALUATE.main(EVALUATE.Config(tmp_path))
+
+
+def test_convergence_ratio():
+    cold = np.linspace(0.0, 1.0, 100)
+    assert EVALUATE.convergence_ratio(np.stack([cold, cold]), window=1) == 1.0
+    assert EVALUATE.convergence_ratio(np.stack([np.where(np.arange(100) < 19, 0.0, 2.0), cold]), window=1) == 0.2
+    assert EVALUATE.convergence_ratio(np.stack([cold - 1, cold]), window=1) == 1.0  # never
+
+
+def experiments(path: Path, *, bad: str = "") -> Path:
+    """Twelve observations and two interventions on `dose`; `bad` replaces the cell in row 5, column `yield`."""
+    rows = [f"{i % 5},{i % 3 + 0.1 * i},{bad if bad and i == 3 else 2 * (i % 5) + 0.3 * (i % 4)}," for i in range(12)]
+    path.write_text("\n".join(["dose,heat,yield,intervened", *rows, "4,1.1,7.9,dose", "0,1.2,0.4,dose"]) + "\n")
+    return path
+
+
+def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
+    data = experiments(tmp_path / "experiments.csv")
+    answer = DEPLOY.suggest(DEPLOY.Suggest(data, "yield", objective="max", system=finished / "acbo.eqx", json=True))
+    assert json.loads(capsys.readouterr().out) == answer
+    assert answer["next_experiment"]["variable"] in ("dose", "heat")
+    ranges = {"dose": (0, 4), "heat": (0, 3.1)}
+    low, high = ranges[answer["next_experiment"]["variable"]]
+    assert low - 1e-5 <= answer["next_experiment"]["value"] <= high + 1e-5
+    assert set(answer["parents"]) == {"dose", "heat"} and all(0 <= p <= 1 for p in answer["parents"].values())
+    (tmp_path / "bounds.csv").write_text("variable,low,high\nheat,1,2\n")
+    bounded = DEPLOY.suggest(DEPLOY.Suggest(data, "yield", bounds=tmp_path / "bounds.csv", system=finished / "acbo.eqx"))
+    assert bounded["next_experiment"]["variable"] == "heat" and 1 <= bounded["next_experiment"]["value"] <= 2
+    assert "heat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell, said", [("x", "row 5, column 'yield': 'x' is not a number"), ("nan", "row 5, column 'yield'"), ("inf", "row 5")])
+def test_suggest_refuses_bad_cells(finished, tmp_path, cell, said):
+    with pytest.raises(DataError, match=said):
+        DEPLOY.suggest(DEPLOY.Suggest(experiments(tmp_path / "bad.csv", bad=cell), "yield", system=finished / "acbo.eqx"))
+
+
+def test_suggest_refuses_an_unknown_target(finished, tmp_path):
+    with pytest.raises(DataError, match="no column 'profit'.*dose, heat, yield"):
+        DEPLOY.suggest(DEPLOY.Suggest(experiments(tmp_path / "experiments.csv"), "profit", system=finished / "acbo.eqx"))
+
+
+def test_demo_scores_the_recommended_action(finished, capsys):
+    scores = DEPLOY.demo(DEPLOY.Demo(steps=2, num_obs=20, system=finished / "acbo.eqx"))
+    assert len(scores) == 1 and -2.2 < scores[0] < 0.6
+    assert "optimum -2.17" in capsys.readouterr().out
