@@ -284,15 +284,12 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
     """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` and `update(state, row, intervened) -> state` are the method.
 
     Raises ValueError if the shape of the buffer leaves no room for `num_steps` experiments; if only its filled rows leave too little, which a
-    traced program cannot raise, all results are nan.
+    traced program cannot raise, every number in the result is nan.
     """
     num_vars, capacity = scm.low.shape[0], buffer.valid.shape[0]
     if capacity < config.num_obs + config.num_steps:
         raise ValueError(f"the buffer has {capacity} places for {config.num_obs} observations and {config.num_steps} experiments: use grow()")
     start = buffer.size
-    # Not `eqx.error_if`: a host callback inside a batched loop can deadlock on a machine with few cores.
-    fits = start + config.num_steps <= capacity
-    buffer = eqx.tree_at(lambda b: b.values, buffer, jnp.where(fits, buffer.values, jnp.nan))
     later = slice(config.num_obs, capacity)
     y = scale(buffer.values[later])[:, scm.target]
     share = jnp.where(jnp.arange(config.num_obs, capacity) < start, 1.0, 1 / config.outcome_samples)
@@ -318,7 +315,7 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
         return carry, (log_probs, decision, outcome)
 
     (buffer, _, _), (log_probs, decisions, outcome) = jax.lax.scan(step, (buffer, y, state), jnp.arange(config.num_steps + 1))
-    return ExpertRun(
+    run = ExpertRun(
         sets=sets,
         log_probs=log_probs,
         surface=decisions.surface[:-1],
@@ -330,6 +327,9 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
         num_initial=start,
         buffer=buffer,
     )
+    # Not `eqx.error_if`: a host callback inside a batched loop can deadlock on a machine with few cores.
+    fits = start + config.num_steps <= capacity
+    return jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, run)
 
 
 def run_parent_scale(

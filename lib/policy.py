@@ -156,32 +156,39 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
 
 
 class AcquisitionPolicyNetwork(eqx.Module):
-    """Scores every (variable, value) cell from its features, its variable's token and a summary over all cells; no gradient reaches the surrogate."""
+    """Scores every (variable, value) cell from its features, its variable's token and a summary over all cells; no gradient reaches the surrogate.
+
+    The features also reach the score directly: predicted effect and expected improvement are good acquisitions already, to be corrected only.
+    """
 
     cell: eqx.nn.Linear
     token: eqx.nn.Linear
     layers: tuple[tuple[eqx.nn.Linear, ...], ...]
     score: tuple[eqx.nn.Linear, ...]
+    direct: eqx.nn.Linear
     config: PolicyConfig = eqx.field(static=True)
 
     def __init__(self, config: PolicyConfig, token_dim: int, *, key: Key[Array, ""]):
-        cell_key, token_key, layer_key, score_key = jr.split(key, 4)
+        cell_key, token_key, layer_key, score_key, direct_key = jr.split(key, 5)
         dim = config.policy_hidden_dim
         self.cell = eqx.nn.Linear(NUM_CELL_FEATURES, dim, key=cell_key)
         self.token = eqx.nn.Linear(token_dim, dim, key=token_key)
         self.layers = tuple(make_mlp((3 * dim, dim, dim), key=k) for k in jr.split(layer_key, config.policy_n_layers))
         self.score = make_mlp((dim, dim, 1), key=score_key)
+        self.direct = eqx.nn.Linear(NUM_CELL_FEATURES, 1, key=direct_key)
         self.config = config
 
     def __call__(self, state: AcquisitionState) -> InterventionDistribution:
         state = jax.lax.stop_gradient(state)
         allowed = state.task.candidates[:, None, None]
-        hidden = linear(self.cell, cell_features(state)) + linear(self.token, state.output.tokens)[:, None]
+        features = cell_features(state)
+        hidden = linear(self.cell, features) + linear(self.token, state.output.tokens)[:, None]
         cells = jnp.maximum(allowed.sum() * hidden.shape[1], 1)
         for layer in self.layers:
             mean = jnp.where(allowed, hidden, 0.0).sum((0, 1)) / cells
             peak = jnp.where(allowed, hidden, -jnp.inf).max((0, 1))
             context = jnp.broadcast_to(jnp.concatenate([mean, jnp.where(jnp.isfinite(peak), peak, 0.0)]), (*hidden.shape[:2], 2 * mean.shape[0]))
             hidden = hidden + mlp(layer, jnp.concatenate([rms_norm(hidden), rms_norm(context)], -1))
-        logits = jnp.where(allowed[..., 0], mlp(self.score, rms_norm(hidden))[..., 0], -jnp.inf)
+        scores = mlp(self.score, rms_norm(hidden)) + linear(self.direct, features)
+        logits = jnp.where(allowed[..., 0], scores[..., 0], -jnp.inf)
         return InterventionDistribution(state.task, jax.nn.log_softmax(logits, axis=(0, 1)))
