@@ -75,7 +75,7 @@ class Config:
     """GRPO."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     """Verifiable rewards."""
-    iterations: int = 100
+    iterations: int = 90
     """GRPO iterations: one batch of campaigns and its gradient steps each."""
     problems_per_iteration: int = 16
     """Campaigns in an iteration."""

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,7 +43,7 @@ class Config:
     """Seed of the problems."""
 
 
-def seconds(function, *args) -> tuple[float, float, object]:
+def seconds(function, *args) -> tuple[float, float, Any]:
     """Seconds of the first call (compilation included), of the best of two more, and the result."""
     times, result = [], None
     for _ in range(3):

@@ -39,7 +39,7 @@ class GRPOConfig:
     """Clipping of the probability ratio."""
     kl_weight: float = 0.01
     """Weight of the exact KL to the cloned policy (a cold start has none and pays none)."""
-    entropy_weight: float = 0.002
+    entropy_weight: float = 0.01
     """Weight of the entropy bonus."""
     min_spread: float = 1e-4
     """A group whose rewards spread less than this is dead: it carries no signal."""
@@ -89,7 +89,7 @@ def collect_campaign(
             intervention = Intervention.single(variable, value, num_vars)
             extended = state.buffer.write(start + t, intervention, scm.simulate(noise, intervention)[0])
             new_state = make_state(surrogate, extended, scm.task, t + 1, num_steps - t - 1)
-            return new_state, compute_verifiable_reward(state, variable, value, new_state, rewards, truth)
+            return new_state, compute_verifiable_reward(state, variable, new_state, rewards, truth)
 
         new_states, reward = jax.vmap(simulate)(variables, values)
         log_prob = jax.vmap(distribution.log_prob)(variables, values)

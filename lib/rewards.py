@@ -15,13 +15,11 @@ class RewardConfig:
     """Weights of the components in `total`."""
 
     optimization_weight: float = 1.0
-    """Noise-free improvement over the incumbent, as a share of the possible improvement."""
+    """Noise-free improvement of the recommended action, as a share of the possible improvement."""
     structure_weight: float = 0.05
     """Gain in the log-probability of the true parent set, in nats (clipped to +-2)."""
     parent_weight: float = 0.02
     """Intervening on a true parent."""
-    recommendation_share: float = 0.7
-    """Share of the improvement that is scored on the action recommended after the experiment; the rest is scored on the experiment itself."""
 
 
 class RewardComponents(eqx.Module):
@@ -62,32 +60,27 @@ MAX_GAIN = 2.0  # nats: one lucky jump of the posterior must not dominate a batc
 def compute_verifiable_reward(
     state: AcquisitionState,
     variable: Int[Array, ""],
-    value: Float[Array, ""],
     new_state: AcquisitionState,
     config: RewardConfig,
     truth: GroundTruth | None = None,
 ) -> RewardComponents:
-    """Reward of do(variable = value), where `new_state` is the state after its outcome joined the buffer.
+    """Reward of an experiment on `variable`, where `new_state` is the state after its outcome joined the buffer.
 
-    With `truth` (simulated training): optimisation is the noise-free gain over the incumbent, as a share of the possible improvement, of the
-    experiment itself and of the action recommended after it; structure discovery is the gain in log-probability of the true set; parents are the true
-    ones. Without (deployment): predicted gains, the drop of the posterior's entropy, and the posterior marginal.
+    With `truth` (simulated training): optimisation is the noise-free gain of the action recommended after the experiment over the one recommended
+    before, as a share of the possible improvement; structure discovery is the gain in log-probability of the true set; parents are the true ones.
+    Without (deployment): the predicted gain, the drop of the posterior's entropy, and the posterior marginal.
+
+    The experiment's own effect does not count: paying for it too made the policy repeat what it would recommend anyway, learn less and end worse.
     """
-    variable_before, value_before = state.output.best()
-    variable_after, value_after = new_state.output.best()
     if truth is None:
-        gain_before = (state.best_value - jnp.interp(value, state.output.grid[variable], state.output.effect_mean[variable])) / state.output.spread
-        gain_after = (state.best_value - new_state.best_value) / state.output.spread
+        gain = (state.best_value - new_state.best_value) / state.output.spread
         structure = state.posterior.entropy() - new_state.posterior.entropy()
         parent = state.output.marginals()[variable]
     else:
-        incumbent = truth.mean(state, variable_before, value_before)
-        gain_before = (incumbent - truth.mean(state, variable, value)) / truth.possible_improvement
-        gain_after = (incumbent - truth.mean(state, variable_after, value_after)) / truth.possible_improvement
+        gain = (truth.mean(state, *state.output.best()) - truth.mean(state, *new_state.output.best())) / truth.possible_improvement
         structure = new_state.output.log_prob(truth.parents) - state.output.log_prob(truth.parents)
         parent = truth.parents[variable].astype(float)
-    share = config.recommendation_share
-    optimization = (1 - share) * jnp.clip(gain_before, -1.0, 1.0) + share * jnp.clip(gain_after, -1.0, 1.0)
+    optimization = jnp.clip(gain, -1.0, 1.0)
     structure = jnp.clip(structure, -MAX_GAIN, MAX_GAIN)
     total = config.optimization_weight * optimization + config.structure_weight * structure + config.parent_weight * parent
     return RewardComponents(optimization, structure, parent, total)

@@ -313,7 +313,7 @@ def smooth_correlation(data: Standardised) -> Float[Array, "vars vars"]:
     rows = data.observational[:, None] * data.values
     centres = jnp.broadcast_to(jnp.linspace(-2.5, 2.5, 11)[None], (num_vars, 11))
     features = bumps(data.values, centres, jnp.full(num_vars, 0.5)) * data.observational[:, None, None]
-    features = features - features.sum(0) / jnp.maximum(data.observational.sum(), 1.0) * data.observational[:, None, None]
+    features = features - features.sum(0, keepdims=True) / jnp.maximum(data.observational.sum(), 1.0) * data.observational[:, None, None]
     moments = jnp.einsum("nvp,nvq->vpq", features, features) + jnp.eye(11)[None]
     against = jnp.einsum("nvp,nw->vpw", features, rows)
     explained = jnp.einsum("vpw,vpq,vqw->vw", against, jax.vmap(positive_inverse)(moments), against)

@@ -31,8 +31,8 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
     return AcquisitionState(ExperienceBuffer.empty(4, 2), output, jnp.array(0), jnp.array(3))
 
 
-def score(before, action, after, truth: GroundTruth | None = TRUTH, **weights):
-    return reward_of(before, jnp.array(action[0]), jnp.array(action[1]), after, RewardConfig(**weights), truth)
+def score(before, variable, after, truth: GroundTruth | None = TRUTH, **weights):
+    return reward_of(before, jnp.array(variable), after, RewardConfig(**weights), truth)
 
 
 def test_possible_improvement_stays_positive():
@@ -46,24 +46,24 @@ def test_truth_is_interpolated(value, expected):
 
 
 def test_a_hand_computed_case():
-    """Incumbent do(X0 = 0), worth 1; tried do(X1 = 1), worth -1: a gain of 2 of 2; then recommended do(X0 = 1), worth 0: a gain of 1 of 2."""
-    reward = score(make_state((0, 1)), (1, 1.0), make_state((0, 2)), recommendation_share=0.7)
-    np.testing.assert_allclose(reward.optimization, 0.3 * 1.0 + 0.7 * 0.5, atol=1e-6)
+    """Incumbent do(X0 = 0), worth 1; after an experiment on X1 the recommendation is do(X0 = 1), worth 0: a gain of 1 of 2."""
+    reward = score(make_state((0, 1)), 1, make_state((0, 2)))
+    np.testing.assert_allclose(reward.optimization, 0.5, atol=1e-6)
     np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
     assert reward.parent_intervention == 0.0
 
 
 def test_losses_are_negative_and_clipped():
-    worse = score(make_state((0, 2)), (0, -1.0), make_state((0, 0)))  # from 0 to 2: minus one share
+    worse = score(make_state((0, 2)), 0, make_state((0, 0)))  # from 0 to 2: minus one share
     np.testing.assert_allclose(worse.optimization, -1.0, atol=1e-6)
     slight = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)  # nothing to gain: shares of .05 are clipped
-    np.testing.assert_allclose(score(make_state((0, 2)), (0, -1.0), make_state((0, 0)), slight).optimization, -1.0, atol=1e-6)
+    np.testing.assert_allclose(score(make_state((0, 2)), 0, make_state((0, 0)), slight).optimization, -1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("incumbent", [(0, 1), (0, 2), (1, 2)])
 def test_repeating_the_incumbent_and_learning_nothing_earns_nothing(incumbent):
     state = make_state(incumbent)
-    reward = score(state, (incumbent[0], float(state.output.grid[incumbent])), state)
+    reward = score(state, incumbent[0], state)
     np.testing.assert_allclose(reward.optimization, 0.0, atol=1e-6)
     np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
 
@@ -71,21 +71,21 @@ def test_repeating_the_incumbent_and_learning_nothing_earns_nothing(incumbent):
 def test_structure_is_the_gain_in_log_probability_of_the_true_set():
     before, after = make_state((0, 1), (0.0, 0.0)), make_state((0, 1), (1.0, -1.0))
     sigmoid = 1 / (1 + np.exp(-1.0))
-    np.testing.assert_allclose(score(before, (0, 0.0), after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5)
-    np.testing.assert_allclose(score(before, (0, 0.0), make_state((0, 1), (-30.0, 30.0))).structure_discovery, -MAX_GAIN, atol=1e-6)
-    np.testing.assert_allclose(score(make_state((0, 1), (-30.0, 30.0)), (0, 0.0), after).structure_discovery, MAX_GAIN, atol=1e-6)
+    np.testing.assert_allclose(score(before, 0, after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5)
+    np.testing.assert_allclose(score(before, 0, make_state((0, 1), (-30.0, 30.0))).structure_discovery, -MAX_GAIN, atol=1e-6)
+    np.testing.assert_allclose(score(make_state((0, 1), (-30.0, 30.0)), 0, after).structure_discovery, MAX_GAIN, atol=1e-6)
 
 
 def test_parents_are_the_true_ones():
     state = make_state((0, 1), (-9.0, 9.0))  # the surrogate is wrong about both
-    assert score(state, (0, 0.0), state).parent_intervention == 1.0
-    assert score(state, (1, 0.0), state).parent_intervention == 0.0
+    assert score(state, 0, state).parent_intervention == 1.0
+    assert score(state, 1, state).parent_intervention == 0.0
 
 
 def test_weights_add_up():
     before, after = make_state((0, 1)), make_state((1, 2), (2.0, -1.0))
     weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
-    reward = score(before, (0, 0.3), after, **weights)
+    reward = score(before, 0, after, **weights)
     expected = 3.0 * reward.optimization + 0.5 * reward.structure_discovery + 0.25 * reward.parent_intervention
     np.testing.assert_allclose(reward.total, expected, atol=1e-6)
     assert min(abs(reward.optimization), abs(reward.structure_discovery), reward.parent_intervention) > 0.1
@@ -93,10 +93,10 @@ def test_weights_add_up():
 
 def test_what_has_nothing_to_do_with_the_action_does_not_move_the_reward():
     before, after = make_state((0, 1)), make_state((0, 2), (1.0, 0.0))
-    reference = score(before, (0, 0.5), after)
+    reference = score(before, 0, after)
     other_rows = TRUTH.effects.at[1, :2].set(0.5)  # another variable, still above the minimum
     spoilt = eqx.tree_at(lambda s: s.output.logits, after, after.output.logits.at[:, 2:].set(-50.0))  # target and padding
-    for changed in (score(before, (0, 0.5), after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)), score(before, (0, 0.5), spoilt)):
+    for changed in (score(before, 0, after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)), score(before, 0, spoilt)):
         assert all(jnp.allclose(a, b, atol=1e-6) for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(changed), strict=True))
 
 
@@ -104,8 +104,8 @@ def test_without_truth_only_predictions_count():
     """Predicted gains in deviations of the target, the drop of the entropy, and the marginal: what deployment can know."""
     before, after = make_state((0, 1), spread=2.0), make_state((1, 2), (3.0, -3.0), spread=2.0)
     lower = eqx.tree_at(lambda s: s.output.effect_mean, after, after.output.effect_mean.at[1, 2].set(-0.5))
-    reward = score(before, (0, -0.5), lower, None, recommendation_share=0.5)
-    np.testing.assert_allclose(reward.optimization, 0.5 * (0.0 - 0.5) / 2 + 0.5 * 0.5 / 2, atol=1e-6)
+    reward = score(before, 0, lower, None)
+    np.testing.assert_allclose(reward.optimization, 0.5 / 2, atol=1e-6)
     p = 1 / (1 + np.exp(-3.0))
     drop = 2 * np.log(2) + 2 * (p * np.log(p) + (1 - p) * np.log(1 - p))
     np.testing.assert_allclose(reward.structure_discovery, drop, atol=1e-4)
