@@ -433,7 +433,7 @@ def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
         if name == "random":
             evaluation.add("literature", benchmark, "optimum", "E[Y | do]", float(scm.optimum().mean), 1)
             evaluation.add("literature", benchmark, "doing nothing", "E[Y | do]", float(scm.mean_outcome(Intervention.none(bucket))), 1)
-            evaluation.add("literature", benchmark, "CBO-U, as published (see lib)", "E[Y | do]", PUBLISHED[benchmark], 10)
+            evaluation.add("literature", benchmark, "CBO-U as published (best of 30 trials)", "E[Y | do]", PUBLISHED[benchmark], 10)
         play = partial(evaluation.play, name, keys, scms, buffers, config.literature_obs, config.literature_steps)
         result = evaluation.stored(f"{name}_{benchmark}", play)
         evaluation.add("literature", benchmark, name, "E[Y | do]", summarise(result["recommended"][:, -1]), len(keys))
@@ -446,17 +446,16 @@ def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    colours = dict(zip(regret, matplotlib.color_sequences["tab10"], strict=False)) | {"acbo": "black"}
     for name, values in regret.items():
-        steps, mean = np.arange(values.shape[1]), values.mean(0)
-        (line,) = axes.plot(
-            steps, mean, label=f"{name} (n={len(values)})", linewidth=2.5 if name == "acbo" else 1.2, zorder=3 if name == "acbo" else 2
-        )
-        if name == "acbo":
+        steps, mean, ours = np.arange(values.shape[1]), values.mean(0), name == "acbo"
+        axes.plot(steps, mean, label=f"{name} (n={len(values)})", color=colours[name], linewidth=2.5 if ours else 1.3, zorder=3 if ours else 2)
+        if ours:
             half = 1.96 * values.std(0) / np.sqrt(len(values))
-            axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2)
+            axes.fill_between(steps, mean - half, mean + half, color=colours[name], alpha=0.15)
     axes.set(xlabel="experiments", ylabel="simple regret (share of the possible improvement)", title=f"{size} variables", ylim=(0, None))
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(config.folder / "results" / f"regret_d{size}.png", dpi=150)
     plt.close(figure)
 
