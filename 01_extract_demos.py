@@ -1,8 +1,8 @@
 """Stage 1: sample causal models, run the expert on each, validate, filter, split and augment what it did.
 
-Reads   nothing
-Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
-Time    `small` about 2 minutes on 2 CPU cores.
+- Reads   nothing
+- Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
+- Time    `small` about 2 minutes on 2 CPU cores.
 
     python 01_extract_demos.py small --num-models 64
 

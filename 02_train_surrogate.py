@@ -1,8 +1,8 @@
 """Stage 2: train the surrogate, which gives the posterior over parent sets and every intervention's effect from any data set.
 
-Reads   artifacts/<preset>/demos.npz
-Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-Time    `small` about 5 minutes on 2 CPU cores.
+- Reads   artifacts/<preset>/demos.npz
+- Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
+- Time    `small` about 5 minutes on 2 CPU cores.
 
     python 02_train_surrogate.py small --steps 2000
 

@@ -1,8 +1,8 @@
 """Stage 3: clone the expert's choices, then improve the policy by GRPO with verifiable rewards; a cold-started twin runs beside it.
 
-Reads   artifacts/<preset>/demos.npz, surrogate.eqx
-Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (cloned only), curves.npz, and logs/policy.jsonl beside them
-Time    `small` about 3 minutes on 2 CPU cores.
+- Reads   artifacts/<preset>/demos.npz, surrogate.eqx
+- Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (cloned only), curves.npz, and logs/policy.jsonl beside them
+- Time    `small` about 4 minutes on 2 CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
 
@@ -98,7 +98,7 @@ PRESETS = {
             checkpoint_every=2,
         ),
     ),
-    "small": ("about 3 minutes on 2 CPU cores", Config()),
+    "small": ("about 4 minutes on 2 CPU cores", Config()),
     "hour": (
         "at most 60 minutes on 2 CPU cores",
         Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), grpo=GRPOConfig(group_size=16), iterations=500),

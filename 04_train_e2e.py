@@ -1,8 +1,8 @@
 """Stage 4: train surrogate and policy together, in turns, on problems of growing difficulty.
 
-Reads   artifacts/<preset>/surrogate.eqx, policy.eqx
-Writes  artifacts/<preset>/acbo.eqx, and logs/e2e.jsonl beside it
-Time    `small` about 3 minutes on 2 CPU cores.
+- Reads   artifacts/<preset>/surrogate.eqx, policy.eqx
+- Writes  artifacts/<preset>/acbo.eqx, and logs/e2e.jsonl beside it
+- Time    `small` about 3 minutes on 2 CPU cores.
 
     python 04_train_e2e.py small --rounds 100
 

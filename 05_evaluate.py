@@ -1,11 +1,11 @@
 """Stage 5: every table and figure, on held-out problems, paired across methods, scored by noise-free E[Y | do].
 
-Reads   artifacts/<preset>/demos.npz, surrogate.eqx, policy.eqx, bc_policy.eqx, curves.npz, acbo.eqx
-Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png,
+- Reads   artifacts/<preset>/demos.npz, surrogate.eqx, policy.eqx, bc_policy.eqx, curves.npz, acbo.eqx
+- Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png,
         raw/*.npz (per-problem results, so a stopped run goes on)
-Time    `small` about 3 minutes on 2 CPU cores.
+- Time    `small` about 4 minutes on 2 CPU cores.
 
-    python 05_evaluate.py small --num-problems 300
+    python 05_evaluate.py small --num-problems 1000
 
 Protocol. Every method starts from the same data (`num_obs` observational rows and `per_variable` interventions on each variable), experiments one row
 at a time, and after t experiments recommends one action; the noise of experiment t is the same for all methods. Simple regret is E[Y |
@@ -105,7 +105,7 @@ PRESETS = {
             transfer_size=8,
         ),
     ),
-    "small": ("about 3 minutes on 2 CPU cores", Config()),
+    "small": ("about 4 minutes on 2 CPU cores", Config()),
     "hour": (
         "larger systems and more problems",
         Config(Path("artifacts/hour"), sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64),

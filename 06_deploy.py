@@ -55,8 +55,8 @@ class Suggest:
 class Demo:
     """Play whole campaigns on a benchmark whose truth is known, and score the recommended action."""
 
-    benchmark: str = "toy"
-    """toy, epidemiology or healthcare."""
+    benchmark: Literal["toy", "epidemiology", "healthcare"] = "toy"
+    """System to play on."""
     steps: int = 15
     """Experiments per campaign."""
     seeds: int = 1
@@ -98,7 +98,6 @@ def decide(system: TrainedACBOSystem, buffer: ExperienceBuffer, task: Task, rema
 
 def suggest(config: Suggest) -> dict:
     """Answer for one data set; prints it and returns it."""
-    use_compilation_cache(config.system.parent.parent / "cache")
     names, buffer = ExperienceBuffer.from_csv(config.data)
     if config.target not in names:
         raise DataError(f"{config.data}: no column '{config.target}' to use as target; the variables are {', '.join(names)}")
@@ -175,7 +174,6 @@ def as_text(answer: dict) -> str:
 
 def demo(config: Demo) -> list[float]:
     """Campaigns on a benchmark: prints every experiment of the first and the score of each; returns E[Y | do(recommended)] per seed."""
-    use_compilation_cache(config.system.parent.parent / "cache")
     system = TrainedACBOSystem.load(config.system)
     scm = make_benchmark(config.benchmark, BUCKETS[0])
     optimum = scm.optimum()
@@ -204,6 +202,7 @@ def demo(config: Demo) -> list[float]:
 
 if __name__ == "__main__":
     with errors_for_people():
+        use_compilation_cache(Path("artifacts/cache"))
         commands = Annotated[Suggest, tyro.conf.subcommand("suggest")] | Annotated[Demo, tyro.conf.subcommand("demo")]
         chosen_command = tyro.cli(commands, description=__doc__)
         suggest(chosen_command) if isinstance(chosen_command, Suggest) else demo(chosen_command)
