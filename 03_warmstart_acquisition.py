@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint, save_module
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, collect_campaign, draw_problem, update_acquisition_grpo
+from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior
@@ -185,12 +185,6 @@ def clone(key: jax.Array, policy: AcquisitionPolicyNetwork, examples: Acquisitio
 def make_optimiser(config: Config) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(config.grpo.learning_rate, config.iterations * config.grpo.grpo_epochs)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-
-@eqx.filter_jit
-def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: CampaignDesign, num_bins: int) -> Problem:
-    """`count` fresh problems (leading axis `batch`)."""
-    return jax.vmap(lambda k: draw_problem(k, prior, campaign, num_bins))(jr.split(key, count))
 
 
 @eqx.filter_jit

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
 from lib.buffer import ExperienceBuffer
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, collect_campaign, draw_problem, update_acquisition_grpo
+from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
@@ -144,12 +144,6 @@ def make_optimisers(config: Config) -> tuple[optax.GradientTransformation, optax
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(surrogate, weight_decay=0.01)),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(policy)),
     )
-
-
-@eqx.filter_jit
-def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: CampaignDesign, num_bins: int) -> Problem:
-    """`count` fresh problems (leading axis `batch`)."""
-    return jax.vmap(lambda k: draw_problem(k, prior, campaign, num_bins))(jr.split(key, count))
 
 
 @eqx.filter_jit

@@ -195,3 +195,9 @@ def draw_problem(key: Key[Array, ""], prior: SCMPrior, design: CampaignDesign, n
     capacity = design.max_obs + design.per_variable * prior.max_vars + design.num_steps
     buffer = initial_buffer(data_key, scm, design.max_obs, design.per_variable, capacity, valid_obs=jnp.minimum(count, design.max_obs).astype(int))
     return Problem(scm, GroundTruth.of(scm, num_bins), buffer)
+
+
+@eqx.filter_jit
+def draw_problems(key: Key[Array, ""], count: int, prior: SCMPrior, campaign: CampaignDesign, num_bins: int) -> Problem:
+    """`count` fresh problems (leading axis `batch`)."""
+    return jax.vmap(lambda k: draw_problem(k, prior, campaign, num_bins))(jr.split(key, count))

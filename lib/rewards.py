@@ -70,7 +70,7 @@ def compute_verifiable_reward(
     before, as a share of the possible improvement; structure discovery is the gain in log-probability of the true set; parents are the true ones.
     Without (deployment): the predicted gain, the drop of the posterior's entropy, and the posterior marginal.
 
-    The experiment's own effect does not count: paying for it too made the policy repeat what it would recommend anyway, learn less and end worse.
+    The experiment's own effect does not count: an experiment is worth what it teaches about the action to recommend.
     """
     if truth is None:
         gain = (state.best_value - new_state.best_value) / state.output.spread
