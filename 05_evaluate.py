@@ -303,8 +303,8 @@ def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, 
         if name == "parent_scale":
             marginals = result["marginals"]
     steps = [s for s in REGRET_STEPS if s <= config.num_steps]
-    nonlinear = np.asarray(problems.scm.nonlinear)
-    for kind, rows in (("", nonlinear | ~nonlinear), ("/linear", ~nonlinear), ("/fourier", nonlinear)):
+    mechanism = np.asarray(problems.scm.mechanism)
+    for kind, rows in (("", mechanism >= 0), ("/linear", mechanism == 0), ("/fourier", mechanism == 1)):
         for name, values in regret.items():
             chosen = values[rows[: len(values)]]
             for step in steps:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,11 +19,8 @@ import jax
 import jax.random as jr
 import tyro
 
-from lib.causal_gp import fit_star_gp, star_effects
 from lib.config import use_compilation_cache
-from lib.doubly_robust import doubly_robust_prior
-from lib.parent_scale import ParentScaleConfig, Scale, initial_regression, run_parent_scale
-from lib.scm import value_grid
+from lib.parent_scale import ParentScaleConfig, effects_of_sets, initial_regression, prior_over_sets, run_parent_scale
 from lib.scm_prior import SCMPrior, sample_problem
 
 
@@ -39,6 +36,8 @@ class Config:
     """Experiments."""
     batch: int = 16
     """Problems in one program."""
+    candidate_sets: Literal["bootstraps", "union"] = "union"
+    """Candidate parent sets: bootstraps or union."""
     seed: int = 0
     """Seed of the problems."""
 
@@ -56,7 +55,7 @@ def seconds(function, *args) -> tuple[float, float, Any]:
 def main(config: Config) -> None:
     """Time the expert and its parts, and print a table."""
     use_compilation_cache(Path("artifacts/cache"))
-    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=config.num_steps)
+    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=config.num_steps, candidate_sets=config.candidate_sets)
     prior = SCMPrior(max_vars=config.size, min_size=config.size, max_size=config.size)
     capacity = config.num_obs + 2 * config.size + config.num_steps
     key = jr.key(config.seed)
@@ -67,22 +66,17 @@ def main(config: Config) -> None:
         return eqx.filter_jit(eqx.filter_vmap(function))
 
     def sets_of(key, scm, buffer):
-        rows = buffer.values[: config.num_obs]
-        return doubly_robust_prior(key, rows, scm.target, scm.var_mask, num_bootstraps=settings.num_bootstraps, num_features=settings.num_features)
+        return prior_over_sets(key, scm, buffer.values[: config.num_obs], settings)
 
-    def effects_of(scm, buffer, sets):
-        rows = buffer.values[: config.num_obs]
-        scale = Scale.of(rows)
-        x, y = scale(rows), scale(rows)[:, scm.target]
-        grid = (value_grid(scm.low, scm.high, settings.num_values) - scale.shift[:, None]) / scale.spread[:, None]
-        return star_effects(x, y, sets, fit_star_gp(x, y, sets), grid)
+    def effects_of(scm, buffer, sets, log_prior):
+        return effects_of_sets(buffer.values[: config.num_obs], scm, sets, log_prior, settings)
 
     def regression_of(key, scm, buffer, sets, log_prior):
         return initial_regression(key, sets, log_prior, buffer.values[: config.num_obs], scm.target, settings)
 
     first, whole, _ = seconds(batched(lambda k, s, b: run_parent_scale(k, s, b, settings)), keys, scms, buffers)
     _, prior_time, (sets, log_prior) = seconds(batched(sets_of), keys, scms, buffers)
-    _, effects_time, _ = seconds(batched(effects_of), scms, buffers, sets)
+    _, effects_time, _ = seconds(batched(effects_of), scms, buffers, sets, log_prior)
     _, regression_time, _ = seconds(batched(regression_of), keys, scms, buffers, sets, log_prior)
     rows = [
         ("whole run", whole),

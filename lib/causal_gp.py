@@ -9,6 +9,8 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_det
@@ -21,11 +23,15 @@ STAR_NOISE_RATIOS = (3e-4, 3e-3, 0.03, 0.2, 1.0)  # noise variance / kernel ampl
 
 
 class StarGP(NamedTuple):
-    """Hyperparameters of one zero-mean GP per parent set: kernel `amplitude * exp(-|x - x'|^2 / 2 lengthscale^2)` plus `noise` (a variance)."""
+    """Hyperparameters of one zero-mean GP per parent set: kernel `amplitude * exp(-|x - x'|^2 / 2 lengthscale^2)` plus `noise` (a variance).
+
+    `failures` counts the hyperparameters that were left out because their Cholesky factor failed.
+    """
 
     amplitude: Float[Array, " sets"]
     lengthscale: Float[Array, " sets"]
     noise: Float[Array, " sets"]
+    failures: Int[Array, " sets"] | int = 0
 
 
 class StarEffects(NamedTuple):
@@ -45,76 +51,155 @@ def squared_distances(x: Float[Array, "samples vars"]) -> Float[Array, "vars sam
     return (x.T[:, :, None] - x.T[:, None, :]) ** 2
 
 
-def fit_star_gp(x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], max_rows: int = 100) -> StarGP:
+def fit_star_gp(
+    x: Float[Array, "samples vars"],
+    y: Float[Array, " samples"],
+    sets: Bool[Array, "sets vars"],
+    live: Bool[Array, " sets"] | None = None,
+    max_rows: int = 100,
+) -> StarGP:
     """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and noise ratio, the amplitude in closed form.
 
     `x` standardised, `y` centred. Only the first `max_rows` rows are used here (the cost is cubic, and hyperparameters need fewer rows than
-    predictions do); `star_effects` uses them all.
+    predictions do); `star_effects` uses them all. Sets that are not `live` get ones, without any work.
     """
     x, y = x[:max_rows], y[:max_rows]
-    squares = squared_distances(x)
+    live = jnp.ones(sets.shape[0], bool) if live is None else live
+    return jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))(live, sets, squared_distances(x), y)
 
-    def score(distance, lengthscale, ratio):
-        factor = cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(x.shape[0]))
-        whitened = forward_solve(factor, y[:, None])
-        amplitude = (whitened**2).mean()
-        return -x.shape[0] / 2 * jnp.log(amplitude) - jnp.log(jnp.diagonal(factor)).sum(), amplitude
 
-    lengthscales, ratios = jnp.array(STAR_LENGTHSCALES), jnp.array(STAR_NOISE_RATIOS)
+@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
+def fit_one_star_gp(alive, members, squares, y) -> StarGP:
+    """Hyperparameters of one set, from squared distances `squares[vars, samples, samples]`."""
+    num_rows = y.shape[0]
 
-    def fit(members):
-        distance = jnp.tensordot(members.astype(x.dtype), squares, 1)
-        scores, amplitudes = jax.lax.map(lambda length: jax.vmap(lambda r: score(distance, length, r))(ratios), lengthscales)
-        i, j = jnp.unravel_index(jnp.argmax(scores), scores.shape)
-        return StarGP(amplitudes[i, j], lengthscales[i], amplitudes[i, j] * ratios[j])
+    def fit():
+        distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
+        lengthscales, ratios = jnp.array(STAR_LENGTHSCALES, y.dtype), jnp.array(STAR_NOISE_RATIOS, y.dtype)
 
-    return jax.lax.map(fit, sets)
+        def score(lengthscale, ratio):
+            factor = cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(num_rows))
+            whitened = forward_solve(factor, y[:, None])
+            amplitude = (whitened**2).mean()
+            return -num_rows / 2 * jnp.log(amplitude) - jnp.log(jnp.diagonal(factor)).sum(), amplitude
+
+        scores, amplitudes = jax.lax.map(lambda length: jax.vmap(lambda r: score(length, r))(ratios), lengthscales)
+        failed = ~jnp.isfinite(scores)
+        i, j = jnp.unravel_index(jnp.argmax(jnp.where(failed, -jnp.inf, scores)), scores.shape)
+        return StarGP(amplitudes[i, j], lengthscales[i], amplitudes[i, j] * ratios[j], failed.sum())
+
+    one = jnp.ones((), y.dtype)
+    return jax.lax.cond(alive, fit, lambda: StarGP(one, one, one, jnp.zeros((), int)))
+
+
+PUBLISHED_LONGEST, PUBLISHED_NOISE, PUBLISHED_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5  # what its `safe_optimization` allows
+
+
+def fit_star_gp_published(x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"]) -> StarGP:
+    """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient ascent from (1, 1, 1), then its limits.
+
+    A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay: on linear systems its do-effects fall back to
+    zero between the rows. Costs a hundred times the default.
+    """
+    with jax.enable_x64(True):
+        wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
+        squares, optimiser = squared_distances(wide_x), optax.lbfgs()
+
+        def fit(members):
+            distance = jnp.tensordot(members.astype(wide_x.dtype), squares, 1)
+
+            def loss(logs):
+                amplitude, lengthscale, noise = jnp.exp(logs)
+                kernel = amplitude * jnp.exp(-distance / (2 * lengthscale**2)) + noise * jnp.eye(wide_x.shape[0])
+                inverse, log_det = inverse_and_log_det(jax.lax.stop_gradient(kernel))
+                alpha = inverse @ wide_y
+                # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2 (Rasmussen and Williams 2006, eq. 5.9).
+                slope = -0.5 * (kernel * (alpha[:, None] * alpha[None] - inverse)).sum()
+                return 0.5 * (wide_y @ alpha + log_det) + slope - jax.lax.stop_gradient(slope)
+
+            def improve(carry):
+                logs, state, value, _, step = carry
+                gradient = jax.grad(loss)(logs)
+                updates, state = optimiser.update(gradient, state, logs, value=value, grad=gradient, value_fn=loss)
+                after = loss(logs + updates)
+                return logs + updates, state, after, value - after, step + 1
+
+            def going(carry):  # until a step gains less than SciPy's L-BFGS asks of one
+                _, _, value, gain, step = carry
+                return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
+
+            start = jnp.zeros(3, wide_x.dtype)
+            logs, *_ = jax.lax.while_loop(going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0))
+            amplitude, lengthscale, noise = jnp.exp(logs)
+            lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
+            return StarGP(jnp.maximum(amplitude, PUBLISHED_AMPLITUDE), lengthscale, jnp.clip(noise, *PUBLISHED_NOISE), 0)
+
+        amplitude, lengthscale, noise, _ = jax.lax.map(fit, sets)
+        return StarGP(amplitude.astype(x.dtype), lengthscale.astype(x.dtype), noise.astype(x.dtype))
 
 
 def star_effects(
-    x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], gp: StarGP, grid: Float[Array, "vars bins"]
+    x: Float[Array, "samples vars"],
+    y: Float[Array, " samples"],
+    sets: Bool[Array, "sets vars"],
+    gp: StarGP,
+    grid: Float[Array, "vars bins"],
+    live: Bool[Array, " sets"] | None = None,
 ) -> StarEffects:
     """do(X_i = v) in the star graph of every set, for every variable and value on `grid`: X_i is set to v in each row, the other parents keep theirs.
 
     The RBF kernel is a product over variables, so with A_rn the kernel between rows without variable i and b_n(v) that of variable i alone,
     the row averages are sum_n mean_r(A_rn) alpha_n b_n(v), and b' (K^-1 o A'A/R) b: no loop over values and rows. Constant in v for variables
-    that are not in the set.
+    that are not in the set. Sets that are not `live` get zeros, without any work.
     """
+    live = jnp.ones(sets.shape[0], bool) if live is None else live
     # An amplitude far above the noise is common (a smooth function is nearly a straight line); in float32 the difference
     # `amplitude - explained` then has no correct digit.
     with jax.enable_x64(True):
-        wide_x, wide_y, wide_gp, wide_grid = jax.tree.map(lambda a: a.astype(jnp.float64), (x, y, gp, grid))
-        effects = _star_effects(wide_x, wide_y, sets, wide_gp, wide_grid)
+        wide_x, wide_y, wide_gp, wide_grid = jax.tree.map(lambda a: a.astype(jnp.float64), (x, y, gp[:3], grid))
+        to_grid = (wide_grid[:, :, None] - wide_x.T[:, None, :]) ** 2  # [vars, bins, samples]
+        one_set = jax.vmap(effects_of_one_set, in_axes=(0, 0, 0, 0, 0, None, None, None))
+        effects = one_set(live, sets, *wide_gp, squared_distances(wide_x), to_grid, wide_y)
         return jax.tree.map(lambda a: a.astype(x.dtype), effects)
 
 
-def _star_effects(x, y, sets, gp, grid):
-    num_rows = x.shape[0]
-    squares = squared_distances(x)
-    to_grid = (grid[:, :, None] - x.T[:, None, :]) ** 2  # [vars, bins, samples]
+@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
+def effects_of_one_set(alive, members, amplitude, lengthscale, noise, squares, to_grid, y) -> StarEffects:
+    """Effects `[vars, bins]` of one set; `squares[vars, samples, samples]` and `to_grid[vars, bins, samples]` are squared distances."""
+    num_rows, scale = y.shape[0], -0.5 / lengthscale**2
 
-    def one_set(args):
-        members, amplitude, lengthscale, noise = args
-        member = members.astype(x.dtype)
-        distance = jnp.tensordot(member, squares, 1)
-        scale = -0.5 / lengthscale**2
+    def all_variables():
+        distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
         kernel = amplitude * jnp.exp(scale * distance)
         inverse, _ = inverse_and_log_det(kernel + noise * jnp.eye(num_rows))
         alpha = inverse @ y
 
-        def one_variable(square, to_value, inside):
-            others = amplitude * jnp.exp(scale * (distance - inside * square))
+        def with_others(others, own):
+            """Row averages where `others[samples, samples]` is the kernel without the variable, `own[bins, samples]` that of the variable alone."""
             second = others.T @ others / num_rows
-            own = jnp.exp(scale * inside * to_value)  # [bins, samples]
             weighted = own * alpha[None, :]
             mean = weighted @ others.mean(0)
             mean_square = ((weighted @ second) * weighted).sum(1)
             explained = ((own @ (inverse * second)) * own).sum(1)
             return StarEffects(mean, jnp.maximum(amplitude - explained, 0.0) + noise, jnp.maximum(mean_square - mean**2, 0.0))
 
-        return jax.vmap(one_variable)(squares, to_grid, member)
+        constant = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, to_grid.shape[1:2]), with_others(kernel, jnp.ones((1, num_rows), y.dtype)))
 
-    return jax.lax.map(one_set, (sets, *gp))
+        def one_variable(args):
+            member, square, to_value = args
+
+            def moved():
+                return with_others(amplitude * jnp.exp(scale * (distance - square)), jnp.exp(scale * to_value))
+
+            return jax.lax.cond(member, moved, lambda: constant)
+
+        return jax.lax.map(one_variable, (members, squares, to_grid))
+
+    def nothing():
+        zeros = jnp.zeros(to_grid.shape[:2], y.dtype)
+        return StarEffects(zeros, zeros, zeros)
+
+    return jax.lax.cond(alive, all_variables, nothing)
 
 
 class CausalPrior(NamedTuple):
@@ -159,6 +244,7 @@ class CausalGP(eqx.Module):
     weights: Float[Array, " samples"]
     amplitude: Float[Array, ""]
     lengthscale: Float[Array, ""]
+    failures: Int[Array, ""]  # hyperparameters left out because their Cholesky factor failed
 
     def kernel(self, a: Float[Array, " a"], b: Float[Array, " b"]) -> Float[Array, "a b"]:
         """Prior covariance between the effects at two lists of values."""
@@ -179,6 +265,20 @@ def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
     return rbf + jnp.interp(a, grid, deviation)[:, None] * jnp.interp(b, grid, deviation)[None, :]
 
 
+def condition_causal_gp(grid, mean, deviation, points, outcomes, noise, used, amplitude, lengthscale) -> tuple[CausalGP, Float[Array, ""]]:
+    """The GP with these hyperparameters given `outcomes` at `points` with noise variances `noise` (where `used`), and its log evidence."""
+    kernel = causal_kernel(grid, deviation, amplitude, lengthscale, points, points)
+    # Outcomes nearly free of noise make the system singular to rounding: a hundred epsilons of the prior variance are added.
+    diagonal = noise + 100 * jnp.finfo(kernel.dtype).eps * jnp.diagonal(kernel)
+    factor = cholesky(jnp.where(used[:, None] & used[None, :], kernel, 0.0) + jnp.diag(jnp.where(used, diagonal, 1.0)))
+    residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
+    whitened = forward_solve(factor, residual[:, None])
+    evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
+    weights = backward_solve(factor, whitened)[:, 0]
+    failed = ~jnp.isfinite(evidence)
+    return CausalGP(grid, mean, deviation, points, used, factor, weights, amplitude, lengthscale, failed.astype(int)), evidence
+
+
 def fit_causal_gp(
     grid: Float[Array, " bins"],
     mean: Float[Array, " bins"],
@@ -196,27 +296,19 @@ def fit_causal_gp(
     weak log-normal prior that decides where there are no data. `grid` is increasing; a range of zero width is allowed and never explored.
     """
     width = jnp.maximum(grid[-1] - grid[0], 1e-6)
-    residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
-    both = used[:, None] & used[None, :]
     lengthscales, amplitudes, scales = (
         axis.reshape(-1)
         for axis in jnp.meshgrid(jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales), indexing="ij")
     )
 
-    def score(lengthscale, amplitude, scale):
-        kernel = jnp.where(both, causal_kernel(grid, deviation, amplitude, lengthscale, points, points), 0.0)
-        # Outcomes nearly free of noise make the system singular in float32: a hundred-thousandth of the prior variance is added.
-        diagonal = scale * noise + 1e-5 * jnp.diagonal(kernel)
-        factor = cholesky(kernel + jnp.diag(jnp.where(used, diagonal, 1.0)))
-        whitened = forward_solve(factor, residual[:, None])
-        evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
-        log_prior = -0.5 * jnp.log(lengthscale / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitude / (0.1 * unit)) ** 2
-        weights = backward_solve(factor, whitened)[:, 0]
-        return evidence + log_prior, factor, weights
+    def candidate(lengthscale, amplitude, scale):
+        gp, evidence = condition_causal_gp(grid, mean, deviation, points, outcomes, scale * noise, used, amplitude, lengthscale)
+        return gp, evidence - 0.5 * jnp.log(lengthscale / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitude / (0.1 * unit)) ** 2
 
-    scores, factors, weights = jax.vmap(score)(lengthscales, amplitudes, scales)
-    best = jnp.argmax(scores)
-    return CausalGP(grid, mean, deviation, points, used, factors[best], weights[best], amplitudes[best], lengthscales[best])
+    gps, scores = jax.vmap(candidate)(lengthscales, amplitudes, scales)
+    best = jnp.argmax(jnp.where(gps.failures > 0, -jnp.inf, scores))
+    chosen = (gps.factor[best], gps.weights[best], amplitudes[best], lengthscales[best])
+    return CausalGP(grid, mean, deviation, points, used, *chosen, gps.failures.sum())
 
 
 # --- acquisition ---

@@ -8,6 +8,9 @@ frequencies set to zero, which pairs the two and removes noise from their differ
 of residuals larger, where the published test also accepts a significant fall.
 """
 
+import itertools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -17,6 +20,9 @@ from lib.linalg import positive_solve
 
 
 LINEAR_PENALTY = 1e-3  # per row; only there to make the system regular
+BANDWIDTHS = ("median", "cross_validation")
+MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance, that cross-validation chooses from
+UNION_SIZE = 4  # variables whose subsets are all candidates in the union variant
 
 
 def doubly_robust_prior(
@@ -30,22 +36,29 @@ def doubly_robust_prior(
     num_features: int = 100,
     penalty: float = 0.01,
     alpha: float = 0.05,
+    bandwidth: Literal["median", "cross_validation"] = "median",
+    union: bool = False,
     drop_empty: bool = False,
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Candidate parent sets of `target` and their log-probabilities: the frequencies with which bootstraps select them.
 
-    `rows[samples, vars]` are observational, in any units. The number of places for sets is `max(num_bootstraps, vars)`, and no selected set can
-    be lost; unused places (repeated sets too) have log-probability -inf. If every bootstrap selects the empty set, the prior is uniform over
-    single variables. `drop_empty` gives the empty set probability zero without renormalising the rest, as the published code does.
-    `penalty` is that of the Fourier features, per row.
+    `rows[samples, vars]` are observational, in any units; constant columns are never selected. The number of places for sets is
+    `max(num_bootstraps, vars)`, and no selected set can be lost; unused places (repeated sets too) have log-probability -inf. If every bootstrap
+    selects the empty set, the prior is uniform over single variables. `drop_empty` gives the empty set probability zero without renormalising the
+    rest, as the published code does. `penalty` is that of the Fourier features, per row.
+
+    With `union`, these frequencies get half of the probability and all subsets of the `UNION_SIZE` variables selected most often the other half
+    (`2 ** UNION_SIZE` more places): a true set that no bootstrap returned whole can then still be found.
     """
     real = var_mask & (jnp.arange(var_mask.shape[0]) != target)
     feature_key, bootstrap_key = jr.split(key)
     x, y = standardise(rows), jnp.take(standardise(rows), target, axis=1)
-    residuals = held_out_residuals(feature_key, jnp.where(real[None, :], x, 0.0), y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty)
+    x = jnp.where(real[None, :], x, 0.0)
+    residuals = held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty, bandwidth)
     p_values = increase_p_values(*residuals)
     selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, alpha))(p_values)
-    return set_frequencies(selected, real, drop_empty)
+    sets, log_probs = set_frequencies(selected, real, drop_empty)
+    return with_union(sets, log_probs, selected, p_values, real, drop_empty) if union else (sets, log_probs)
 
 
 def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
@@ -55,7 +68,7 @@ def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples var
     return centred / jnp.where(deviation > 0, deviation, 1.0)
 
 
-def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty):
+def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty, bandwidth="median"):
     """Products of the two nuisances' held-out residuals.
 
     Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one left out), and how often each bootstrap drew
@@ -65,10 +78,10 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
     omega_key, phase_key = jr.split(feature_key)
     squares = (x**2).sum(1)
     distance = jnp.sqrt(jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0.0))
-    bandwidth = jnp.maximum(jnp.median(distance), 1e-3)
+    median = jnp.maximum(jnp.median(distance), 1e-3)
     # One key per variable: padding variables leave the draws of the others as they are.
     draw = jax.vmap(lambda i: jr.normal(jr.fold_in(omega_key, i), (2, num_features)), out_axes=1)
-    omega = draw(jnp.arange(num_vars)) / bandwidth
+    omega = draw(jnp.arange(num_vars)) / median
     phase = jr.uniform(phase_key, (2, num_features), maxval=2 * jnp.pi)
 
     order_key, draw_key = jr.split(bootstrap_key)
@@ -84,25 +97,30 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
     # The intercept is penalised as weakly as the slopes: the data are standardised.
     ridge = num_rows * jnp.concatenate([jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, penalty)])
 
+    def held_out(used, omega, phase, weights):
+        """Residuals of the regression on `used[samples, vars]` with row weights `[folds, rows]`, each fold predicted from the others."""
+        waves = jnp.sqrt(2 / num_features) * jnp.cos(used @ omega + phase[None, :])
+        phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(num_folds, per_fold, -1)
+
+        def bootstrap(w):
+            weighted = phi * w[:, :, None]
+            gram = jnp.einsum("frm,frk->fmk", weighted, phi)
+            moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
+            train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
+            coefficients = jax.vmap(positive_solve)(train, (moment.sum(0)[None] - moment)[:, :, None])
+            return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
+
+        return jax.vmap(bootstrap)(weights)
+
+    if bandwidth == "cross_validation":
+        once = (jnp.arange(num_folds * per_fold) < num_rows).astype(x.dtype).reshape(1, num_folds, per_fold)
+        multiples = jnp.array(MULTIPLES)
+        errors = jax.lax.map(lambda m: (once.reshape(-1) * held_out(x, omega[0] / m, phase[0], once)[0] ** 2).sum(), multiples)
+        omega = omega / multiples[jnp.argmin(errors)]
+
     def products(kept):
         """Residual products [bootstraps, samples] of the regression on the variables in `kept`."""
-        used = x * kept[None, :]
-
-        def nuisance(omega, phase):
-            waves = jnp.sqrt(2 / num_features) * jnp.cos(used @ omega + phase[None, :])
-            phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(num_folds, per_fold, -1)
-
-            def bootstrap(w):
-                weighted = phi * w[:, :, None]
-                gram = jnp.einsum("frm,frk->fmk", weighted, phi)
-                moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
-                train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
-                coefficients = jax.vmap(positive_solve)(train, (moment.sum(0)[None] - moment)[:, :, None])
-                return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
-
-            return jax.vmap(bootstrap)(weights)
-
-        return jax.vmap(nuisance)(omega, phase).prod(0)
+        return jax.vmap(lambda omega, phase: held_out(x * kept[None, :], omega, phase, weights))(omega, phase).prod(0)
 
     kept = jnp.concatenate([jnp.ones((1, num_vars)), 1 - jnp.eye(num_vars)])
     full, *_ = all_products = jax.lax.map(products, kept)
@@ -155,3 +173,26 @@ def set_frequencies(
     uniform = jnp.pad(real / jnp.maximum(real.sum(), 1), (0, places - num_vars))
     sets = jnp.where(empty.all(), singles, sets)
     return sets, jnp.log(jnp.where(empty.all(), uniform, frequency))
+
+
+def with_union(sets, log_probs, selected, p_values, real, drop_empty) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """Candidates with all subsets of the most often selected variables added, each of which gets half of its probability there.
+
+    A variable is in a subset with its frequency of selection, smoothed by half a selection and half a non-selection; ties in frequency go to the
+    smaller mean p-value.
+    """
+    num_bootstraps, num_vars = selected.shape
+    size = min(UNION_SIZE, num_vars)
+    frequency = (selected.sum(0) + 0.5) / (num_bootstraps + 1)
+    _, top = jax.lax.top_k(jnp.where(real, frequency - 1e-3 * p_values.mean(0), -jnp.inf), size)
+    table = jnp.array(list(itertools.product([False, True], repeat=size)))
+    subsets = jnp.zeros((2**size, num_vars), bool).at[:, top].set(table)
+    inside = jnp.where(real[top], frequency[top], 0.0)
+    probs = jnp.where(table, inside[None], 1 - inside[None]).prod(1)
+    if drop_empty:
+        probs = jnp.where(table.any(1), probs, 0.0)
+    frequencies = jnp.exp(log_probs)
+    listed = (sets[:, None] == subsets[None]).all(2) & (frequencies > 0)[:, None]
+    probs = 0.5 * probs + 0.5 * (listed * frequencies[:, None]).sum(0)
+    rest = jnp.where(listed.any(1), 0.0, 0.5 * frequencies)
+    return jnp.concatenate([subsets, sets]), jnp.log(jnp.concatenate([probs, rest]))

@@ -25,15 +25,18 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lib.buffer import ExperienceBuffer
 from lib.causal_gp import (
     CausalPrior,
+    StarEffects,
+    StarGP,
     aggregate_effects,
     expected_improvement,
     fit_causal_gp,
     fit_star_gp,
+    fit_star_gp_published,
     log_expected_improvement,
     refine,
     star_effects,
 )
-from lib.doubly_robust import doubly_robust_prior
+from lib.doubly_robust import BANDWIDTHS, doubly_robust_prior
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.posterior import ParentSetPosterior
 from lib.scm import AbstractSCM, Intervention, value_grid
@@ -42,7 +45,8 @@ from lib.scm import AbstractSCM, Intervention, value_grid
 PRIORS = ("doubly_robust", "uniform")
 FEATURES = ("auto", "linear", "fourier")
 LIKELIHOODS = ("corrected", "published")
-LARGEST_UNIFORM_SET = 3
+CANDIDATE_SETS = ("bootstraps", "union")
+STAR_GPS = ("standardised", "published")
 SUPPORT = 1e-4  # sets below this probability do not count for the exploration set (the published pruning threshold)
 NOISE_FLOOR = 1e-5  # variance of an outcome, in units of the variance of Y; the published floor
 
@@ -56,9 +60,15 @@ class ParentScaleConfig:
     num_steps: int
     """number of experiments"""
     prior: Literal["doubly_robust", "uniform"] = "doubly_robust"
-    """over parent sets: bootstrap frequencies, or uniform over all sets of one to three variables"""
+    """over parent sets: bootstrap frequencies, or uniform over all sets of one to `max_set_size` variables"""
+    max_set_size: int = 3
+    """largest set of the uniform prior"""
     num_bootstraps: int = 10
     """bootstraps of the doubly robust prior"""
+    bandwidth: Literal["median", "cross_validation"] = "median"
+    """of the prior's regressors: the median distance between rows, or the multiple of it that predicts Y best"""
+    candidate_sets: Literal["bootstraps", "union"] = "bootstraps"
+    """of the doubly robust prior: the selected sets, or also every subset of the variables selected most often"""
     drop_empty: bool = False
     """delete the empty parent set from the prior, as the published code does"""
     features: Literal["auto", "linear", "fourier"] = "auto"
@@ -67,6 +77,8 @@ class ParentScaleConfig:
     """random Fourier features, of the posterior and of the prior's regressors"""
     likelihood: Literal["corrected", "published"] = "corrected"
     """published: precision for covariance (linear), a point absorbed before it is scored (Fourier)"""
+    star_gp: Literal["standardised", "published"] = "standardised"
+    """hyperparameters of the do-effects: see `fit_star_gp` and `fit_star_gp_published` (raw units, and its limits)"""
     unit_noise: bool = False
     """published: Y in its own units with noise variance one, instead of Y standardised with the noise estimated on D_O"""
     outcome_samples: int = 1
@@ -79,6 +91,9 @@ class ParentScaleConfig:
             ("prior", self.prior, PRIORS),
             ("features", self.features, FEATURES),
             ("likelihood", self.likelihood, LIKELIHOODS),
+            ("bandwidth", self.bandwidth, BANDWIDTHS),
+            ("candidate_sets", self.candidate_sets, CANDIDATE_SETS),
+            ("star_gp", self.star_gp, STAR_GPS),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
@@ -94,7 +109,8 @@ class ExpertRun(eqx.Module):
 
     `surface` is the expected improvement, in units of Y, on `value_grid(low, high, num_bins)`, zero outside the exploration set. `variable`,
     `value`, `outcome` are the experiments; `recommended_*` the intervention of least posterior mean over all candidates. The rows of the
-    experiments stand in `buffer` directly behind those that were there: before step t the expert knew `num_initial + t` rows.
+    experiments stand in `buffer` directly behind those that were there: before step t the expert knew `num_initial + t` rows. `failures` counts
+    hyperparameters of Gaussian processes that were left out because their Cholesky factor failed (the best of the others was taken).
     """
 
     sets: Bool[Array, "sets vars"]
@@ -107,6 +123,7 @@ class ExpertRun(eqx.Module):
     recommended_value: Float[Array, " steps+1"]
     num_initial: Int[Array, ""]
     buffer: ExperienceBuffer
+    failures: Int[Array, ""]
 
     def posterior(self, target: Int[Array, ""] | int, step: int = -1) -> ParentSetPosterior:
         """The belief after `step` experiments (default: at the end)."""
@@ -199,10 +216,12 @@ def draw_features(key: Key[Array, ""], num_sets: int, num_vars: int, num_feature
     return jax.vmap(one_set)(jnp.arange(num_sets))
 
 
-def uniform_prior(target: Int[Array, ""], var_mask: Bool[Array, " vars"]) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """All sets of one to three variables, equally probable; those with the target or with padding have probability zero."""
+def uniform_prior(
+    target: Int[Array, ""], var_mask: Bool[Array, " vars"], max_size: int = 3
+) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """All sets of one to `max_size` variables, equally probable; those with the target or with padding have probability zero."""
     num_vars = var_mask.shape[0]
-    combinations = [c for size in range(1, LARGEST_UNIFORM_SET + 1) for c in itertools.combinations(range(num_vars), size)]
+    combinations = [c for size in range(1, max_size + 1) for c in itertools.combinations(range(num_vars), size)]
     table = np.zeros((len(combinations), num_vars), bool)
     for row, members in zip(table, combinations, strict=True):
         row[list(members)] = True
@@ -237,6 +256,7 @@ class Decision(NamedTuple):
     value: Float[Array, ""]
     recommended_variable: Int[Array, ""]
     recommended_value: Float[Array, ""]
+    failures: Int[Array, ""]
 
 
 def decide(scm, scale, config, prior: CausalPrior, explore, values, intervened, outcomes, share, noise_scales) -> Decision:
@@ -277,7 +297,7 @@ def decide(scm, scale, config, prior: CausalPrior, explore, values, intervened, 
         return jnp.clip(value * scale.spread[variable] + scale.shift[variable], scm.low[variable], scm.high[variable])
 
     surface = jnp.where(explore[:, None], improvement, 0.0)
-    return Decision(surface, variable, raw(variable, value), recommended, raw(recommended, at))
+    return Decision(surface, variable, raw(variable, value), recommended, raw(recommended, at), gps.failures.sum())
 
 
 def optimise(key, scm, buffer, config, scale, sets, state, believe, update, noise_scales) -> ExpertRun:
@@ -326,6 +346,7 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
         recommended_value=decisions.recommended_value,
         num_initial=start,
         buffer=buffer,
+        failures=decisions.failures.sum(),
     )
     # Not `eqx.error_if`: a host callback inside a batched loop can deadlock on a machine with few cores.
     fits = start + config.num_steps <= capacity
@@ -353,19 +374,19 @@ def run_parent_scale(
     prior_key, feature_key, step_key = jr.split(key, 3)
     observed = buffer.values[: config.num_obs]
     scale = Scale.of(observed)
-    x, y = scale(observed), jnp.take(scale(observed), scm.target, axis=1)
     sets, log_prior = prior_over_sets(prior_key, scm, observed, config) if candidate_sets is None else candidate_sets
-    grid = (value_grid(scm.low, scm.high, config.num_values) - scale.shift[:, None]) / scale.spread[:, None]
-    star = fit_star_gp(x, y, sets)
-    effects = star_effects(x, y, sets, star, grid)
+    star, effects = effects_of_sets(observed, scm, sets, log_prior, config)
 
     def believe(state, buffer):
         log_probs = state.log_probs if predict is None else predict(buffer)
         support = (sets & (log_probs > jnp.log(SUPPORT))[:, None]).any(0) & scm.candidates
         return log_probs, aggregate_effects(log_probs, effects, star), jnp.where(support.any(), support, scm.candidates)
 
+    def add_failures(run):
+        return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))
+
     if predict is not None:
-        return optimise(step_key, scm, buffer, config, scale, sets, None, believe, lambda state, row, intervened: state, (1.0,))
+        return add_failures(optimise(step_key, scm, buffer, config, scale, sets, None, believe, lambda state, row, intervened: state, (1.0,)))
     state = initial_regression(feature_key, sets, log_prior, observed, scm.target, config)
 
     def update(state, row, intervened, valid=True):
@@ -373,7 +394,28 @@ def run_parent_scale(
 
     rows = (buffer.values, buffer.intervened, buffer.valid)
     state, _ = jax.lax.scan(lambda s, row: (update(s, *row), None), state, jax.tree.map(lambda a: a[config.num_obs :], rows))
-    return optimise(step_key, scm, buffer, config, scale, sets, state, believe, update, (1.0,))
+    return add_failures(optimise(step_key, scm, buffer, config, scale, sets, state, believe, update, (1.0,)))
+
+
+def effects_of_sets(
+    observed: Float[Array, "samples vars"],
+    scm: AbstractSCM,
+    sets: Bool[Array, "sets vars"],
+    log_prior: Float[Array, " sets"],
+    config: ParentScaleConfig,
+) -> tuple[StarGP, StarEffects]:
+    """The star-graph GP of every set and its do-effects on the search grid, in units of the deviation of Y (its mean and variance too)."""
+    scale, raw_grid, live = Scale.of(observed), value_grid(scm.low, scm.high, config.num_values), log_prior > -jnp.inf
+    if config.star_gp == "standardised":
+        x = scale(observed)
+        y = jnp.take(x, scm.target, axis=1)
+        star = fit_star_gp(x, y, sets, live)
+        return star, star_effects(x, y, sets, star, (raw_grid - scale.shift[:, None]) / scale.spread[:, None], live)
+    y, shift, spread = (jnp.take(a, scm.target, axis=-1) for a in (observed, scale.shift, scale.spread))
+    star = fit_star_gp_published(observed, y, sets)
+    effects = star_effects(observed, y, sets, star, raw_grid, live)
+    standard = StarEffects((effects.mean - shift) / spread, effects.variance / spread**2, effects.spread / spread**2)
+    return star._replace(noise=star.noise / spread**2), standard
 
 
 def replay_posterior(
@@ -402,7 +444,7 @@ def replay_posterior(
 def prior_over_sets(key, scm, observed, config: ParentScaleConfig) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Candidate sets and their log-probabilities before any regression."""
     if config.prior == "uniform":
-        return uniform_prior(scm.target, scm.var_mask)
+        return uniform_prior(scm.target, scm.var_mask, config.max_set_size)
     return doubly_robust_prior(
         key,
         observed,
@@ -410,6 +452,8 @@ def prior_over_sets(key, scm, observed, config: ParentScaleConfig) -> tuple[Bool
         scm.var_mask,
         num_bootstraps=config.num_bootstraps,
         num_features=config.num_features,
+        bandwidth=config.bandwidth,
+        union=config.candidate_sets == "union",
         drop_empty=config.drop_empty,
     )
 

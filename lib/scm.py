@@ -137,17 +137,22 @@ def antithetic_normal(seed: int, num_samples: int, num_vars: int) -> Float[Array
     return jnp.asarray(np.concatenate([half, -half]))
 
 
+MECHANISMS = ("linear", "fourier", "mlp", "polynomial")
+NOISES = ("gaussian", "laplace", "uniform", "heteroscedastic")
+
+
 class SyntheticSCM(AbstractSCM):
-    """A random model with linear or Fourier-feature mechanisms and additive Gaussian noise, each variable standardised while it is generated.
+    """A random model with one kind of mechanism and of additive noise, each variable standardised while it is generated.
 
     Mechanism arrays are in topological order: row and column k belong to the k-th variable generated, which is variable `order[k]` for
-    everyone outside. Standardisation inside generation removes the variance ordering that makes plain simulations easy
+    everyone outside. Standardisation inside generation (`shift`, `spread`) removes the variance ordering that makes plain simulations easy
     (iSCM, arXiv 2406.11601).
     """
 
     order: Int[Array, " vars"]
     adjacency: Bool[Array, "vars vars"]  # adjacency[i, k]: the i-th generated variable is a parent of the k-th
-    nonlinear: Bool[Array, ""]
+    mechanism: Int[Array, ""]  # index into MECHANISMS
+    noise_kind: Int[Array, ""]  # index into NOISES
     weights: Float[Array, "vars vars"]
     frequencies: Float[Array, "vars vars features"]  # [parent, child, feature]
     phases: Float[Array, "vars features"]
@@ -179,12 +184,31 @@ class SyntheticSCM(AbstractSCM):
     def parents(self) -> Bool[Array, " vars"]:
         return jnp.take(self.graph, self.target, axis=1)
 
-    def mechanism(self, x: Float[Array, "samples vars"], k: Int[Array, ""] | int) -> Float[Array, " samples"]:
-        """f_k of the variables generated before k (before noise and standardisation)."""
+    def disturbance(self, noise: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
+        """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the model's noise has."""
+        tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))  # P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits
+        laplace = -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0)
+        uniform = jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails)
+        return jax.lax.select_n(self.noise_kind, noise, laplace, uniform, noise)
+
+    def structural_equation(
+        self, x: Float[Array, "samples vars"], disturbance: Float[Array, "samples vars"], k: Int[Array, ""] | int
+    ) -> Float[Array, " samples"]:
+        """The k-th variable from those generated before it (`x`) and its disturbance, before standardisation.
+
+        Linear: x w. The others have one hidden layer z = x F + p, read out by a: cos(z) a, tanh(z) a, x w + z^2 a. The square goes on along its
+        tangent where |z| > 1: squares of squares would explode. A variable without parents is its noise. Heteroscedastic noise has log-deviation
+        tanh(x w) (multiplicative, Harvey 1976, here bounded): it varies by a factor of e either way.
+        """
         edges = self.adjacency[:, k]
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
-        wave = jnp.cos(x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]) @ self.amplitudes[k]
-        return jnp.where(self.nonlinear, jnp.where(edges.any(), wave, 0.0), linear)
+        z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
+        square = jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0)
+        hidden = jax.lax.select_n(self.mechanism, jnp.zeros_like(z), jnp.cos(z), jnp.tanh(z), square) @ self.amplitudes[k]
+        direct = (self.mechanism == MECHANISMS.index("linear")) | (self.mechanism == MECHANISMS.index("polynomial"))
+        effect = jnp.where(edges.any(), hidden + jnp.where(direct, linear, 0.0), 0.0)
+        scale = jnp.where(self.noise_kind == NOISES.index("heteroscedastic"), jnp.exp(jnp.tanh(linear)), 1.0)
+        return effect + self.noise_scale[k] * scale * disturbance[:, k]
 
     def draw_noise(self, key, num_samples):
         return jr.normal(key, (num_samples, self.order.shape[0]))
@@ -194,15 +218,42 @@ class SyntheticSCM(AbstractSCM):
 
     def simulate(self, noise, intervention):
         fixed, values = intervention.mask[self.order], intervention.values[self.order]
-        present = self.var_mask[self.order]
+        present, disturbance = self.var_mask[self.order], self.disturbance(noise)
 
         def generate(x, k):
-            raw = self.mechanism(x, k) + self.noise_scale[k] * noise[:, k]
+            raw = self.structural_equation(x, disturbance, k)
             natural = jnp.where(present[k], (raw - self.shift[k]) / self.spread[k], 0.0)
             return x.at[:, k].set(jnp.where(fixed[k], values[k], natural)), None
 
         x, _ = jax.lax.scan(generate, jnp.zeros_like(noise), jnp.arange(noise.shape[1]))
         return x[:, self.position]
+
+
+def check_scm(scm: SyntheticSCM) -> None:
+    """Raise `ValueError` if a model, one and not traced, is not acyclic, not finite, or has nothing by which its target could be moved."""
+    order = np.asarray(scm.order)
+    if sorted(order.tolist()) != list(range(len(order))):
+        raise ValueError(f"order must hold every variable once, but is {order.tolist()}")
+    by_child = {"weights": scm.weights.T, "frequencies": jnp.moveaxis(scm.frequencies, 1, 0)}
+    by_child |= {name: getattr(scm, name) for name in ("phases", "amplitudes", "noise_scale", "shift", "spread")}
+    for name, values in ({name: values[scm.position] for name, values in by_child.items()} | {"low": scm.low, "high": scm.high}).items():
+        infinite = ~np.isfinite(values).reshape(len(order), -1).all(1)
+        if infinite.any():
+            raise ValueError(f"{name} of {scm.names[np.argmax(infinite)]} is not finite: give numbers")
+    backward = np.argwhere(np.tril(scm.adjacency))
+    if len(backward):
+        parent, child = (scm.names[order[place]] for place in backward[0])
+        raise ValueError(f"the edge from {parent} to {child} does not go forward in order: remove it, or put {parent} before {child}")
+    low, high, possible = np.asarray(scm.low), np.asarray(scm.high), np.asarray(scm.task.possible_parents)
+    if (low > high).any():
+        wrong = int(np.argmax(low > high))
+        raise ValueError(f"{scm.names[wrong]} may be set from {low[wrong]} to {high[wrong]}: low must not be above high")
+    target = scm.names[int(scm.target)]
+    if not (possible & (low < high)).any():
+        raise ValueError(f"no variable but the target {target} has a range of intervention: give at least one of them low < high")
+    ancestors = np.linalg.matrix_power(np.asarray(scm.graph, float) + np.eye(len(order)), len(order))[:, int(scm.target)] > 0
+    if not (ancestors & possible & (low < high)).any():
+        raise ValueError(f"the target {target} has no ancestor that may be set: choose another target, or add an edge into it from a candidate")
 
 
 def apply_intervention(scm: AbstractSCM, intervention: Intervention) -> "MutilatedSCM":

@@ -12,19 +12,20 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task, antithetic_normal, value_grid
+from lib.scm import MECHANISMS, NOISES, AbstractSCM, Intervention, SyntheticSCM, Task, antithetic_normal, value_grid
 
 
-FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider")
-MECHANISMS = ("linear", "fourier")
-NUM_FEATURES = 16  # cosines per Fourier mechanism: enough for a varied function of up to a few parents
+FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider", "watts_strogatz", "layered")
+NUM_FEATURES = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
+REWIRING = 0.3  # chance of an edge of the ring lattice to get a new end (Watts & Strogatz 1998)
+GENTLE = 5.0  # lengthscale of a polynomial's squared forms: of ten variables, 99 % of models then keep |E[Y | do]| below 7 deviations
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
 MIN_EFFECT = 0.5  # standard deviations by which some intervention must lower the target: no problem is without something to gain
 
 
 @dataclass(frozen=True)
 class SCMPrior:
-    """What `sample_scm` draws from. Values are in observational standard deviations of each variable."""
+    """What `sample_scm` draws from. Values are in observational standard deviations of each variable, from its observational mean."""
 
     max_vars: int = 8
     """Size of the bucket that every model is padded to."""
@@ -32,34 +33,77 @@ class SCMPrior:
     """Fewest variables."""
     max_size: int = 8
     """Most variables."""
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = ("erdos_renyi", "scale_free", "chain", "fork", "collider")
     """Graph families, drawn with equal probability."""
-    mechanisms: tuple[str, ...] = MECHANISMS
+    mechanisms: tuple[str, ...] = ("linear", "fourier")
     """Mechanism families, drawn with equal probability."""
+    noises: tuple[str, ...] = ("gaussian",)
+    """Kinds of noise, drawn with equal probability."""
+    standardised: bool = True
+    """Standardise every variable while it is generated (iSCM, arXiv 2406.11601); otherwise variances add up along the graph."""
     min_density: float = 0.15
-    """Smallest edge probability of an Erdős–Rényi graph."""
+    """Smallest edge probability of an Erdős–Rényi or layered graph."""
     max_density: float = 0.5
-    """Largest edge probability of an Erdős–Rényi graph."""
+    """Largest edge probability of an Erdős–Rényi or layered graph."""
     min_noise: float = 0.3
     """Smallest noise scale, before standardisation."""
     max_noise: float = 3.0
     """Largest noise scale, before standardisation."""
     min_lengthscale: float = 0.4
-    """Shortest lengthscale of a Fourier mechanism, in deviations of a parent."""
+    """Shortest lengthscale of a Fourier or MLP mechanism, in deviations of a parent."""
     max_lengthscale: float = 2.5
-    """Longest lengthscale of a Fourier mechanism, in deviations of a parent."""
+    """Longest lengthscale of a Fourier or MLP mechanism, in deviations of a parent."""
     min_range: float = 1.5
     """Shortest distance from the observational mean to an end of a variable's range of intervention."""
     max_range: float = 4.0
     """Longest distance from the observational mean to an end of a variable's range of intervention."""
 
     def __post_init__(self):
-        for field, known in (("families", FAMILIES), ("mechanisms", MECHANISMS)):
+        for field, known in (("families", FAMILIES), ("mechanisms", MECHANISMS), ("noises", NOISES)):
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown or not getattr(self, field):
                 raise ValueError(f"{field}: unknown or none: {', '.join(unknown) or '(empty)'}; choose from {', '.join(known)}")
         if not 2 <= self.min_size <= self.max_size <= self.max_vars:
             raise ValueError(f"sizes {self.min_size} to {self.max_size} do not fit 2 <= min_size <= max_size <= max_vars = {self.max_vars}")
+        for name in ("density", "noise", "lengthscale", "range"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise ValueError(f"min_{name} = {low} is above max_{name} = {high}")
+            if low <= 0 and name != "density":
+                raise ValueError(f"min_{name} = {low} must be positive")
+
+
+class Level(NamedTuple):
+    """How hard a problem is: where its model comes from, and how many observational rows there are."""
+
+    prior: SCMPrior
+    num_obs: int
+
+
+def _level(num_obs: int, size: int, mechanisms: tuple[str, ...], noises: tuple[str, ...], density: float, noise: float) -> Level:
+    prior = SCMPrior(
+        max_vars=10,
+        min_size=size,
+        max_size=size + 1,
+        families=("erdos_renyi",),
+        mechanisms=mechanisms,
+        noises=noises,
+        min_density=density,
+        max_density=density + 0.1,
+        min_noise=noise,
+        max_noise=3 * noise,
+    )
+    return Level(prior, num_obs)
+
+
+DIFFICULTY = (
+    _level(200, 3, ("linear",), ("gaussian",), density=0.3, noise=0.3),
+    _level(150, 4, ("linear", "polynomial"), ("gaussian",), density=0.35, noise=0.4),
+    _level(100, 5, ("polynomial", "mlp"), ("gaussian", "laplace", "uniform"), density=0.4, noise=0.5),
+    _level(60, 7, ("mlp", "fourier"), NOISES, density=0.45, noise=0.65),
+    _level(30, 9, ("fourier",), NOISES, density=0.5, noise=0.8),
+)
+"""Five levels from easy to hard in every respect (size, density, mechanisms, noise, data), in buckets of one size."""
 
 
 def draw(sampler: Callable, key: Key[Array, ""], **shapes: tuple[int, ...]) -> dict[str, Float[Array, "..."]]:
@@ -90,7 +134,9 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
 
     `family` indexes `FAMILIES`. Scale-free: each variable attaches to one or two earlier ones with probability proportional to degree + 1
     (Barabási–Albert). Chain: each variable causes the next. Fork: the first causes all others. Collider: a random variable has all earlier ones
-    (up to three) as parents and there are no other edges except into a chain of its descendants.
+    (up to three) as parents and there are no other edges except into a chain of its descendants. Watts–Strogatz: on a ring of the variables in random
+    order, each is joined to the nearest on either side (or, from six variables on and every other time, the nearest two), edges are rewired one after
+    the other, and all point forward. Layered: two to four layers of like size, with parents for each variable in the layer before only.
     """
     d = prior.max_vars
     u = draw(jr.uniform, key, density=(), edge=(d, d), attach=(d, d), two=(d,), centre=())
@@ -112,7 +158,28 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
     centre = whole(u["centre"], 1, size)
     collider = ((index[:, None] < centre) & (index[:, None] >= centre - 3) & (index[None] == centre)) | (chain & (index[None] > centre))
 
-    graph = jnp.stack([erdos_renyi, scale_free, chain, fork, collider])[family]
+    # a graph is of one family, so these two may use the others' numbers
+    reach = jnp.where((size > 5) & (u["centre"] < 0.5), 2, 1)
+    distance = jnp.minimum((index[:, None] - index[None]) % size, (index[None] - index[:, None]) % size)
+    lattice = (distance > 0) & (distance <= reach) & (index < size)[:, None] & (index < size)[None]
+
+    def rewire(ring, edge):
+        step, i = edge // d, edge % d
+        old, free = (i + 1 + step) % size, (index < size) & (index != i) & ~ring[i]
+        new = pick(u["attach"][step, i], free)
+        moved = (u["edge"][step, i] < REWIRING) & (step < reach) & (i < size) & free.any()
+        row = jnp.where(moved, (ring[i] & (index != old)) | (index == new), ring[i])
+        return ring.at[i].set(row).at[:, i].set(row), None
+
+    ring, _ = jax.lax.scan(rewire, lattice, jnp.arange(2 * d))
+    seat = jnp.argsort(jnp.where(index < size, u["two"], 2.0 + index))
+    watts_strogatz = ring[seat][:, seat] & earlier
+    layer = index * whole(u["centre"], 2, jnp.minimum(size, 4) + 1) // size
+    before = layer[:, None] + 1 == layer[None]
+    one = index[:, None] == jnp.argmax(jnp.where(before, u["attach"], -1.0), axis=0)[None]
+    layered = before & ((u["edge"] < between(u["density"], prior.min_density, prior.max_density)) | one)
+
+    graph = jnp.stack([erdos_renyi, scale_free, chain, fork, collider, watts_strogatz, layered])[family]
     graph &= (index < size)[:, None] & (index < size)[None]
     return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
 
@@ -141,16 +208,20 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = jnp.array([FAMILIES.index(f) for f in prior.families])[whole(u["family"], 0, len(prior.families))]
     mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[whole(u["mechanism"], 0, len(prior.mechanisms))]
-    lengthscale = jnp.exp(between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale)))
+    kind = jr.uniform(jr.fold_in(uniform_key, 1))
+    length = between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale))
+    lengthscale = jnp.exp(jnp.where(mechanism == MECHANISMS.index("polynomial"), jnp.log(GENTLE), length))
     low, high = between(u["range"], prior.min_range, prior.max_range)
+    phase = 2 * jnp.pi * u["phase"]
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
         adjacency=sample_graph(graph_key, family, prior, size),
-        nonlinear=mechanism == MECHANISMS.index("fourier"),
+        mechanism=mechanism,
+        noise_kind=jnp.array([NOISES.index(name) for name in prior.noises])[whole(kind, 0, len(prior.noises))],
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
-        phases=2 * jnp.pi * u["phase"],
+        phases=jnp.stack([phase, phase, phase - jnp.pi, jnp.zeros_like(phase)])[mechanism],  # an MLP's steps lie on both sides of the mean
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
         noise_scale=jnp.exp(between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))),
         shift=jnp.zeros(d),
@@ -160,8 +231,14 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
         high=jnp.where(jnp.arange(d) < size, high, 0.0),
         var_mask=jnp.arange(d) < size,
     )
-    scm = _standardise(scm)
-    qualifies = scm.var_mask & (_largest_drops(scm) >= MIN_EFFECT)
+    mean, deviation = _moments(scm, prior.standardised)
+    if prior.standardised:
+        scm = _replace(scm, shift=mean, spread=deviation)
+        unit = jnp.ones(d)
+    else:
+        centre, unit = mean[scm.position], deviation[scm.position]
+        scm = _replace(scm, low=jnp.where(scm.var_mask, centre + unit * scm.low, 0.0), high=jnp.where(scm.var_mask, centre + unit * scm.high, 0.0))
+    qualifies = scm.var_mask & (_largest_drops(scm) >= MIN_EFFECT * unit)
     return _replace(scm, target=pick(u["target"], qualifies)), qualifies.any()
 
 
@@ -169,17 +246,17 @@ def _replace(scm: SyntheticSCM, **changes) -> SyntheticSCM:
     return SyntheticSCM(**({name: getattr(scm, name) for name in scm.__dataclass_fields__} | changes))
 
 
-def _standardise(scm: SyntheticSCM) -> SyntheticSCM:
-    """Set `shift` and `spread` so that every variable has mean 0 and deviation 1 without intervention, in the order of generation."""
-    noise = antithetic_normal(7, NUM_CALIBRATION, scm.order.shape[0])
+def _moments(scm: SyntheticSCM, standardised: bool) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
+    """Observational mean and deviation of every variable in the order of generation, each from parents already `standardised` or as they are."""
+    disturbance = scm.disturbance(antithetic_normal(7, NUM_CALIBRATION, scm.order.shape[0]))
 
-    def calibrate(x, k):
-        raw = scm.mechanism(x, k) + scm.noise_scale[k] * noise[:, k]
-        shift, spread = raw.mean(), raw.std()
-        return x.at[:, k].set((raw - shift) / spread), (shift, spread)
+    def generate(x, k):
+        raw = scm.structural_equation(x, disturbance, k)
+        mean, deviation = raw.mean(), raw.std()
+        return x.at[:, k].set((raw - mean) / deviation if standardised else raw), (mean, deviation)
 
-    _, (shift, spread) = jax.lax.scan(calibrate, jnp.zeros_like(noise), jnp.arange(noise.shape[1]))
-    return _replace(scm, shift=shift, spread=spread)
+    _, moments = jax.lax.scan(generate, jnp.zeros_like(disturbance), jnp.arange(disturbance.shape[1]))
+    return moments
 
 
 def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " vars"]:

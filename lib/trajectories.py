@@ -202,7 +202,8 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
     renamed = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         order=new[scm.order],
         adjacency=scm.adjacency,
-        nonlinear=scm.nonlinear,
+        mechanism=scm.mechanism,
+        noise_kind=scm.noise_kind,
         weights=scm.weights * generated[:, None],
         frequencies=scm.frequencies * generated[:, None, None],
         phases=scm.phases,

@@ -90,7 +90,7 @@ def test_effects_agree_with_a_loop_over_values_and_rows():
     """Set a variable in every row, predict with the GP of the set, average: mean, predictive variance, and spread of the mean."""
     effects = jit_effects(single(X), single(Y), jnp.asarray(SETS), HAND_MADE, single(GRID))
     for k, members in enumerate(SETS):
-        amplitude, lengthscale, noise = (float(p[k]) for p in HAND_MADE)
+        amplitude, lengthscale, noise = (float(p[k]) for p in HAND_MADE[:3])
         inputs = X[:, members]
         inverse = np.linalg.inv(gaussian(inputs, inputs, amplitude, lengthscale) + noise * np.eye(NUM_ROWS))
         for i, b in itertools.product(range(3), range(BINS)):

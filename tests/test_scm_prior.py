@@ -1,6 +1,7 @@
 """Random problems: the shape of every graph family, standardised models in which something can be gained, and first data sets that add up."""
 
 import functools as ft
+import itertools
 
 import equinox as eqx
 import jax
@@ -10,12 +11,24 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.scm import Intervention
-from lib.scm_prior import FAMILIES, MECHANISMS, MIN_EFFECT, DataDesign, SCMPrior, initial_buffer, sample_examples, sample_graph, sample_scm
+from lib.scm import MECHANISMS, NOISES, Intervention, check_scm
+from lib.scm_prior import (
+    DIFFICULTY,
+    FAMILIES,
+    MIN_EFFECT,
+    DataDesign,
+    SCMPrior,
+    initial_buffer,
+    sample_examples,
+    sample_graph,
+    sample_problem,
+    sample_scm,
+)
 
 
 NUM_MODELS, NUM_VARS = 64, 6
 PRIOR = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=NUM_VARS)
+MECHANISMS_BY_DIFFICULTY = ("linear", "polynomial", "mlp", "fourier")
 jit_sample = jax.jit(jax.vmap(ft.partial(sample_scm, prior=PRIOR)))
 
 
@@ -37,7 +50,7 @@ def member(batch, i):
     return jax.tree.map(lambda leaf: leaf[i], batch)
 
 
-@pytest.mark.parametrize(("field", "known"), [("families", FAMILIES), ("mechanisms", MECHANISMS)])
+@pytest.mark.parametrize(("field", "known"), [("families", FAMILIES), ("mechanisms", MECHANISMS), ("noises", NOISES)])
 def test_unknown_names_raise_with_the_list(field, known):
     with pytest.raises(ValueError, match="small_world") as error:
         SCMPrior(**{field: (known[0], "small_world")})
@@ -50,6 +63,16 @@ def test_unknown_names_raise_with_the_list(field, known):
 def test_impossible_sizes_raise(sizes):
     with pytest.raises(ValueError, match="2 <= min_size <= max_size <= max_vars"):
         SCMPrior(min_size=sizes[0], max_size=sizes[1], max_vars=sizes[2])
+
+
+@pytest.mark.parametrize("name", ["density", "noise", "lengthscale", "range"])
+def test_impossible_bounds_raise(name):
+    with pytest.raises(ValueError, match=f"min_{name} = 2.0 is above max_{name} = 1.0"):
+        SCMPrior(**{f"min_{name}": 2.0, f"max_{name}": 1.0})
+    if name != "density":
+        for low in (0.0, -1.0):
+            with pytest.raises(ValueError, match=f"min_{name} = {low} must be positive"):
+                SCMPrior(**{f"min_{name}": low})
 
 
 @pytest.mark.parametrize("family", range(len(FAMILIES)), ids=FAMILIES)
@@ -92,6 +115,33 @@ def test_density_of_erdos_renyi_graphs(graphs):
     assert abs(pairs.mean() - expected) < 5 * pairs.std() / 10
 
 
+def test_watts_strogatz_graphs_are_rewired_rings(graphs):
+    """Rewiring keeps the number of edges; a ring with no edge moved is a cycle through all variables, and most graphs are not."""
+    for size in range(2, NUM_VARS + 1):
+        drawn = graphs[FAMILIES.index("watts_strogatz"), size - 2]
+        assert set(drawn.sum((1, 2))) == {1 if size == 2 else size} | ({2 * size} if size > 5 else set())
+    drawn = graphs[FAMILIES.index("watts_strogatz"), NUM_VARS - 2]
+    single = drawn[drawn.sum((1, 2)) == NUM_VARS]
+    undirected = [nx.Graph(adjacency) for adjacency in single | single.swapaxes(1, 2)]
+    rings = np.mean([nx.is_isomorphic(graph, nx.cycle_graph(NUM_VARS)) for graph in undirected])
+    assert 0 < rings < 0.5  # no edge moves in .7^6 = 12 % of graphs, and some rewired ones are rings again
+    assert (single.mean(0)[np.triu_indices(NUM_VARS, 1)] > 0.15).all()  # 40 % on average: the places on the ring are random
+
+
+def test_layered_graphs_have_edges_only_to_the_next_layer(graphs):
+    numbers = set()
+    for size in range(2, NUM_VARS + 1):
+        for adjacency in graphs[FAMILIES.index("layered"), size - 2]:
+            graph = nx.DiGraph(adjacency[:size, :size])
+            layers = list(nx.topological_generations(graph))
+            layer = {i: number for number, members in enumerate(layers) for i in members}
+            assert all(layer[child] == layer[parent] + 1 for parent, child in graph.edges)
+            assert [layer[i] for i in range(size)] == sorted(layer[i] for i in range(size))
+            assert max(map(len, layers)) - min(map(len, layers)) <= 1
+            numbers.add((size, len(layers)))
+    assert numbers == {(size, number) for size in range(2, NUM_VARS + 1) for number in range(2, min(size, 4) + 1)}
+
+
 def test_models_are_padded_at_the_end(scms):
     size = np.asarray(scms.var_mask).sum(1)
     assert set(size) == {3, 4, 5, 6}
@@ -109,6 +159,89 @@ def test_models_are_padded_at_the_end(scms):
 def test_same_key_same_model(scms):
     assert eqx.tree_equal(scms, jit_sample(jr.split(jr.key(1), NUM_MODELS)))
     assert len(np.unique(np.asarray(scms.weights)[:, 0, 1])) == NUM_MODELS
+
+
+def test_defaults_are_those_of_training(scms):
+    assert SCMPrior().families == FAMILIES[:5] and SCMPrior().standardised
+    assert set(np.asarray(scms.mechanism)) == {MECHANISMS.index("linear"), MECHANISMS.index("fourier")}
+    assert set(np.asarray(scms.noise_kind)) == {NOISES.index("gaussian")}
+    drawn = jax.device_get(jax.jit(ft.partial(sample_scm, prior=SCMPrior()))(jr.key(0)))
+    assert drawn.target == 0  # as drawn before there were other kinds
+    np.testing.assert_allclose(drawn.weights[0, :3], [-1.724263, -0.654828, -1.031929], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def varied():
+    """Models of every family, mechanism and noise, standardised and not."""
+    priors = [
+        SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=NUM_VARS, families=FAMILIES, mechanisms=MECHANISMS, noises=NOISES, standardised=standardised)
+        for standardised in (True, False)
+    ]
+    return [jax.jit(jax.vmap(ft.partial(sample_scm, prior=prior)))(jr.split(jr.key(6), NUM_MODELS)) for prior in priors]
+
+
+def test_every_kind_is_drawn(varied):
+    for scms in varied:
+        assert set(np.asarray(scms.mechanism)) == set(range(len(MECHANISMS)))
+        assert set(np.asarray(scms.noise_kind)) == set(range(len(NOISES)))
+        assert len(set(zip(scms.mechanism.tolist(), scms.noise_kind.tolist(), strict=True))) > 12  # one says nothing about the other
+        for i in range(0, NUM_MODELS, 8):
+            check_scm(member(scms, i))
+
+
+def observe(scms):
+    noise = jr.normal(jr.key(2), (2000, NUM_VARS))
+    return np.asarray(jax.jit(jax.vmap(lambda scm: scm.simulate(noise, Intervention.none(NUM_VARS))))(scms))
+
+
+def test_standardised_models_of_every_kind_have_unit_deviations(varied):
+    deviation = observe(varied[0]).std(1)[np.asarray(varied[0].var_mask)]
+    assert np.abs(np.log(deviation)).max() < 0.5 and abs(deviation.mean() - 1) < 0.03  # 256 rows: heavy tails make single ones rough
+
+
+def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied):
+    scms = varied[1]
+    there, rows = np.asarray(scms.var_mask), observe(scms)
+    assert (scms.shift == 0).all() and (scms.spread == 1).all()
+    mean, deviation = rows.mean(1), rows.std(1)
+    assert deviation[there].max() / deviation[there].min() > 10 and np.abs(mean[there]).max() > 1
+    generated = np.take_along_axis(deviation, np.asarray(scms.order), 1)
+    full = there.all(1)
+    assert np.median(generated[full, -1] / generated[full, 0]) > 1.2  # variances add up along the graph
+    for end in ((mean - scms.low) / deviation, (scms.high - mean) / deviation):
+        # by at most what mean and deviation are uncertain by
+        assert (np.asarray(end)[there] > 0.6 * PRIOR.min_range).all() and (np.asarray(end)[there] < 1.6 * PRIOR.max_range).all()
+        assert abs(np.asarray(end)[there].mean() - 0.5 * (PRIOR.min_range + PRIOR.max_range)) < 0.2
+    table = jax.jit(jax.vmap(lambda scm: scm.effect_table(scm.low[:, None] + (scm.high - scm.low)[:, None] * jnp.linspace(0, 1, 5)[None])))(scms)
+    everyone, target = np.arange(NUM_MODELS), np.asarray(scms.target)
+    drops = (mean[everyone, target] - np.asarray(table).min((1, 2))) / deviation[everyone, target]
+    assert (drops > MIN_EFFECT - 0.3).all() and (drops >= MIN_EFFECT).mean() > 0.9
+    assert not np.asarray(scms.low)[~there].any() and not np.asarray(scms.high)[~there].any()
+
+
+def test_levels_get_harder_in_every_respect():
+    for easier, harder in itertools.pairwise(DIFFICULTY):
+        for name in ("size", "density", "noise"):
+            for end in ("min", "max"):
+                assert getattr(easier.prior, f"{end}_{name}") < getattr(harder.prior, f"{end}_{name}")
+        assert easier.num_obs > harder.num_obs
+        kinds = ([MECHANISMS_BY_DIFFICULTY.index(name) for name in level.prior.mechanisms] for level in (easier, harder))
+        (fewest, most), (fewest_harder, most_harder) = ((min(kind), max(kind)) for kind in kinds)
+        assert fewest <= fewest_harder and most <= most_harder and (fewest, most) != (fewest_harder, most_harder)
+        assert set(easier.prior.noises) <= set(harder.prior.noises)
+    assert len(DIFFICULTY) == 5 and {level.prior.max_vars for level in DIFFICULTY} == {10}
+    assert (DIFFICULTY[0].prior.mechanisms, DIFFICULTY[-1].prior.mechanisms) == (("linear",), ("fourier",))
+
+
+@pytest.mark.parametrize("level", DIFFICULTY, ids=range(1, 6))
+def test_levels_can_be_sampled(level):
+    make = jax.jit(jax.vmap(lambda key: sample_problem(key, level.prior, level.num_obs, 1, level.num_obs + 10)))
+    scms, buffers = make(jr.split(jr.key(7), 8))
+    assert set(np.asarray(scms.var_mask).sum(1)) <= {level.prior.min_size, level.prior.max_size}
+    assert (np.asarray(buffers.valid).sum(1) == level.num_obs + np.asarray(scms.var_mask).sum(1) - 1).all()
+    assert np.isfinite(buffers.values).all()
+    for i in range(8):
+        check_scm(member(scms, i))
 
 
 def test_ranges_lie_within_the_prior(scms):

@@ -12,7 +12,7 @@ import pytest
 import lib.trajectories
 from lib.artifacts import ArtifactError, save_arrays
 from lib.parent_scale import ParentScaleConfig
-from lib.scm import Intervention, value_grid
+from lib.scm import MECHANISMS, NOISES, Intervention, value_grid
 from lib.scm_prior import SCMPrior, sample_problem
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.trajectories import (
@@ -27,6 +27,7 @@ from lib.trajectories import (
     load_trajectories,
     take,
     to_arrays,
+    transform,
     validate_demonstration_quality,
     validate_trajectory_consistency,
 )
@@ -266,20 +267,27 @@ def test_choices_and_surfaces_of_a_copy_are_the_originals(pairs):
             assert (np.asarray(copy.surface)[:, j, here] == np.asarray(original.surface)[:, old[j]]).all()
 
 
-def test_the_model_of_a_copy_is_the_same_system(pairs, trajectories, copies):
-    """The same noise gives the same rows, renamed and flipped, observed and under do; so E[Y | do] agrees."""
-    noise = jr.normal(jr.key(3), (16, NUM_VARS))
+def test_the_model_of_a_copy_is_the_same_system(trajectories):
+    """The same noise gives the same rows, renamed and flipped, observed and under do; so E[Y | do] agrees. For every mechanism and kind of noise."""
+    noise, kinds = jr.normal(jr.key(3), (16, NUM_VARS)), np.arange(len(MECHANISMS) * len(NOISES))
 
     def simulate(scm, variable, value):
         do = Intervention.single(variable, value, NUM_VARS)
         return scm.simulate(noise, Intervention.none(NUM_VARS)), scm.simulate(noise, do), scm.mean_outcome(do)
 
     run = jax.jit(jax.vmap(simulate), compiler_options=FAST)
-    before, after = (jax.device_get(run(t.scm, t.variable[:, 0], t.value[:, 0])) for t in (trajectories, copies))
-    for i, (_, _, old, sign) in enumerate(pairs):
+    changes = jnp.asarray(kinds // len(NOISES)), jnp.asarray(kinds % len(NOISES))
+    originals = edit(take(trajectories, kinds % BATCH), lambda t: (t.scm.mechanism, t.scm.noise_kind), lambda _: changes)
+    copies = jax.jit(jax.vmap(transform), compiler_options=FAST)(jr.split(jr.key(1), len(kinds)), originals)
+    before, after = (jax.device_get(run(t.scm, t.variable[:, 0], t.value[:, 0])) for t in (originals, copies))
+    flipped = 0
+    for i in kinds:
+        old, sign = renaming(take(originals, np.array(i)), take(copies, np.array(i)))
+        flipped += (sign < 0).any()
         for rows, renamed in zip(before[:2], after[:2], strict=True):
-            np.testing.assert_allclose(renamed[i], sign[None] * rows[i][:, old], atol=1e-4)
+            np.testing.assert_allclose(renamed[i], sign[None] * rows[i][:, old], atol=1e-4, rtol=1e-5)
         np.testing.assert_allclose(after[2][i], before[2][i], atol=1e-4)
+    assert flipped > len(kinds) // 2
     assert np.abs(before[1] - before[0]).max() > 0.1
 
 
