@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from tabulate import tabulate
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
 from lib.parent_scale import ParentScaleConfig
-from lib.scm_prior import SCMPrior, sample_problem
+from lib.scm import MECHANISMS
+from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
 from lib.trajectories import (
     ExpertTrajectory,
     augment_expert_demonstrations,
@@ -88,7 +90,10 @@ class Config:
 PRESETS = {
     "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4)),
     "small": ("about 2 minutes on 2 CPU cores", Config()),
-    "hour": ("larger systems", Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), num_models=800, num_obs=200)),
+    "hour": (
+        "larger systems",
+        Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=10, max_size=10), num_models=1000, num_obs=200, num_steps=20, batch=50),
+    ),
     "paper": (
         "sizes of the design documents",
         Config(Path("artifacts/paper"), prior=SCMPrior(max_vars=20, max_size=20), num_models=1000, num_obs=200, num_steps=30),
@@ -98,11 +103,13 @@ PRESETS = {
 
 @eqx.filter_jit
 def draw_batch(key: jax.Array, config: Config):
-    """Models and their first data (leading axis `batch`), with free places for the expert's experiments."""
+    """Models, their graph families and their first data (leading axis `batch`), with free places for the expert's experiments."""
     capacity = config.num_obs + config.per_variable * config.prior.max_vars + config.num_steps
 
     def one(key):
-        return sample_problem(key, config.prior, config.num_obs, config.per_variable, capacity)
+        scm_key, data_key = jr.split(key)
+        scm, family = sample_scm_and_family(scm_key, config.prior)
+        return scm, family, initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity)
 
     return jax.vmap(one)(jr.split(key, config.batch))
 
@@ -127,6 +134,20 @@ def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     }
 
 
+def yields(trajectories: ExpertTrajectory, families: jax.Array, kept: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
+    """How many of a batch of models there are and how many were `kept[batch]`, by graph family, mechanism and number of variables."""
+    scm = trajectories.scm
+    kinds = {
+        "family": np.array(FAMILIES)[np.asarray(families)],
+        "mechanism": np.array(MECHANISMS)[np.asarray(scm.mechanism)],
+        "variables": np.asarray(scm.var_mask.sum(1)),
+    }
+    return {
+        kind: {str(label): {"models": int((labels == label).sum()), "kept": int((kept & (labels == label)).sum())} for label in np.unique(labels)}
+        for kind, labels in kinds.items()
+    }
+
+
 def main(config: Config) -> Path:
     """Make the demonstrations and write them; returns the artifact's path."""
     use_compilation_cache(config.folder.parent / "cache")
@@ -136,39 +157,45 @@ def main(config: Config) -> Path:
 
     # --- start, or continue ---
     def run_batch(index):
-        scms, buffers = draw_batch(jr.fold_in(problem_key, index), config)
+        scms, families, buffers = draw_batch(jr.fold_in(problem_key, index), config)
         keys = jr.split(jr.fold_in(expert_key, index), config.batch)
-        return extract_multiple_trajectories(keys, scms, buffers, config.expert)
+        trajectories = extract_multiple_trajectories(keys, scms, buffers, config.expert)
+        return trajectories, families, validate_trajectory_consistency(trajectories, config.expert)
 
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
-    consistent = jnp.zeros((num_batches, config.batch), bool)
     mark = fingerprint(config)
-    resumed = load_checkpoint(checkpoint_path, (nothing, consistent), mark)
-    (trajectories, consistent), start = resumed if resumed else ((nothing, consistent), 0)
+    resumed = load_checkpoint(checkpoint_path, nothing, mark)
+    runs, start = resumed if resumed else (nothing, 0)
 
     # --- run the expert ---
     log = TrainingLog(config.folder / "logs" / "demos.jsonl", start)
     with tqdm(total=num_batches * config.batch, initial=start * config.batch, desc="expert", unit="model", mininterval=2) as bar:
         for index in range(start, num_batches):
-            batch = run_batch(index)
-            valid = validate_trajectory_consistency(batch, config.expert)
-            trajectories = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), trajectories, batch)
-            consistent = consistent.at[index].set(valid)
+            batch, families, consistent = run_batch(index)
+            runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, (batch, families, consistent))
             if index + 1 < num_batches:
-                save_checkpoint(checkpoint_path, (trajectories, consistent), fingerprint=mark, step=index + 1)
+                save_checkpoint(checkpoint_path, runs, fingerprint=mark, step=index + 1)
             quality = describe(batch)
-            log.write(step=index + 1, consistent=float(valid.mean()), **quality)
+            log.write(step=index + 1, consistent=float(consistent.mean()), failures=int(batch.failures.sum()), **quality)
             bar.update(config.batch)
             bar.set_postfix(f1=f"{quality['parent_f1']:.2f}", true_set=f"{quality['true_set_probability']:.2f}")
 
     # --- filter, split, augment, write ---
-    trajectories = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], trajectories)
+    trajectories, families, consistent = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], runs)
     good = validate_demonstration_quality(trajectories, config.min_trajectory_length, config.max_posterior_entropy)
-    kept = np.flatnonzero(np.asarray(consistent.reshape(-1)[: config.num_models] & good))
-    train, validation = extract_expert_demonstrations(take(trajectories, kept), config.validation_split)
+    kept = np.asarray(consistent & good)
+    chosen = take(trajectories, np.flatnonzero(kept))
+    train, validation = extract_expert_demonstrations(chosen, config.validation_split)
     train = augment_expert_demonstrations(train, config.augmentation_factor, key=augment_key)
-    metrics = {"models": config.num_models, "consistent": int(consistent.sum()), "kept": len(kept)} | describe(take(trajectories, kept))
+    metrics = {
+        "models": config.num_models,
+        "consistent": int(consistent.sum()),
+        "kept": int(kept.sum()),
+        "failures": int(trajectories.failures.sum()),
+        **describe(chosen),
+    }
+    by_kind = yields(trajectories, families, kept)
     save_arrays(
         out,
         to_arrays(train, "train") | to_arrays(validation, "validation"),
@@ -177,10 +204,12 @@ def main(config: Config) -> Path:
         hyperparameters=asdict(config.expert),
         seed=config.seed,
         step=num_batches,
-        metrics=metrics,
+        metrics=metrics | {"yield": by_kind},
     )
     checkpoint_path.unlink(missing_ok=True)
     print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()))
+    rows = [[kind, label, n["models"], n["kept"], f"{n['kept'] / n['models']:.0%}"] for kind, part in by_kind.items() for label, n in part.items()]
+    print(tabulate(rows, headers=["", "", "models", "kept", "yield"], disable_numparse=True))
     return out
 
 

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.buffer import ExperienceBuffer
+from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.causal_gp import (
     CausalPrior,
     StarEffects,
@@ -39,7 +40,7 @@ from lib.causal_gp import (
 from lib.doubly_robust import BANDWIDTHS, doubly_robust_prior
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.posterior import ParentSetPosterior
-from lib.scm import AbstractSCM, Intervention, value_grid
+from lib.scm import AbstractSCM, Intervention, SyntheticSCM, check_scm, value_grid
 
 
 PRIORS = ("doubly_robust", "uniform")
@@ -353,6 +354,44 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
     return jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, run)
 
 
+def check_expert_input(scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig) -> None:
+    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`; of a synthetic model, also what `check_scm` raises. Nothing may be traced.
+
+    Refused are fewer observational rows than `MIN_OBSERVATIONS`, or than `config.num_obs` at the front of the buffer; numbers in filled rows that are
+    not finite; a target that is constant over the observational rows; a range with low above high, or no candidate; no room for the experiments.
+    Variables other than the target may be constant over the observational rows: they count with spread one, and the doubly robust prior never
+    selects them as parents, so their effect is taken to be constant.
+    """
+    names = [*scm.names, *(f"place {i}" for i in range(len(scm.names), scm.low.shape[0]))]
+    values, filled, low, high = (np.asarray(a) for a in (buffer.values, buffer.valid, scm.low, scm.high))
+    if config.num_obs < MIN_OBSERVATIONS:
+        raise ValueError(f"num_obs = {config.num_obs}: the expert needs at least {MIN_OBSERVATIONS} observational rows: add observations")
+    num_rows, capacity = max(int(filled.sum()), config.num_obs), len(filled)
+    if capacity < num_rows + config.num_steps:
+        raise ValueError(f"the buffer has {capacity} places for {num_rows} rows and {config.num_steps} experiments: use grow()")
+    other = ~np.asarray(buffer.observational)[: config.num_obs]
+    if other.any():
+        raise ValueError(
+            f"row {int(np.argmax(other))} of the buffer is free or interventional, but the first num_obs = {config.num_obs} must be observational: "
+            "add observations before interventions, or lower num_obs"
+        )
+    infinite = np.argwhere(~np.isfinite(values) & filled[:, None])
+    if len(infinite):
+        row, variable = infinite[0]
+        raise ValueError(f"row {row} of the buffer, {names[variable]}: {values[row, variable]} is not a finite number: correct or remove the row")
+    target = names[int(scm.target)]
+    if np.ptp(values[: config.num_obs, int(scm.target)]) == 0:
+        raise ValueError(f"the target {target} is constant over the {config.num_obs} observational rows: add rows in which it varies")
+    wrong = ~(np.isfinite(low) & np.isfinite(high) & (low <= high))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(f"{names[i]} may be set from {low[i]} to {high[i]}: give finite numbers, low not above high")
+    if not (np.asarray(scm.task.possible_parents) & (low < high)).any():
+        raise ValueError(f"no variable but the target {target} has a range of intervention: give at least one of them low < high")
+    if isinstance(scm, SyntheticSCM):
+        check_scm(scm)
+
+
 def run_parent_scale(
     key: Key[Array, ""],
     scm: AbstractSCM,
@@ -367,10 +406,13 @@ def run_parent_scale(
     `buffer` holds `config.num_obs` observational rows, then any number of interventional ones, then at least `config.num_steps` free places.
     `candidate_sets` (sets and log-probabilities) replaces the prior: one set is CBO with a known graph. `predict` maps a buffer to
     log-probabilities of `candidate_sets` and replaces the sequential posterior. The key is consumed. Pure: `jit` and `vmap` over the
-    first three arguments.
+    first three arguments. Where none of these is traced, raises `ValueError` as `check_expert_input` does.
     """
     if predict is not None and candidate_sets is None:
         raise ValueError("predict gives probabilities of candidate_sets: pass these too")
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, scm, buffer))):
+        with jax.ensure_compile_time_eval():  # all three may be constants of a program that is being traced
+            check_expert_input(scm, buffer, config)
     prior_key, feature_key, step_key = jr.split(key, 3)
     observed = buffer.values[: config.num_obs]
     scale = Scale.of(observed)

@@ -186,20 +186,25 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
 
 def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
     """A random model whose target has an ancestor that can lower it by at least `MIN_EFFECT` standard deviations (redrawn until it does)."""
+    return sample_scm_and_family(key, prior)[0]
+
+
+def sample_scm_and_family(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Int[Array, ""]]:
+    """The model that `sample_scm` draws, and the index in `FAMILIES` of the family that its graph is from."""
 
     def attempt(state):
         key, _, _ = state
         key, draw_key = jr.split(key)
-        return (key, *_sample_once(draw_key, prior))
+        scm, family, qualifies = _sample_once(draw_key, prior)
+        return key, (scm, family), qualifies
 
-    shape = jax.eval_shape(lambda k: _sample_once(k, prior)[0], key)
+    shape = jax.eval_shape(lambda k: _sample_once(k, prior)[:2], key)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-    _, scm, _ = jax.lax.while_loop(lambda state: ~state[2], attempt, (key, nothing, jnp.array(False)))
-    return scm
+    return jax.lax.while_loop(lambda state: ~state[2], attempt, (key, nothing, jnp.array(False)))[1]
 
 
-def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bool[Array, ""]]:
-    """One draw, and whether some variable of it qualifies as a target."""
+def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Int[Array, ""], Bool[Array, ""]]:
+    """One draw, the family of its graph, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
     graph_key, uniform_key, normal_key = jr.split(key, 3)
     names = dict(size=(), family=(), mechanism=(), target=(), order=(d,), length=(d,), noise=(d,), range=(2, d))
@@ -239,7 +244,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
         centre, unit = mean[scm.position], deviation[scm.position]
         scm = _replace(scm, low=jnp.where(scm.var_mask, centre + unit * scm.low, 0.0), high=jnp.where(scm.var_mask, centre + unit * scm.high, 0.0))
     qualifies = scm.var_mask & (_largest_drops(scm) >= MIN_EFFECT * unit)
-    return _replace(scm, target=pick(u["target"], qualifies)), qualifies.any()
+    return _replace(scm, target=pick(u["target"], qualifies)), family, qualifies.any()
 
 
 def _replace(scm: SyntheticSCM, **changes) -> SyntheticSCM:

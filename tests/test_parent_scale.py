@@ -1,8 +1,9 @@
 """The expert: its regression against batch formulas in numpy, its steps against recorded runs of the original code, its runs against their own rules.
 
-Three recorded runs are in tests/cases; PARENT_SCALE_CASES names the folder that holds all ten.
+The recorded runs are `.npz` files in the folder that PARENT_SCALE_CASES names; without one, the tests that need them are skipped.
 """
 
+import contextlib
 import functools as ft
 import itertools
 import os
@@ -15,11 +16,21 @@ import jax.random as jr
 import jaxtyping
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.optimize
 import scipy.stats
 
 from lib.benchmarks import AbstractBenchmark, Toy, make_benchmark
 from lib.buffer import ExperienceBuffer
-from lib.causal_gp import StarGP, star_effects
+from lib.causal_gp import (
+    CausalPrior,
+    StarGP,
+    aggregate_effects,
+    condition_causal_gp,
+    fit_star_gp_published,
+    log_expected_improvement,
+    star_effects,
+)
 from lib.parent_scale import (
     SUPPORT,
     ParentScaleConfig,
@@ -236,25 +247,17 @@ def test_uniform_prior_holds_all_small_sets(slots):
 
 # --- recorded runs of the original code ---
 
-KEPT = ("d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30", "d5_nonlinear_dr1_s1_T10")
-OTHERS = (
-    "d5_linear_dr1_s1_T10",
-    "d5_nonlinear_dr0_s0_T10",
-    "d5_nonlinear_dr1_s0_T30",
-    "d10_linear_dr1_s0_T30",
-    "d10_linear_dr1_s1_T10",
-    "d10_nonlinear_dr1_s0_T30",
-    "d10_nonlinear_dr1_s1_T10",
-)
+FOLDER = Path(os.environ.get("PARENT_SCALE_CASES", Path(__file__).parents[2] / "shared/reference/parent_scale_cases"))
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.npz")))
 CASE_VARS, CASE_SETS, CASE_UPDATES, CASE_FEATURES = 10, 14, 48, 100  # every case is padded to these: one program for all
+each_case = pytest.mark.parametrize("name", NAMES or ["none"])
 
 
 @ft.cache
 def read_case(name):
-    folder = Path(__file__).parent / "cases" if name in KEPT else os.environ.get("PARENT_SCALE_CASES")
-    if folder is None:
-        pytest.skip("PARENT_SCALE_CASES does not name the folder with all recorded runs")
-    with np.load(Path(folder) / f"{name}.npz", allow_pickle=False) as file:
+    if not (FOLDER / f"{name}.npz").exists():
+        pytest.skip(f"no recorded run {name} in the folder of PARENT_SCALE_CASES ({FOLDER.name})")
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
 
 
@@ -262,19 +265,19 @@ def pad(array, *sizes):
     return np.pad(array, [(0, size - have) for size, have in zip(sizes, array.shape, strict=True)])
 
 
-def case_features(case):
+def case_features(case, dtype):
     """Whether the case is linear, its frequencies `[sets, vars, features]` and phases."""
     omega, phase = np.zeros((CASE_SETS, CASE_VARS, CASE_FEATURES)), np.zeros((CASE_SETS, CASE_FEATURES))
     if "weights" not in case:
         for k, members in enumerate(case["sets"]):
             omega[k, np.flatnonzero(members)], phase[k] = case[f"rff{k}_omega"], case[f"rff{k}_b"]
-    return jnp.array("weights" in case), single(omega), single(phase)
+    return jnp.array("weights" in case), jnp.asarray(omega, dtype), jnp.asarray(phase, dtype)
 
 
 @ft.cache
 def jit_follow():
     def follow(sets, log_prior, linear, omega, phase, x, y, updates):
-        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(CASE_SETS))
+        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(CASE_SETS, x.dtype))
 
         def run(likelihood):
             def step(state, row):
@@ -289,25 +292,29 @@ def jit_follow():
 
 
 @ft.cache
-def followed(name):
+def followed(name, dtype):
     """Probabilities `[updates, sets]` of both likelihoods after every update of a case."""
     case = read_case(name)
     observed, target, count = case["obs"], int(case["target"]), len(case["upd_y"])
-    inputs = Scale.of(single(observed))(single(observed))
     kept = np.arange(observed.shape[1]) != target
-    np.testing.assert_allclose(inputs[:, kept], ((observed - case["means"]) / case["stds"])[:, kept], atol=1e-4)
-    updates = (
-        single(pad(np.nan_to_num(case["upd_x"]), CASE_UPDATES, CASE_VARS)),
-        single(pad(case["upd_y"], CASE_UPDATES)),
-        jnp.arange(CASE_UPDATES) < count,
-    )
-    with np.errstate(divide="ignore"):
-        log_prior = single(np.log(pad(case["prior"], CASE_SETS)))
-    x = single(pad(np.where(kept[None], inputs, 0.0), len(observed), CASE_VARS))
-    both = jit_follow()(
-        jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)), log_prior, *case_features(case), x, single(observed[:, target]), updates
-    )
-    return tuple(np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both)
+    inputs = np.where(kept, (observed - case["means"]) / case["stds"], 0.0)
+    standard = Scale.of(single(observed))(single(observed))
+    np.testing.assert_allclose(standard[:, kept], inputs[:, kept], atol=1e-4)
+    with jax.enable_x64(dtype == "float64"), np.errstate(divide="ignore"):
+
+        def cast(array, *sizes):
+            return jnp.asarray(pad(array, *sizes), dtype)
+
+        updates = (cast(np.nan_to_num(case["upd_x"]), CASE_UPDATES, CASE_VARS), cast(case["upd_y"], CASE_UPDATES), jnp.arange(CASE_UPDATES) < count)
+        both = jit_follow()(
+            jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)),
+            jnp.log(cast(case["prior"], CASE_SETS)),
+            *case_features(case, dtype),
+            cast(inputs, len(observed), CASE_VARS),
+            jnp.asarray(observed[:, target], dtype),
+            updates,
+        )
+        return tuple(np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both)
 
 
 def pruned(probs, published):
@@ -316,51 +323,197 @@ def pruned(probs, published):
     return kept / kept.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("name", KEPT + OTHERS)
-def test_every_update_of_the_posterior_is_the_originals(name):
+def total_variation(p, q):
+    return 0.5 * np.abs(p - q).sum(1)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-3), ("float64", 1e-6)])
+@each_case
+def test_case_posterior_after_every_update(name, dtype, tolerance):
     case = read_case(name)
-    published, corrected = followed(name)
-    np.testing.assert_allclose(pruned(published, case["posterior_published"]), case["posterior_published"], atol=5e-4)
-    np.testing.assert_allclose(corrected, case["posterior_corrected"], atol=5e-4)
+    published, corrected = followed(name, dtype)
+    assert total_variation(pruned(published, case["posterior_published"]), case["posterior_published"]).max() < tolerance
+    assert total_variation(corrected, case["posterior_corrected"]).max() < tolerance
     if "weights" in case:
-        assert np.abs(published - corrected).max() > 0.2  # the comparison tells the two apart
+        assert total_variation(published, corrected).max() > 0.2  # the comparison tells the two apart
 
 
-@pytest.mark.parametrize("name", KEPT + OTHERS)
-def test_the_originals_exploration_set_is_the_support_of_the_posterior(name):
+@each_case
+def test_case_exploration_set_is_the_support_of_the_posterior(name):
     """Before every experiment the original computed an expected improvement exactly for the variables of the sets above the threshold."""
     case = read_case(name)
     steps, updates = len(case["ei"]), len(case["upd_y"])
     before = slice(updates - steps - 1, updates - 1)
-    probs = pruned(followed(name)[0], case["posterior_published"])[before]
+    probs = pruned(followed(name, "float64")[0], case["posterior_published"])[before]
     probs = np.where(np.abs(probs - SUPPORT) < 1e-6, case["posterior_published"][before], probs)  # within rounding of the threshold
     explored = ((probs > SUPPORT)[:, :, None] & case["sets"][None]).any(1)
     # Not the first experiment: in one case the original then still explored variables of sets below the threshold.
     assert (explored == ~np.isnan(case["ei"]))[1:].all()
 
 
-@ft.cache
-def jit_effects():
-    return jax.jit(star_effects, compiler_options=FAST)
+jit_effects = jax.jit(star_effects, compiler_options=FAST)
+jit_fit_published = jax.jit(fit_star_gp_published, compiler_options=FAST)
 
 
-@pytest.mark.parametrize("name", KEPT + OTHERS)
-def test_do_effects_are_the_originals(name):
-    """Mean and variance of Y under do, from the original's hyperparameters, in raw units."""
+def recorded_gps(case):
+    """Hyperparameters of the original by set, and which sets have them (the others had lost their probability)."""
+    hyperparameters, known = np.ones((3, len(case["sets"]))), np.zeros(len(case["sets"]), bool)
+    for row in case["do_effects"]:
+        hyperparameters[:, int(row[0])], known[int(row[0])] = row[5:], True
+    return hyperparameters, known
+
+
+def own_gps(case, sets):
+    """Hyperparameters `[3, sets]` as our fit by the published rules finds them."""
+    observed = single(pad(case["obs"], len(case["obs"]), CASE_VARS))
+    gp = jit_fit_published(observed, observed[:, int(case["target"])], jnp.asarray(pad(sets, len(sets), CASE_VARS)))
+    return np.stack([np.asarray(p) for p in gp[:3]])
+
+
+@pytest.mark.parametrize("own_fit", [False, True])
+@each_case
+def test_case_do_effects(name, own_fit):
+    """Mean of Y under do, in raw units: within .001 of its deviation from the original's hyperparameters, and .05 from our own fit.
+
+    The variance is compared for the original's hyperparameters only. A straight line leaves the amplitude undetermined, and it stays where each
+    optimiser happens to stop.
+    """
     case = read_case(name)
     observed, table = case["obs"], case["do_effects"]
-    hyperparameters, grid = np.ones((3, len(case["sets"]))), np.zeros((observed.shape[1], 5))
-    for row in table:
-        hyperparameters[:, int(row[0])] = row[5:]
+    grid = np.zeros((CASE_VARS, 5))
     for variable in np.unique(table[:, 1]).astype(int):
         values = np.unique(table[table[:, 1] == variable, 2])
         grid[variable, : len(values)] = values
-    y, gp = single(observed[:, case["target"]]), StarGP(*single(hyperparameters))
-    effects = jit_effects()(single(observed), y, jnp.asarray(case["sets"]), gp, single(grid))
-    sets, variables = table[:, 0].astype(int), table[:, 1].astype(int)
+    hyperparameters, known = recorded_gps(case)
+    if own_fit:
+        hyperparameters[:, known] = own_gps(case, case["sets"][known])
+    gp = StarGP(*single(np.pad(hyperparameters, ((0, 0), (0, CASE_SETS - len(case["sets"]))), constant_values=1.0)))
+    y, sets = observed[:, int(case["target"])], pad(case["sets"], CASE_SETS, CASE_VARS)
+    effects = jit_effects(single(pad(observed, len(observed), CASE_VARS)), single(y), jnp.asarray(sets), gp, single(grid))
+    chosen, variables = table[:, 0].astype(int), table[:, 1].astype(int)
     places = np.abs(grid[variables] - table[:, 2:3]).argmin(1)
-    np.testing.assert_allclose(effects.mean[sets, variables, places], table[:, 3], atol=1e-4)
-    np.testing.assert_allclose(effects.variance[sets, variables, places], table[:, 4], rtol=1e-4)
+    np.testing.assert_allclose(effects.mean[chosen, variables, places], table[:, 3], rtol=0, atol=(0.05 if own_fit else 1e-3) * y.std())
+    if not own_fit:
+        np.testing.assert_allclose(effects.variance[chosen, variables, places], table[:, 4], rtol=1e-3)
+
+
+def softplus(t):
+    return np.logaddexp(0.0, t)
+
+
+def published_hyperparameters(points, outcomes, mean, deviation):
+    """Amplitude, lengthscale and noise of a causal GP as the original finds them: SciPy's L-BFGS from (1, 1, 1e-10), then its limits.
+
+    Its gradient for the amplitude counts the causal part of the kernel too (GPy's stationary kernels divide the whole kernel by the amplitude), so
+    that the search often stops where the likelihood is not largest. The recorded improvements follow from that, and not from a correct gradient.
+    """
+    squares, residual, causal = (points[:, None] - points[None]) ** 2, outcomes - mean, np.outer(deviation, deviation)
+
+    def loss(t):
+        amplitude, lengthscale, noise = softplus(t)
+        rbf = amplitude * np.exp(-squares / (2 * lengthscale**2))
+        kernel = rbf + causal + (noise + 1e-8) * np.eye(len(points))
+        for jitter in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+            with contextlib.suppress(np.linalg.LinAlgError):
+                factor = np.linalg.cholesky(kernel + jitter * kernel.diagonal().mean() * np.eye(len(points)))
+                if np.isfinite(factor).all():
+                    break
+        else:
+            return np.inf, np.full(3, 1e10)
+        inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(points)))
+        alpha = inverse @ residual
+        outer = np.outer(alpha, alpha) - inverse
+        gradient = [(outer * (rbf + causal)).sum() / amplitude, (outer * rbf * squares).sum() / lengthscale**3, np.trace(outer)]
+        slope = np.clip(-0.5 * np.array(gradient) * (1 - np.exp(-softplus(t))), -1e10, 1e10)
+        return 0.5 * residual @ alpha + np.log(factor.diagonal()).sum(), slope
+
+    start = np.log(np.expm1([1.0, 1.0, 1e-10]))
+    with np.errstate(all="ignore"):  # the wrong gradient leads it to amplitudes that underflow
+        amplitude, lengthscale, noise = softplus(scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x)
+    return max(amplitude, 1e-5), (1.0 if lengthscale > 20 else lengthscale), min(max(noise, 1e-5), 2.0)
+
+
+MOST_POINTS, MOST_VALUES = 32, 96
+
+
+@ft.cache
+def jit_improvement():
+    def improvement(grid, prior, points, outcomes, used, amplitude, lengthscale, noise, best, at):
+        noises = jnp.full(points.shape, noise)
+        gp, _ = condition_causal_gp(grid, prior.mean, prior.deviation, points, outcomes, noises, used, amplitude, lengthscale)
+        return log_expected_improvement(*gp(at), best)
+
+    return jax.jit(improvement, compiler_options=FAST)
+
+
+@ft.cache
+def improvements(name):
+    """Our log expected improvement, given the original's history, `[steps, vars]`: where it attained its own, and the largest on a grid."""
+    case = read_case(name)
+    observed, target, steps, first = case["obs"], int(case["target"]), len(case["chosen_var"]), len(case["int_var"])
+    hyperparameters, known = recorded_gps(case)
+    missing = ~known & (case["posterior_published"][first - 1 : -1] > 0).any(0)  # one set of one case, before it lost its probability
+    if missing.any():
+        hyperparameters[:, missing] = own_gps(case, case["sets"][missing])
+    variables = np.concatenate([case["int_var"], case["chosen_var"]])
+    values = np.concatenate([case["int_data"][np.arange(first), case["int_var"]], case["chosen_value"]])
+    outcomes = np.concatenate([case["int_data"][:, target], case["chosen_y"]])
+    at_points, at_best = np.full((2, *case["ei"].shape), np.nan)
+    num_vars = observed.shape[1]
+    grids = np.zeros((num_vars, MOST_VALUES))
+    for i in range(num_vars):
+        asked = case["ei_argmax"][:, i]
+        special = np.unique(np.concatenate([values[variables == i], asked[~np.isnan(asked)], case["search_range"][i]]))
+        grids[i] = np.sort(np.concatenate([special, np.linspace(*case["search_range"][i], MOST_VALUES - len(special) + 2)[1:-1]]))
+    with jax.enable_x64(True):
+        wide = ft.partial(jnp.asarray, dtype="float64")
+        gp = StarGP(*wide(np.pad(hyperparameters, ((0, 0), (0, CASE_SETS - len(case["sets"]))), constant_values=1.0)))
+        x, sets = wide(pad(observed, len(observed), CASE_VARS)), jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS))
+        effects = jit_effects(x, x[:, target], sets, gp, wide(pad(grids, CASE_VARS, MOST_VALUES)))
+        for t in range(steps):
+            belief = wide(pad(case["posterior_published"][first + t - 1], CASE_SETS))
+            prior = jax.tree.map(np.asarray, aggregate_effects(jnp.log(belief), effects, gp))
+            for i in np.flatnonzero(~np.isnan(case["ei"][t])):
+                own = np.flatnonzero(variables[: first + t] == i)
+                x, y = values[own], outcomes[own]
+                of_variable = CausalPrior(prior.mean[i], prior.deviation[i], prior.noise[i])
+                at_data = np.interp(x, grids[i], of_variable.mean), np.interp(x, grids[i], of_variable.deviation)
+                found = published_hyperparameters(x, y, *at_data)
+                room = (0, MOST_POINTS - len(x))
+                used = np.arange(MOST_POINTS) < len(x)
+                at = np.append(grids[i], case["ei_argmax"][t, i])
+                arguments = (grids[i], of_variable, np.pad(x, room), np.pad(y, room), used, *found, case["incumbent"][t], at)
+                log_improvement = np.asarray(jit_improvement()(*arguments))
+                low, high = case["search_range"][i]
+                at_points[t, i], at_best[t, i] = log_improvement[-1], log_improvement[(at >= low) & (at <= high)].max()
+    return at_points, at_best
+
+
+def agreement(case, log_improvement):
+    """Steps whose exploration set had not just changed, and in which of them the original's choice has our largest improvement within 1 %."""
+    explored = ~np.isnan(case["ei"])
+    counts = np.append(True, (explored[1:] == explored[:-1]).all(1))
+    steps = np.arange(len(case["chosen_var"]))
+    behind = np.nanmax(log_improvement, axis=1) - log_improvement[steps, case["chosen_var"]]
+    return counts, behind <= -np.log(0.99)
+
+
+@each_case
+def test_case_choice_is_ours(name):
+    """The variable that the original chose has our largest expected improvement, or is within 1 % of it, given the same history.
+
+    Compared where the original evaluated its own, or else on our grid. Neither alone settles every step: the original's search (100 random values,
+    then ascent along a gradient that ignores the causal prior) misses narrow maxima, and where all improvements are below 1e-10 its points are
+    arbitrary.
+    """
+    case = read_case(name)
+    at_points, at_best = improvements(name)
+    counts, agrees = agreement(case, at_points)
+    agrees |= agreement(case, at_best)[1]
+    assert counts.sum() >= 8 and agrees[counts].mean() >= 0.9
+    large = case["ei"] > 1e-6
+    same = np.abs(at_points[large] - np.log(case["ei"][large])) < 0.01
+    assert same.mean() > 0.4  # not only the order: the improvements are the same
 
 
 class LinearSystem(AbstractSCM):
@@ -402,7 +555,7 @@ def linear_system(case):
     )
 
 
-ALL_SETS, FEW_SETS = KEPT[:2]  # linear, with the uniform and the doubly robust prior
+ALL_SETS, FEW_SETS = "d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30"  # linear, with the uniform and the doubly robust prior
 AS_PUBLISHED = ParentScaleConfig(
     num_obs=200, num_steps=10, prior="uniform", features="linear", likelihood="published", unit_noise=True, outcome_samples=1000
 )
@@ -419,7 +572,7 @@ def case_buffer(case, experiments):
     return ExperienceBuffer(single(values), jnp.asarray(chosen[:, None] == np.arange(observed.shape[1])), jnp.asarray(valid))
 
 
-def test_a_recorded_run_is_replayed_from_its_raw_rows():
+def test_a_case_is_replayed_from_its_raw_rows():
     """The whole path: standardisation, uniform prior, noise, updates, with the published settings."""
     case = read_case(ALL_SETS)
     first, scm = len(case["int_var"]), linear_system(case)
@@ -432,7 +585,7 @@ def test_a_recorded_run_is_replayed_from_its_raw_rows():
     np.testing.assert_allclose(pruned(probs[:, order], expected), expected, atol=5e-4)
 
 
-def test_on_the_originals_problem_the_expert_does_as_well():
+def test_on_the_system_of_a_case_the_expert_does_as_well():
     """Same system, data, sets and settings: after ten experiments what it recommends is as good as the best that the original tried."""
     case = read_case(FEW_SETS)
     scm = linear_system(case)

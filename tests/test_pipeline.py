@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from lib.artifacts import ArtifactError, read_header
 from lib.buffer import DataError
 from lib.grpo import CampaignDesign, GRPOConfig
 from lib.policy import PolicyConfig
-from lib.scm_prior import DataDesign, SCMPrior
+from lib.scm_prior import FAMILIES, DataDesign, SCMPrior, sample_problem
 from lib.surrogate import SurrogateConfig
 
 
@@ -105,6 +107,31 @@ def test_every_stage_writes_what_it_says(finished):
         lines = [json.loads(line) for line in (finished / "logs" / f"{name}.jsonl").read_text().splitlines()]
         assert len(lines) == count and [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert not list(finished.glob("*.ckpt"))
+
+
+def test_the_first_stage_counts_what_it_kept_by_kind(finished):
+    metrics = read_header(finished / "demos.npz")["metrics"]
+    assert set(metrics["yield"]) == {"family", "mechanism", "variables"}
+    for kind, part in metrics["yield"].items():
+        for count in ("models", "kept"):
+            assert sum(label[count] for label in part.values()) == metrics[count], kind
+    assert set(metrics["yield"]["family"]) <= set(PRIOR.families) and set(metrics["yield"]["variables"]) == {"3"}
+    lines = [json.loads(line) for line in (finished / "logs" / "demos.jsonl").read_text().splitlines()]
+    assert sum(line["failures"] for line in lines) == metrics["failures"]
+
+
+def test_the_first_stage_knows_the_family_of_every_model():
+    """Its problems are those of `sample_problem`, and chains and forks are told apart by their edges."""
+    config = dataclasses.replace(configs(Path())[0], prior=SCMPrior(max_vars=4, min_size=4, max_size=4, families=("chain", "fork")), batch=8)
+    scms, families, buffers = STAGES[0].draw_batch(jr.key(0), config)
+    same = jax.jit(jax.vmap(lambda key: sample_problem(key, config.prior, 20, 1, 29)))(jr.split(jr.key(0), 8))
+    for one, two in zip(jax.tree.leaves((scms, buffers)), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(one, two)
+    edges = {"chain": np.eye(4, k=1, dtype=bool), "fork": np.outer(np.arange(4) == 0, np.arange(4) > 0)}
+    names = [FAMILIES[i] for i in np.asarray(families)]
+    assert set(names) == set(edges)
+    for name, adjacency in zip(names, np.asarray(scms.adjacency), strict=True):
+        assert (adjacency == edges[name]).all()
 
 
 @pytest.mark.parametrize("stage, product", [(1, "surrogate.eqx"), (2, "policy.eqx"), (3, "acbo.eqx")])

@@ -1,6 +1,12 @@
-"""Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and cut into examples that hold no later rows."""
+"""Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and cut into examples that hold no later rows.
 
+Runs of the original code are imported from a dictionary made by hand, and from recorded ones: `.npz` files in the folder that PARENT_SCALE_CASES
+names; without it, these are skipped.
+"""
+
+import os
 import types
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -11,8 +17,8 @@ import pytest
 
 import lib.trajectories
 from lib.artifacts import ArtifactError, save_arrays
-from lib.parent_scale import ParentScaleConfig
-from lib.scm import MECHANISMS, NOISES, Intervention, value_grid
+from lib.parent_scale import ExpertRun, ParentScaleConfig, check_expert_input, run_parent_scale
+from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, value_grid
 from lib.scm_prior import SCMPrior, sample_problem
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.trajectories import (
@@ -21,6 +27,7 @@ from lib.trajectories import (
     expert_demonstration,
     extract_acquisition_training_data,
     extract_expert_demonstrations,
+    extract_expert_trajectory,
     extract_multiple_trajectories,
     extract_surrogate_training_data,
     join,
@@ -38,6 +45,7 @@ BATCH, NUM_VARS, NUM_OBS, STEPS, BINS = 5, 5, 30, 3, 5
 PRIOR = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=4)  # always a place without a variable
 CONFIG = ParentScaleConfig(num_obs=NUM_OBS, num_steps=STEPS, num_bins=BINS, num_features=10, num_bootstraps=4)
 CAPACITY = NUM_OBS + NUM_VARS + STEPS
+CASES = Path(os.environ.get("PARENT_SCALE_CASES", Path(__file__).parents[2] / "shared/reference/parent_scale_cases"))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,17 @@ def test_the_state_before_a_step_holds_the_rows_before_it(trajectories):
         assert one.buffer.values[known, step.variable] == step.value and one.buffer.values[known, one.scm.target] == step.outcome
 
 
+def test_failures_are_those_of_the_run(trajectories):
+    one = take(trajectories, np.array(0))
+    shared = {name: getattr(one, name) for name in ("sets", "log_probs", "surface", "variable", "value", "outcome", "num_initial", "buffer")}
+    run = ExpertRun(**shared, recommended_variable=jnp.zeros(STEPS + 1, int), recommended_value=jnp.zeros(STEPS + 1), failures=jnp.array(7))
+    again = extract_expert_trajectory(run, one.scm, jr.wrap_key_data(one.key_data))
+    assert eqx.tree_equal(again, edit(one, lambda t: t.failures, lambda _: jnp.array(7)))
+    assert trajectories.failures.shape == (BATCH,) and trajectories.source == "parent_scale"
+    with pytest.raises(ValueError, match="pass the key"):
+        extract_expert_trajectory(run, one.scm)
+
+
 def test_a_demonstration_gets_room_and_steps(monkeypatch, trajectories):
     """`expert_demonstration` asks the expert for exactly these experiments, in a buffer with as much more room."""
     asked = {}
@@ -124,6 +143,283 @@ def test_a_demonstration_gets_room_and_steps(monkeypatch, trajectories):
     buffer = expert_demonstration(one.scm, one.buffer, 7, CONFIG, key=jr.key(0))
     assert asked["config"].num_steps == 7 and asked["config"].num_obs == NUM_OBS
     assert buffer.valid.shape[0] == CAPACITY + 7 and buffer.size == one.buffer.size
+
+
+# --- what the expert can start from ---
+
+
+@pytest.fixture
+def start(trajectories):
+    """A model, and the buffer that the expert was given."""
+    one = take(trajectories, np.array(0))
+    return one.scm, one.buffer_before(0)
+
+
+def test_what_the_expert_was_given_is_accepted(start):
+    scm, buffer = start
+    check_expert_input(scm, buffer, CONFIG)
+    other = int(np.flatnonzero(scm.task.possible_parents)[0])
+    check_expert_input(scm, eqx.tree_at(lambda b: b.values, buffer, buffer.values.at[:NUM_OBS, other].set(2.0)), CONFIG)  # constant, not the target
+    free = eqx.tree_at(lambda b: b.values, buffer, jnp.where(buffer.valid[:, None], buffer.values, jnp.nan))
+    check_expert_input(scm, free, CONFIG)
+
+
+UNUSABLE = {
+    "few asked for": (r"num_obs = 9.*at least 10.*add observations", lambda s, b: (s, b, ParentScaleConfig(num_obs=9, num_steps=STEPS))),
+    "interventional": ("row 4 of the buffer is free or interventional.*num_obs = 30", lambda s, b: (s, flag(b, 4), CONFIG)),
+    "free": ("row 29 of the buffer is free", lambda s, b: (s, edit(b, lambda b: b.valid, lambda a: a & (jnp.arange(CAPACITY) < 29)), CONFIG)),
+    "nan": ("row 3 of the buffer, X1: nan is not a finite number", lambda s, b: (s, edit(b, lambda b: b.values, put(3, 1, jnp.nan)), CONFIG)),
+    "constant": (
+        "the target X[0-4] is constant over the 30 observational rows",
+        lambda s, b: (s, edit(b, lambda b: b.values, put(slice(NUM_OBS), s.target, 1.0)), CONFIG),
+    ),
+    "range": ("X2 may be set from 1.0 to -1.0: give finite numbers", lambda s, b: (edit(s, ranges, put_range(1.0, -1.0)), b, CONFIG)),
+    "nan range": ("X2 may be set from nan", lambda s, b: (edit(s, ranges, put_range(jnp.nan, 1.0)), b, CONFIG)),
+    "no candidate": ("no variable but the target", lambda s, b: (edit(s, ranges, lambda r: (r[0], r[0])), b, CONFIG)),
+    "room": ("use grow()", lambda s, b: (s, jax.tree.map(lambda leaf: leaf[: NUM_OBS + STEPS], b), CONFIG)),
+    "model": ("noise_scale of X.* is not finite", lambda s, b: (edit(s, lambda s: s.noise_scale, lambda a: a * jnp.nan), b, CONFIG)),
+}
+
+
+def flag(buffer, row):
+    return edit(buffer, lambda b: b.intervened, lambda a: a.at[row, 0].set(True))
+
+
+def put(row, column, value):
+    return lambda a: a.at[row, column].set(value)
+
+
+def ranges(scm):
+    return scm.low, scm.high
+
+
+def put_range(low, high):
+    return lambda r: (r[0].at[2].set(low), r[1].at[2].set(high))
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_the_expert_cannot_start_from_is_refused(start, name):
+    message, change = UNUSABLE[name]
+    scm, buffer, config = change(*start)
+    with pytest.raises(ValueError, match=message):
+        check_expert_input(scm, buffer, config)
+    with pytest.raises(ValueError, match=message):
+        run_parent_scale(jr.key(0), scm, buffer, config)
+
+
+def test_a_demonstration_from_unusable_data_is_refused_and_a_traced_one_cannot_be(start):
+    (scm, buffer), key = start, jr.key(0)
+    flat = edit(buffer, lambda b: b.values, jnp.zeros_like)
+    with pytest.raises(ValueError, match="constant"):
+        expert_demonstration(scm, flat, 2, CONFIG, key=key)
+    eqx.filter_eval_shape(lambda buffer: expert_demonstration(scm, buffer, 2, CONFIG, key=key), flat)
+    with pytest.raises(ValueError, match="constant"):  # a constant of the program
+        eqx.filter_eval_shape(lambda: run_parent_scale(key, scm, flat, CONFIG))
+
+
+# --- runs of the original code ---
+
+
+def linear_model(adjacency, weights, topo, noise_scale, target, low, high):
+    """The linear system in raw units; `adjacency`, `weights` and the others are in the order of the variables, `topo` is the order of generation."""
+    d = len(topo)
+    return SyntheticSCM(
+        order=jnp.asarray(topo, jnp.int32),
+        adjacency=jnp.asarray(np.asarray(adjacency, bool)[topo][:, topo]),
+        mechanism=jnp.array(MECHANISMS.index("linear")),
+        noise_kind=jnp.array(NOISES.index("gaussian")),
+        weights=jnp.asarray(np.asarray(weights)[topo][:, topo], jnp.float32),
+        frequencies=jnp.zeros((d, d, 1)),
+        phases=jnp.zeros((d, 1)),
+        amplitudes=jnp.zeros((d, 1)),
+        noise_scale=jnp.asarray(np.asarray(noise_scale)[topo], jnp.float32),
+        shift=jnp.zeros(d),
+        spread=jnp.ones(d),
+        target=jnp.array(int(target)),
+        low=jnp.asarray(low, jnp.float32),
+        high=jnp.asarray(high, jnp.float32),
+        var_mask=jnp.ones(d, bool),
+    )
+
+
+WEIGHTS = np.array([[0, 0, 0.5], [2, 0, 0], [0, 0, 0]])  # X1 -> X0 -> X2
+HAND = linear_model(WEIGHTS != 0, WEIGHTS, np.array([1, 0, 2]), np.ones(3), 2, [-2, -2, 0], [2, 2, 0])
+ROWS = np.random.default_rng(0).normal(size=(12, 3))
+SAMPLES = np.array([[1.0, 0.1, 0.6], [0.3, -2.0, -1.5], [-2.0, 0.2, -1.1]])
+
+
+def by_hand(**changes):
+    """Three experiments; the original forgets sets (X0, X1 after the first, X1 later) as it goes on."""
+    return {
+        "D_O": {f"X{i}": ROWS[:, i] for i in range(3)},
+        "intervention_set": [("X0",), ("X1",), ("X0",)],
+        "intervention_values": [(1.0,), (-2.0,), (-2.0,)],
+        "current_y": [0.5, -1.25, -1.0],
+        "posterior_probabilities": [
+            {("X0",): 0.5, ("X1",): 0.25, ("X0", "X1"): 0.25},
+            {("X0",): 0.75, ("X1",): 0.25, ("X1", "X0"): 0.0},
+            {frozenset({"X0"}): 0.9, (): 0.1},
+            {("X0",): 1.0},
+        ],
+        "global_opt": [0.5, -1.25, -1.25],
+        "target": "X2",
+    } | changes
+
+
+def without(key):
+    return {name: value for name, value in by_hand().items() if name != key}
+
+
+def test_a_run_of_the_original_is_what_it_says():
+    one = extract_expert_trajectory(by_hand(), HAND)
+    assert one.source == "imported" and one.num_initial == 12 and one.failures == 0
+    assert one.variable.tolist() == [0, 1, 0] and one.value.tolist() == [1, -2, -2] and one.outcome.tolist() == [0.5, -1.25, -1.0]
+    assert one.reward.tolist() == [0.0, 1.75, 0.0]
+    assert one.sets.tolist() == [[False] * 3, [True, False, False], [False, True, False], [True, True, False]]
+    np.testing.assert_allclose(np.exp(one.log_probs), [[0, 0.5, 0.25, 0.25], [0, 0.75, 0.25, 0], [0.1, 0.9, 0, 0], [0, 1, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(one.buffer.values[:12], ROWS, atol=1e-6)
+    assert one.buffer.values[12:].tolist() == [[1, 0, 0.5], [0, -2, -1.25], [-2, 0, -1.0]]
+    assert one.buffer.intervened[12:].tolist() == [[True, False, False], [False, True, False], [True, False, False]]
+    assert one.buffer.valid.tolist() == [True] * 12 + [False] * 3
+    for t in range(4):  # the experiments' rows are known in part only
+        known = one.buffer_before(t)
+        assert known.size == 12 and not known.values[12:].any() and not known.intervened[12:].any()
+    assert one.surface.shape == (3, 3, 16) and not one.surface.any()
+    assert all(check_trajectory(one, CONFIG))
+    assert one.step(1).posterior.to_dict(HAND.names) == {frozenset({"X0"}): 0.75, frozenset({"X1"}): 0.25}
+
+
+def test_columns_may_be_columns_and_the_best_may_start_before_the_first():
+    one = extract_expert_trajectory(by_hand(), HAND)
+    columns = {name: column[:, None] for name, column in by_hand()["D_O"].items()}
+    for changes in (dict(D_O=columns), dict(D_O=ROWS), dict(global_opt=[0.7, 0.5, -1.25, -1.25]), dict(global_opt=[-3.0] * 4)):
+        assert eqx.tree_equal(extract_expert_trajectory(by_hand(**changes), HAND), one)
+
+
+def test_rows_of_experiments_that_are_given_are_known():
+    one = extract_expert_trajectory(by_hand(samples=SAMPLES), HAND)
+    assert one.buffer.valid.all() and [int(one.buffer_before(t).size) for t in range(4)] == [12, 13, 14, 15]
+    np.testing.assert_allclose(one.buffer.values[12:], SAMPLES, atol=1e-6)
+    averaged = ParentScaleConfig(num_obs=12, num_steps=3, outcome_samples=1000)
+    assert all(check_trajectory(one, averaged)) and not check_trajectory(one, CONFIG).recorded  # the outcome is not that of the row
+    assert not check_trajectory(edit(one, lambda t: t.value, lambda a: a.at[1].add(0.5)), averaged).recorded
+
+
+def test_an_imported_run_is_checked_but_not_replayed():
+    one = extract_expert_trajectory(by_hand(), HAND)
+    for check, changed in (
+        ("in_range", edit(one, lambda t: t.value, lambda a: a.at[1].set(FAR))),
+        ("normalised", edit(one, lambda t: t.log_probs, lambda a: a.at[1].add(0.1))),
+        ("finite", edit(one, lambda t: t.outcome, lambda a: a.at[0].set(jnp.inf))),
+    ):
+        assert [name for name, holds in check_trajectory(changed, CONFIG)._asdict().items() if not holds] == [check]
+
+
+def test_without_the_last_belief_the_last_experiment_is_dropped():
+    given = by_hand(samples=SAMPLES)
+    short, whole = (extract_expert_trajectory(given | {"posterior_probabilities": given["posterior_probabilities"][:n]}, HAND) for n in (3, 4))
+    assert short.variable.shape == (2,) and short.log_probs.shape[0] == 3 and short.buffer.valid.shape == (14,)
+    assert (short.outcome == whole.outcome[:2]).all() and (short.buffer.values == whole.buffer.values[:14]).all()
+
+
+def beliefs(t, belief):
+    given = by_hand()["posterior_probabilities"]
+    return by_hand(posterior_probabilities=[*given[:t], belief, *given[t + 1 :]])
+
+
+AT_ODDS = {
+    "key": (r"^global_opt: missing.*D_O, intervention_set", without("global_opt")),
+    "target": (r"^target: 'X1', but the model's is 'X2'", by_hand(target="X1")),
+    "observed variable": (r"^D_O: unknown variable 'X7'.*X0, X1, X2", by_hand(D_O=by_hand()["D_O"] | {"X7": ROWS[:, 0]})),
+    "column": (r"^D_O: no column 'X2'", by_hand(D_O={"X0": ROWS[:, 0], "X1": ROWS[:, 1]})),
+    "rows": (r"^D_O\['X1'\]: its shape is \(11,\): give shape \(12\)", by_hand(D_O=by_hand()["D_O"] | {"X1": ROWS[1:, 1]})),
+    "no rows": (r"^D_O\['X0'\]: its shape is \(0,\): give shape \(any\)", by_hand(D_O={f"X{i}": [] for i in range(3)})),
+    "ragged": (r"^D_O: not an array of numbers", by_hand(D_O=[[1.0, 2.0, 3.0], [1.0, 2.0]])),
+    "columns": (r"^D_O: its shape is \(12, 2\): give shape \(any, 3\)", by_hand(D_O=ROWS[:, :2])),
+    "nan": (r"^D_O\['X0'\]\[4\]: nan is not a finite number", by_hand(D_O=by_hand()["D_O"] | {"X0": np.where(np.arange(12) == 4, np.nan, 0.0)})),
+    "no experiments": ("^intervention_set: no experiments", by_hand(intervention_set=[], intervention_values=[], current_y=[], global_opt=[])),
+    "variable": (r"^intervention_set\[1\]: unknown variable 'Z'", by_hand(intervention_set=[("X0",), ("Z",), ("X0",)])),
+    "name": (r"^intervention_set\[0\]: 'X0' is not a tuple of names", by_hand(intervention_set=["X0", ("X1",), ("X0",)])),
+    "joint": (r"^intervention_set\[2\]: .*only experiments on one variable", by_hand(intervention_set=[("X0",), ("X1",), ("X0", "X1")])),
+    "target set": (r"^intervention_set\[0\]: .*not the target", by_hand(intervention_set=[("X2",), ("X1",), ("X0",)])),
+    "values": ("^intervention_values: 2 entries, but intervention_set has 3", by_hand(intervention_values=[(1.0,), (-2.0,)])),
+    "joint value": (r"^intervention_values\[1\]: its shape is \(2,\)", by_hand(intervention_values=[(1.0,), (-2.0, 1.0), (-2.0,)])),
+    "infinite value": (r"^intervention_values\[2\]\[0\]: inf is not a finite", by_hand(intervention_values=[(1.0,), (-2.0,), (np.inf,)])),
+    "word": (r"^intervention_values\[0\]: not an array of numbers", by_hand(intervention_values=[("high",), (-2.0,), (-2.0,)])),
+    "outcomes": ("^current_y: 4 entries", by_hand(current_y=[0.5, -1.25, -1.0, -1.0])),
+    "outcome": (r"^current_y\[1\]: nan is not a finite", by_hand(current_y=[0.5, np.nan, -1.0])),
+    "beliefs": ("^posterior_probabilities: 2 beliefs for 3 experiments", by_hand(posterior_probabilities=[{("X0",): 1.0}] * 2)),
+    "sum": (r"^posterior_probabilities\[1\]: the probabilities sum to 0.75", beliefs(1, {("X0",): 0.75, ("X1",): 0.0})),
+    "negative": (r"^posterior_probabilities\[0\]\[\('X1',\)\]: .*negative", beliefs(0, {("X0",): 1.25, ("X1",): -0.25})),
+    "nan belief": (r"^posterior_probabilities\[2\]\[\('X0',\)\]: nan is not", beliefs(2, {("X0",): np.nan})),
+    "twice": (r"^posterior_probabilities\[3\].*given twice", beliefs(3, {("X0", "X1"): 0.5, ("X1", "X0"): 0.5})),
+    "target believed": (r"^posterior_probabilities\[0\].*a set with the target", beliefs(0, {("X2",): 1.0})),
+    "set": (r"^posterior_probabilities\[0\]: unknown variable 'Z'", beliefs(0, {("X0", "Z"): 1.0})),
+    "list": (r"^posterior_probabilities\[0\]: list: give a dictionary", beliefs(0, [0.5, 0.5])),
+    "optimum length": ("^global_opt: 2 entries for 3 experiments", by_hand(global_opt=[0.5, -1.25])),
+    "optimum rises": (r"^global_opt\[2\]: -1.0 is above the entry before it", by_hand(global_opt=[0.5, -1.25, -1.0])),
+    "optimum": (r"^global_opt\[2\]: -1.5, but the best of current_y is -1.25", by_hand(global_opt=[0.5, -1.5, -1.5])),
+    "samples": (r"^samples: its shape is \(2, 3\): give shape \(3, 3\)", by_hand(samples=SAMPLES[:2])),
+    "other sample": (r"^samples\[1\]: -0.0 where intervention_values\[1\] set -2.0", by_hand(samples=SAMPLES * [1, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", AT_ODDS)
+def test_a_run_at_odds_with_itself_is_refused(name):
+    message, output = AT_ODDS[name]
+    with pytest.raises(ValueError, match=message):
+        extract_expert_trajectory(output, HAND)
+
+
+def test_a_run_of_one_experiment_needs_the_belief_after_it_and_no_run_of_the_original_has_a_key():
+    cut = {name: value[:1] if isinstance(value, list) else value for name, value in by_hand().items()}
+    with pytest.raises(ValueError, match="add the last belief"):
+        extract_expert_trajectory(cut, HAND)
+    with pytest.raises(ValueError, match="leave the key out"):
+        extract_expert_trajectory(by_hand(), HAND, jr.key(0))
+
+
+def test_imported_runs_are_stored_and_augmented(tmp_path):
+    pair = (extract_expert_trajectory(by_hand(samples=samples), HAND) for samples in (SAMPLES, SAMPLES * [1, 1, 2]))
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
+    save(tmp_path / "demos.npz", batch)
+    loaded, _ = load_trajectories(tmp_path / "demos.npz", "train")
+    assert eqx.tree_equal(loaded, batch)
+    both = augment_expert_demonstrations(loaded, 2, key=jr.key(5))
+    assert both.source == "imported" and both.variable.shape == (4, 3) and eqx.tree_equal(take(both, np.arange(2)), batch)
+    averaged = ParentScaleConfig(num_obs=12, num_steps=3, outcome_samples=1000)
+    assert validate_trajectory_consistency(both, averaged).all()
+
+
+@pytest.mark.parametrize("name", ["d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30", "d10_linear_dr1_s1_T10"])
+def test_a_recorded_run_of_the_original_is_imported(name):
+    if not (CASES / f"{name}.npz").exists():
+        pytest.skip(f"no recorded run {name} in the folder of PARENT_SCALE_CASES ({CASES.name})")
+    case = np.load(CASES / f"{name}.npz", allow_pickle=False)
+    d, low, high = len(case["topo"]), *case["search_range"].T
+    scm = linear_model(case["adjacency"], case["weights"], case["topo"], case["noise_sigma"], case["target"], low, high)
+    members = [tuple(f"X{i}" for i in np.flatnonzero(row)) for row in case["sets"]]
+    published = case["posterior_published"][2 * (d - 1) - 1 :]  # after the initial interventions, then after every experiment
+    output = {
+        "D_O": {f"X{i}": case["obs"][:, i, None] for i in range(d)},
+        "intervention_set": [(f"X{i}",) for i in case["chosen_var"]],
+        "intervention_values": [(v,) for v in case["chosen_value"]],
+        "current_y": list(case["chosen_y"]),
+        "posterior_probabilities": [{m: p for m, p in zip(members, row, strict=True) if p > 0} for row in published],
+        "global_opt": list(np.minimum.accumulate(case["chosen_y"])),
+        "target": f"X{case['target']}",
+    }
+    one = extract_expert_trajectory(output, scm)
+    assert all(check_trajectory(one, CONFIG))
+    assert one.variable.tolist() == case["chosen_var"].tolist() and one.buffer_before(3).size == len(case["obs"])
+    for t, row in enumerate(published):
+        found = one.posterior(t).to_dict(scm.names)
+        assert found == pytest.approx({frozenset(m): p for m, p in zip(members, row, strict=True) if p > 0}, abs=1e-5)
+    np.testing.assert_allclose(one.reward.sum(), case["chosen_y"][0] - case["chosen_y"].min(), rtol=1e-4)
+    mean = np.asarray(one.buffer.values[: len(case["obs"])]).mean(0)  # the model is the one that the rows are from
+    drawn = scm.sample(jr.key(0), Intervention.none(d), 4000)
+    assert (np.abs(mean - np.asarray(drawn).mean(0)) < 5 * case["obs"].std(0) / np.sqrt(len(case["obs"]))).all()
+    np.testing.assert_allclose(np.asarray(drawn).std(0), case["obs"].std(0), rtol=0.25)
 
 
 # --- validation ---
@@ -190,9 +486,15 @@ def keys_of(trajectories):
     return {tuple(key) for key in np.asarray(trajectories.key_data).tolist()}
 
 
+def models_of(trajectories):
+    edges, weights = np.asarray(trajectories.scm.adjacency), np.asarray(trajectories.scm.weights)
+    return {e.tobytes() + w.tobytes() for e, w in zip(edges, weights, strict=True)}
+
+
 def test_no_model_is_on_both_sides(trajectories):
     train, validation = extract_expert_demonstrations(trajectories, 0.4)
     assert (train.variable.shape[0], validation.variable.shape[0]) == (3, 2)
+    assert len(models_of(train)) == 3 and len(models_of(validation)) == 2 and not models_of(train) & models_of(validation)
     augmented = jax.jit(lambda t, key: augment_expert_demonstrations(t, 3, key=key), compiler_options=FAST)(train, jr.key(2))
     assert augmented.variable.shape[0] == 9
     assert len(keys_of(trajectories)) == BATCH and keys_of(augmented) == keys_of(train)
@@ -324,6 +626,8 @@ def test_surrogate_examples_pair_data_with_the_belief_they_led_to(trajectories):
     examples = run(trajectories)
     count = BATCH * (STEPS + 1)
     assert examples.buffer.values.shape == (count, capacity, NUM_VARS) and examples.posterior.log_probs.shape[0] == count
+    tight = eqx.filter_eval_shape(extract_surrogate_training_data, trajectories, 1)
+    assert tight.buffer.values.shape == (count, CAPACITY, NUM_VARS)  # demonstrations longer than the students' data are not cut
     for i in range(BATCH):
         for t in range(STEPS + 1):
             buffer, task, posterior = (jax.tree.map(lambda leaf, n=i * (STEPS + 1) + t: leaf[n], part) for part in examples)
