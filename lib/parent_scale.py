@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.causal_gp import (
+    CausalGP,
     CausalPrior,
     StarEffects,
     StarGP,
@@ -154,7 +155,7 @@ class ParentSetRegression(eqx.Module):
     def fit(sets, log_prior, linear, omega, phase, x, y, noise) -> "ParentSetRegression":
         """Condition the weights, not the probabilities of the sets, on observational `x[samples, vars]` and `y[samples]`, given `noise[sets]`."""
         phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
-        mean, covariance, _ = jax.vmap(regression, in_axes=(0, None, 0))(phi, y, noise)
+        mean, covariance, _ = jax.vmap(regression)(jnp.einsum("ksm,ksn->kmn", phi, phi), jnp.einsum("ksm,s->km", phi, y), noise)
         return ParentSetRegression(sets, jax.nn.log_softmax(log_prior), linear, omega, phase, mean, covariance, noise)
 
     def absorb(self, x: Float[Array, " vars"], y: Float[Array, ""], use: Bool[Array, ""], likelihood: str = "corrected") -> "ParentSetRegression":
@@ -183,10 +184,10 @@ def set_features(sets, linear, omega, phase, x) -> Float[Array, "sets features"]
     return jnp.where(linear, jnp.pad(inside, ((0, 0), (0, num_features - x.shape[0]))), waves)
 
 
-def regression(phi: Float[Array, "samples features"], y: Float[Array, " samples"], noise: Float[Array, ""]):
-    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise), and log |covariance|."""
-    covariance, log_det = inverse_and_log_det(phi.T @ phi / noise + jnp.eye(phi.shape[1]))
-    return covariance @ (phi.T @ y) / noise, covariance, -log_det
+def regression(gram: Float[Array, "features features"], moment: Float[Array, " features"], noise: Float[Array, ""]):
+    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise), and log |covariance|; from phi'phi and phi'y."""
+    covariance, log_det = inverse_and_log_det(gram / noise + jnp.eye(gram.shape[0]))
+    return covariance @ moment / noise, covariance, -log_det
 
 
 def estimate_noise(
@@ -194,14 +195,15 @@ def estimate_noise(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Residual variance, and the log evidence of `y` at it: MacKay's fixed point, residual sum of squares / (samples - effective weights)."""
     num_rows, num_features = phi.shape
+    gram, moment = phi.T @ phi, phi.T @ y
 
     def improve(noise, _):
-        mean, covariance, _ = regression(phi, y, noise)
+        mean, covariance, _ = regression(gram, moment, noise)
         effective = num_features - jnp.trace(covariance)
         return jnp.maximum(((y - phi @ mean) ** 2).sum() / (num_rows - effective), NOISE_FLOOR), None
 
     noise, _ = jax.lax.scan(improve, jnp.var(y) / 2, length=iterations)
-    mean, _, log_det = regression(phi, y, noise)
+    mean, _, log_det = regression(gram, moment, noise)
     fit = ((y - phi @ mean) ** 2).sum() / noise + (mean**2).sum()
     return noise, 0.5 * (log_det - fit - num_rows * jnp.log(2 * jnp.pi * noise))
 
@@ -260,25 +262,31 @@ class Decision(NamedTuple):
     failures: Int[Array, ""]
 
 
-def decide(scm, scale, config, prior: CausalPrior, explore, values, intervened, outcomes, share, noise_scales) -> Decision:
-    """Fit the causal GP of every variable and maximise expected improvement over those in `explore`.
+def fit_causal_gps(scm, scale, config, prior: CausalPrior, values, intervened, outcomes, share, noise_scales) -> CausalGP:
+    """The causal GP of every variable (leading axis), standardised.
 
     `values[samples, vars]` and `outcomes[samples]` are standardised interventional rows; a row counts for a variable if it alone was set. The
-    noise of an outcome is the prior's `noise` at its value times `share[samples]`. The incumbent is the least posterior mean over evaluated
-    points of all variables (without noise: the best outcome seen); before any experiment it is the observational mean.
+    noise of an outcome is the prior's `noise` at its value times `share[samples]`.
     """
-    candidates, target = scm.candidates, scm.target
-    raw_grid = value_grid(scm.low, scm.high, config.num_values)
-    grid = (raw_grid - scale.shift[:, None]) / scale.spread[:, None]
-    used = (intervened & (intervened.sum(1) == 1)[:, None] & candidates[None, :]).T
+    grid = (value_grid(scm.low, scm.high, config.num_values) - scale.shift[:, None]) / scale.spread[:, None]
+    used = (intervened & (intervened.sum(1) == 1)[:, None] & scm.candidates[None, :]).T
 
     def fit(grid, mean, deviation, noise, points, used):
         noise = jnp.maximum(jnp.interp(points, grid, noise) * share, NOISE_FLOOR)
         return fit_causal_gp(grid, mean, deviation, points, outcomes, noise, used, noise_scales=noise_scales)
 
-    gps = jax.vmap(fit)(grid, *prior, values.T, used)
+    return jax.vmap(fit)(grid, *prior, values.T, used)
+
+
+def decide(scm, scale, gps: CausalGP, explore: Bool[Array, " vars"]) -> Decision:
+    """Maximise expected improvement over the variables in `explore`.
+
+    The incumbent is the least posterior mean over evaluated points of all variables (without noise: the best outcome seen); before any experiment
+    it is the observational mean.
+    """
+    candidates, target = scm.candidates, scm.target
     at_points, _ = jax.vmap(lambda gp: gp(gp.points))(gps)
-    best = jnp.where(used.any(), jnp.where(used, at_points, jnp.inf).min(), 0.0)
+    best = jnp.where(gps.used.any(), jnp.where(gps.used, at_points, jnp.inf).min(), 0.0)
     mean, std = jax.vmap(lambda gp: gp(gp.grid))(gps)
 
     def predict(variable, points):
@@ -290,9 +298,9 @@ def decide(scm, scale, config, prior: CausalPrior, explore, values, intervened, 
 
     improvement = expected_improvement(mean, std, best)[:, ::2] * jnp.take(scale.spread, target)
     table = jnp.where(explore[:, None], log_expected_improvement(mean, std, best), -jnp.inf)
-    variable, value = refine(log_improvement, grid, table)
+    variable, value = refine(log_improvement, gps.grid, table)
     least = jnp.where(candidates[:, None], -mean, -jnp.inf)
-    recommended, at = refine(lambda i, points: -predict(i, points)[0], grid, least)
+    recommended, at = refine(lambda i, points: -predict(i, points)[0], gps.grid, least)
 
     def raw(variable, value):
         return jnp.clip(value * scale.spread[variable] + scale.shift[variable], scm.low[variable], scm.high[variable])
@@ -319,7 +327,8 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
         buffer, outcomes, state = carry
         log_probs, prior, explore = believe(state, buffer)
         intervened = buffer.intervened[later] & buffer.valid[later][:, None]
-        decision = decide(scm, scale, config, prior, explore, scale(buffer.values[later]), intervened, outcomes, share, noise_scales)
+        gps = fit_causal_gps(scm, scale, config, prior, scale(buffer.values[later]), intervened, outcomes, share, noise_scales)
+        decision = decide(scm, scale, gps, explore)
 
         action = Intervention.single(decision.variable, decision.value, num_vars)
         rows = scm.sample(jr.fold_in(key, t), action, config.outcome_samples + (config.outcome_samples > 1))

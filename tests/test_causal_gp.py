@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 from scipy.special import erfcx
 
@@ -22,6 +23,7 @@ from lib.causal_gp import (
     expected_improvement,
     fit_causal_gp,
     fit_star_gp,
+    fit_star_gp_published,
     log_expected_improvement,
     refine,
     star_effects,
@@ -281,3 +283,49 @@ def test_refine_finds_the_peak_between_grid_values():
     variable, value = jax.jit(search)(table.at[2, 0].set(10.0))  # at the edge: the best within the range
     assert variable == 2
     np.testing.assert_allclose(value, 6.0, atol=1e-5)
+
+
+# --- what cannot be factorised, and the published rules ---
+
+
+def test_hyperparameters_whose_factor_fails_are_left_out_and_counted(monkeypatch):
+    """Here every system with a long lengthscale fails: the best of the others is taken, and nothing is nan."""
+
+    def failing(matrix):
+        factor = jnp.linalg.cholesky(matrix)
+        return jnp.where(matrix[0, 1] > 0.9 * matrix[0, 0], jnp.nan, factor)
+
+    monkeypatch.setattr("lib.causal_gp.cholesky", failing)
+    close = single(np.stack([[0.0, 0.3, *np.linspace(-2, 2, 10)]] * 2, 1))
+    y = single(np.sin(3 * np.asarray(close[:, 0])))
+    gp = fit_star_gp(close, y - y.mean(), jnp.array([[True, False]]))
+    alike = np.exp(-0.09 / (2 * np.array(STAR_LENGTHSCALES) ** 2))
+    fails = alike[:, None] > 0.9 * (1 + np.array(STAR_NOISE_RATIOS))
+    assert gp.failures[0] == fails.sum() > 0
+    found = STAR_LENGTHSCALES.index(float(gp.lengthscale[0])), np.abs(gp.noise[0] / gp.amplitude[0] - np.array(STAR_NOISE_RATIOS)).argmin()
+    assert not fails[found] and np.isfinite([gp.amplitude[0], gp.noise[0]]).all()
+
+    grid = single(np.linspace(-2, 2, 9))
+    points, ones = single([0.0, 0.2, 1.5]), jnp.ones(3)
+    causal = fit_causal_gp(grid, jnp.zeros(9), jnp.zeros(9), points, single([0.0, 1.0, 0.0]), 1e-3 * ones, ones > 0)
+    assert 0 < causal.failures < len(LENGTHSCALES) * len(AMPLITUDES)
+    assert all(np.isfinite(value).all() for value in causal(grid))
+    assert float(causal.lengthscale) < 4 * max(LENGTHSCALES)
+
+
+def test_published_hyperparameters_are_a_maximum_of_the_likelihood_within_limits():
+    """From raw rows: a wave ends where SciPy's search does, and a straight line's endless lengthscale is set to one, as published."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(40, 2))
+    y = np.stack([np.sin(2 * x[:, 0]) + 0.1 * rng.normal(size=40), 3 * x[:, 1] + 0.1 * rng.normal(size=40)], 1)
+    sets = jnp.array([[True, False], [False, True]])
+    wave, line = (jax.tree.map(np.asarray, jax.jit(fit_star_gp_published)(single(x), single(y[:, i]), sets[i : i + 1])) for i in range(2))
+
+    def loss(logs):
+        amplitude, lengthscale, noise = np.exp(logs)
+        kernel = gaussian(x[:, :1], x[:, :1], amplitude, lengthscale) + noise * np.eye(40)
+        return -scipy.stats.multivariate_normal.logpdf(y[:, 0], np.zeros(40), kernel)
+
+    expected = np.exp(scipy.optimize.minimize(loss, np.zeros(3)).x)
+    np.testing.assert_allclose([wave.amplitude[0], wave.lengthscale[0], wave.noise[0]], expected, rtol=0.02)
+    assert line.lengthscale[0] == 1.0 and line.amplitude[0] > 100

@@ -1,6 +1,7 @@
 """The prior over parent sets: on systems with known parents, under renaming and padding, and its parts against numpy and scipy."""
 
 import functools as ft
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import pytest
 import scipy.stats
 
 from lib.doubly_robust import (
+    BANDWIDTHS,
     LINEAR_PENALTY,
+    UNION_SIZE,
     benjamini_yekutieli,
     doubly_robust_prior,
     held_out_residuals,
     increase_p_values,
     set_frequencies,
     standardise,
+    with_union,
 )
 
 
@@ -207,3 +211,42 @@ def test_only_empty_selections_give_single_variables():
         sets, log_probs = set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
         assert sets.shape == (4, 4)  # as many places as variables
         assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx({frozenset({i}): 1 / 3 for i in (0, 2, 3)})
+
+
+@pytest.mark.parametrize("drop_empty", [False, True])
+def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_empty):
+    """Half of the probability stays with the frequencies, the other half is a product over the four variables."""
+    selected = np.zeros((10, 6), bool)
+    selected[:6, 0] = selected[:3, 1] = selected[2:4, 4] = True  # {0, 1} twice, {0, 1, 4}, {0, 4}, {0} twice, {} four times
+    real = np.arange(6) != 2
+    p_values = np.where(np.arange(6) == 3, 0.4, 0.9) * np.ones((10, 1))  # 3 before 5, which nobody selected either
+    frequencies = set_frequencies(jnp.asarray(selected), jnp.asarray(real), drop_empty)
+    sets, log_probs = with_union(*frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real), drop_empty)
+    found = members(np.asarray(sets), np.exp(np.asarray(log_probs, float)))
+    inside = {0: 6.5 / 11, 1: 3.5 / 11, 4: 2.5 / 11, 3: 0.5 / 11}
+    counted = {frozenset({0, 1}): 0.2, frozenset({0, 1, 4}): 0.1, frozenset({0, 4}): 0.1, frozenset({0}): 0.2, frozenset(): 0.4}
+    expected = {}
+    for size in range(5):
+        for chosen in map(frozenset, itertools.combinations(inside, size)):
+            product = np.prod([p if i in chosen else 1 - p for i, p in inside.items()])
+            expected[chosen] = 0.5 * product + 0.5 * counted.get(chosen, 0.0)
+    if drop_empty:
+        del expected[frozenset()]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_union_and_bandwidth_on_data():
+    """No set is lost, probabilities are normalised, and a target with a short lengthscale is found by cross-validation only."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(ROWS, REAL))
+    x[:, 2] = np.cos(2.5 * x[:, 1]) + 0.3 * x[:, 2]
+    found = {}
+    for bandwidth in BANDWIDTHS:
+        prior = jax.jit(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, bandwidth=bandwidth, union=True), compiler_options=FAST)
+        sets, log_probs = prior(jr.key(3), jnp.asarray(x, jnp.float32), 2, jnp.ones(REAL, bool))
+        probs = np.exp(np.asarray(log_probs, float))
+        assert sets.shape[0] == max(BOOTSTRAPS, REAL) + 2**UNION_SIZE
+        np.testing.assert_allclose(probs.sum(), 1.0, atol=1e-5)
+        assert len(members(np.asarray(sets), probs)) == (probs > 0).sum()  # no set twice
+        found[bandwidth] = probs @ np.asarray(sets)[:, 1]
+    assert found["cross_validation"] > 0.7 > found["median"] + 0.2

@@ -46,6 +46,7 @@ from lib.parent_scale import (
     uniform_prior,
 )
 from lib.scm import AbstractSCM, Intervention
+from lib.scm_prior import DIFFICULTY, sample_problem
 
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -756,3 +757,26 @@ def test_a_buffer_that_is_too_small_and_predictions_without_sets_are_refused(pro
         eqx.filter_eval_shape(run_parent_scale, KEYS[0], scm, buffer, CONFIG)
     with pytest.raises(ValueError, match="candidate_sets"):
         run_parent_scale(KEYS[0], scm, buffer, CONFIG, predict=lambda buffer: jnp.zeros(1))
+
+
+def test_harder_levels_are_harder_for_the_expert():
+    """The easiest and the hardest level of difficulty, and one between: parents found, and regret of what is recommended."""
+    found, lost = [], []
+    for level in DIFFICULTY[::2]:
+        settings = ParentScaleConfig(num_obs=level.num_obs, num_steps=4, num_bins=9, num_features=30, num_bootstraps=6, features="fourier")
+
+        def play(key, level=level, settings=settings):
+            problem_key, run_key = jr.split(key)
+            scm, buffer = sample_problem(problem_key, level.prior, level.num_obs, 2, level.num_obs + 24)
+            run = run_parent_scale(run_key, scm, buffer, settings)
+            marginals = run.posterior(scm.target).marginals()
+            chosen = Intervention.single(run.recommended_variable[-1], run.recommended_value[-1], scm.low.shape[0])
+            nothing, best = scm.mean_outcome(Intervention.none(scm.low.shape[0])), scm.optimum(9).mean
+            overlap = 2 * jnp.minimum(marginals, scm.parents).sum() / (marginals.sum() + scm.parents.sum())
+            return overlap, (scm.mean_outcome(chosen) - best) / (nothing - best)
+
+        overlap, regret = jax.jit(jax.vmap(play), compiler_options=FAST)(jr.split(jr.key(21), 24))
+        found.append(float(overlap.mean()))
+        lost.append(float(jnp.minimum(regret, 1.0).mean()))
+    assert found[0] > found[1] + 0.1 > found[2] + 0.2
+    assert lost[0] + 0.1 < lost[1] < lost[2]
