@@ -1,14 +1,15 @@
 # The pipeline: each artifact is a target with its prerequisites, so only what is stale reruns. A stage that was stopped continues from its checkpoint.
-#   make run     every stage at the `small` preset, then the tables   (about 20 minutes on 2 CPU cores, installation included)
+#   make run     every stage at the `small` preset (or PRESET=hour), then the tables   (about 20 minutes on 2 CPU cores, installation included)
 #   make smoke   the same in minutes, for CI          make hour / make paper   the same code, larger
 #   make test    the tests                            make check               style, types and tests
 PYTHON ?= python3
+PRESET ?= small
 RUN := .venv/bin/python
 
 .PHONY: run smoke hour paper test check clean
 .SECONDARY:
 
-run: artifacts/small/results/metrics.json
+run: artifacts/$(PRESET)/results/metrics.json
 smoke: artifacts/smoke/results/metrics.json
 # Compiling is most of so short a run.
 smoke: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1

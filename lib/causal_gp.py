@@ -95,47 +95,55 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
 PUBLISHED_LONGEST, PUBLISHED_NOISE, PUBLISHED_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5  # what its `safe_optimization` allows
 
 
-def fit_star_gp_published(x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"]) -> StarGP:
+def fit_star_gp_published(
+    x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], live: Bool[Array, " sets"] | None = None
+) -> StarGP:
     """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient ascent from (1, 1, 1), then its limits.
 
     A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay: on linear systems its do-effects fall back to
-    zero between the rows. Costs a hundred times the default.
+    zero between the rows. Costs a hundred times the default. Sets that are not `live` get ones, without any work.
     """
+    live = jnp.ones(sets.shape[0], bool) if live is None else live
     with jax.enable_x64(True):
         wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
-        squares, optimiser = squared_distances(wide_x), optax.lbfgs()
+        gp = jax.vmap(fit_one_star_gp_published, in_axes=(0, 0, None, None))(live, sets, squared_distances(wide_x), wide_y)
+        return StarGP(*(p.astype(x.dtype) for p in gp))
 
-        def fit(members):
-            distance = jnp.tensordot(members.astype(wide_x.dtype), squares, 1)
 
-            def loss(logs):
-                amplitude, lengthscale, noise = jnp.exp(logs)
-                kernel = amplitude * jnp.exp(-distance / (2 * lengthscale**2)) + noise * jnp.eye(wide_x.shape[0])
-                inverse, log_det = inverse_and_log_det(jax.lax.stop_gradient(kernel))
-                alpha = inverse @ wide_y
-                # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2 (Rasmussen and Williams 2006, eq. 5.9).
-                slope = -0.5 * (kernel * (alpha[:, None] * alpha[None] - inverse)).sum()
-                return 0.5 * (wide_y @ alpha + log_det) + slope - jax.lax.stop_gradient(slope)
+@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
+def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
+    """Amplitude, lengthscale and noise of one set, from squared distances `squares[vars, samples, samples]`."""
+    optimiser, start = optax.lbfgs(), jnp.zeros(3, y.dtype)
+    distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
 
-            def improve(carry):
-                logs, state, value, _, step = carry
-                gradient = jax.grad(loss)(logs)
-                updates, state = optimiser.update(gradient, state, logs, value=value, grad=gradient, value_fn=loss)
-                after = loss(logs + updates)
-                return logs + updates, state, after, value - after, step + 1
+    def loss(logs):
+        amplitude, lengthscale, noise = jnp.exp(logs)
+        kernel = amplitude * jnp.exp(-distance / (2 * lengthscale**2)) + noise * jnp.eye(y.shape[0])
+        inverse, log_det = inverse_and_log_det(jax.lax.stop_gradient(kernel))
+        alpha = inverse @ y
+        # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2 (Rasmussen and Williams 2006, eq. 5.9).
+        slope = -0.5 * (kernel * (alpha[:, None] * alpha[None] - inverse)).sum()
+        return 0.5 * (y @ alpha + log_det) + slope - jax.lax.stop_gradient(slope)
 
-            def going(carry):  # until a step gains less than SciPy's L-BFGS asks of one
-                _, _, value, gain, step = carry
-                return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
+    def improve(carry):
+        logs, state, value, _, step = carry
+        gradient = jax.grad(loss)(logs)
+        updates, state = optimiser.update(gradient, state, logs, value=value, grad=gradient, value_fn=loss)
+        after = loss(logs + updates)
+        return logs + updates, state, after, value - after, step + 1
 
-            start = jnp.zeros(3, wide_x.dtype)
-            logs, *_ = jax.lax.while_loop(going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0))
-            amplitude, lengthscale, noise = jnp.exp(logs)
-            lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
-            return StarGP(jnp.maximum(amplitude, PUBLISHED_AMPLITUDE), lengthscale, jnp.clip(noise, *PUBLISHED_NOISE), 0)
+    def going(carry):  # until a step gains less than SciPy's L-BFGS asks of one
+        _, _, value, gain, step = carry
+        return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
 
-        amplitude, lengthscale, noise, _ = jax.lax.map(fit, sets)
-        return StarGP(amplitude.astype(x.dtype), lengthscale.astype(x.dtype), noise.astype(x.dtype))
+    def fit():
+        logs, *_ = jax.lax.while_loop(going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0))
+        amplitude, lengthscale, noise = jnp.exp(logs)
+        lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
+        return jnp.maximum(amplitude, PUBLISHED_AMPLITUDE), lengthscale, jnp.clip(noise, *PUBLISHED_NOISE)
+
+    one = jnp.ones((), y.dtype)
+    return jax.lax.cond(alive, fit, lambda: (one, one, one))
 
 
 def star_effects(

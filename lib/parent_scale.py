@@ -463,7 +463,7 @@ def effects_of_sets(
         star = fit_star_gp(x, y, sets, live)
         return star, star_effects(x, y, sets, star, (raw_grid - scale.shift[:, None]) / scale.spread[:, None], live)
     y, shift, spread = (jnp.take(a, scm.target, axis=-1) for a in (observed, scale.shift, scale.spread))
-    star = fit_star_gp_published(observed, y, sets)
+    star = fit_star_gp_published(observed, y, sets, live)
     effects = star_effects(observed, y, sets, star, raw_grid, live)
     standard = StarEffects((effects.mean - shift) / spread, effects.variance / spread**2, effects.spread / spread**2)
     return star._replace(noise=star.noise / spread**2), standard

@@ -11,6 +11,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 
 
+@pytest.fixture(scope="module", autouse=True)
+def clear_programs():
+    """Forget a module's compiled programs: each maps memory, and a process that reaches the system's limit of 65,530 mappings crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """Fresh random keys, the same in every run."""

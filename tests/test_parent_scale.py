@@ -364,11 +364,12 @@ def recorded_gps(case):
     return hyperparameters, known
 
 
-def own_gps(case, sets):
-    """Hyperparameters `[3, sets]` as our fit by the published rules finds them."""
+def own_gps(case, chosen):
+    """Hyperparameters `[3, sets]` as our fit by the published rules finds them, for the sets that are `chosen`; ones for the others."""
     observed = single(pad(case["obs"], len(case["obs"]), CASE_VARS))
-    gp = jit_fit_published(observed, observed[:, int(case["target"])], jnp.asarray(pad(sets, len(sets), CASE_VARS)))
-    return np.stack([np.asarray(p) for p in gp[:3]])
+    sets, live = jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)), jnp.asarray(pad(chosen, CASE_SETS))
+    gp = jit_fit_published(observed, observed[:, int(case["target"])], sets, live)
+    return np.stack([np.asarray(p)[: len(chosen)] for p in gp[:3]])
 
 
 @pytest.mark.parametrize("own_fit", [False, True])
@@ -386,8 +387,7 @@ def test_case_do_effects(name, own_fit):
         values = np.unique(table[table[:, 1] == variable, 2])
         grid[variable, : len(values)] = values
     hyperparameters, known = recorded_gps(case)
-    if own_fit:
-        hyperparameters[:, known] = own_gps(case, case["sets"][known])
+    hyperparameters = own_gps(case, known) if own_fit else hyperparameters
     gp = StarGP(*single(np.pad(hyperparameters, ((0, 0), (0, CASE_SETS - len(case["sets"]))), constant_values=1.0)))
     y, sets = observed[:, int(case["target"])], pad(case["sets"], CASE_SETS, CASE_VARS)
     effects = jit_effects(single(pad(observed, len(observed), CASE_VARS)), single(y), jnp.asarray(sets), gp, single(grid))
@@ -454,8 +454,7 @@ def improvements(name):
     observed, target, steps, first = case["obs"], int(case["target"]), len(case["chosen_var"]), len(case["int_var"])
     hyperparameters, known = recorded_gps(case)
     missing = ~known & (case["posterior_published"][first - 1 : -1] > 0).any(0)  # one set of one case, before it lost its probability
-    if missing.any():
-        hyperparameters[:, missing] = own_gps(case, case["sets"][missing])
+    hyperparameters = np.where(missing, own_gps(case, missing), hyperparameters)
     variables = np.concatenate([case["int_var"], case["chosen_var"]])
     values = np.concatenate([case["int_data"][np.arange(first), case["int_var"]], case["chosen_value"]])
     outcomes = np.concatenate([case["int_data"][:, target], case["chosen_y"]])
