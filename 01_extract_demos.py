@@ -14,6 +14,7 @@ by what the expert itself can see (length, final entropy); ground truth takes no
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -64,6 +65,8 @@ class Config:
     # --- the expert ---
     num_steps: int = 10
     """Experiments per run."""
+    candidate_sets: Literal["bootstraps", "union"] = "union"
+    """Candidate parent sets: those that bootstraps select, or also the subsets of the variables selected most often, the better teacher (README)."""
     num_bins: int = 16
     """Values per variable in the stored acquisition surface; the surrogate and the policy use the same grid."""
 
@@ -84,7 +87,7 @@ class Config:
     @property
     def expert(self) -> ParentScaleConfig:
         """Settings of the expert."""
-        return ParentScaleConfig(num_obs=self.num_obs, num_steps=self.num_steps, num_bins=self.num_bins)
+        return ParentScaleConfig(num_obs=self.num_obs, num_steps=self.num_steps, num_bins=self.num_bins, candidate_sets=self.candidate_sets)
 
 
 PRESETS = {

@@ -128,7 +128,7 @@ PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 
 def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
     """The method called `name` as a function of (key, scm, buffer); `system` is what the learned ones use."""
-    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
+    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps, candidate_sets="union")  # the one that teaches
 
     def campaign(decide):
         return lambda key, scm, buffer: run_campaign(key, scm, buffer, num_steps, lambda k, b, t: decide(scm, k, b, t))
@@ -370,7 +370,7 @@ def evaluate_success(
 
     # speed: one posterior for one problem, after compilation, on this machine
     one = jax.tree.map(lambda leaf: leaf[0], (jr.split(jr.key(0), 1), problems.scm, problems.buffer))
-    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=0)
+    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=0, candidate_sets="union")
     infer = eqx.filter_jit(lambda k, s, b: replay_posterior(k, s, b, b.size, settings))
     predict = eqx.filter_jit(lambda model, s, b: model.predict(b, s.task).posterior().log_probs)
     slow, fast = median_seconds(lambda: infer(*one), 3), median_seconds(lambda: predict(surrogate, *one[1:]), 20)
