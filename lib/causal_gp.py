@@ -101,7 +101,7 @@ def fit_star_gp_published(
     """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient ascent from (1, 1, 1), then its limits.
 
     A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay: on linear systems its do-effects fall back to
-    zero between the rows. Costs a hundred times the default. Sets that are not `live` get ones, without any work.
+    zero between the rows. Sets that are not `live` get ones, without any work.
     """
     live = jnp.ones(sets.shape[0], bool) if live is None else live
     with jax.enable_x64(True):

@@ -6,8 +6,8 @@ and expected improvement over single-variable interventions on possible parents.
 here follows the method and a field of `ParentScaleConfig` restores the code.
 
 Differences that remain: inputs and target are standardised by the observational rows also for the Gaussian processes; their hyperparameters
-come from grids instead of a gradient search; the acquisition is maximised on a grid and refined once; an outcome is one noisy sample by
-default, so the surrogate carries observation noise.
+come from grids instead of a gradient search (`star_gp` restores both for the do-effects); the acquisition is maximised on a grid and refined once;
+an outcome is one noisy sample by default, so the surrogate carries observation noise.
 """
 
 import itertools
