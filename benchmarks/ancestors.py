@@ -88,7 +88,7 @@ def measure(kind: str, size: int, config: Config) -> tuple[np.ndarray, np.ndarra
             scms = draw(keys, SCMPrior(max_vars=size, min_size=size, max_size=size))
         else:
             seeds = range(config.seed + start, config.seed + start + config.batch)
-            scms = [erdos_renyi(seed, size, kind == "CBO-U linear", per_variable=0)[0] for seed in seeds]
+            scms = [erdos_renyi(seed, size, kind == "CBO-U linear", per_variable=0, childless=False)[0] for seed in seeds]
             scms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scms)
         parts.append([np.asarray(x, float) for x in best_interventions(scms, config.num_values)])
     best, best_parent, nothing, on_parent = (np.concatenate(x)[:count] for x in zip(*parts, strict=True))

@@ -3,7 +3,8 @@
     PARENT_SCALE_CASES=<folder> python benchmarks/prior.py --num-problems 200
 
 First part: recorded runs of the original code (`*_dr1_*.npz` in the folder that the environment variable names; skipped where there are none), both
-on the same observational rows. Second part: CBO-U's random systems. Writes `prior.md` to `--folder`.
+on the same observational rows. Second part: CBO-U's random systems, here with any target, while no published target has children. Writes `prior.md`
+to `--folder`.
 """
 
 import os
@@ -122,10 +123,14 @@ def on_random_systems(size: int, config: Config) -> str:
     """Means over random systems with 95 % intervals."""
     batch = min(config.batch if size < 50 else min(config.batch, 5), config.num_problems)
     found, spent = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0.0)
+    children: list[bool] = []
     starts = range(0, config.num_problems, batch)
     linear = np.arange(len(starts) * batch) % 2 == 0
     for start in tqdm(starts, desc=f"d = {size}", unit="batch"):
-        problems = [erdos_renyi(config.seed + i, size, bool(linear[i]), num_obs=config.num_obs, per_variable=0) for i in range(start, start + batch)]
+        problems = [
+            erdos_renyi(config.seed + i, size, bool(linear[i]), config.num_obs, per_variable=0, childless=False) for i in range(start, start + batch)
+        ]
+        children += [bool(scm.graph[scm.target].any()) for scm, _ in problems]
         rows = jnp.stack([buffer.values for _, buffer in problems])
         targets = jnp.stack([scm.target for scm, _ in problems])
         truth = np.stack([np.asarray(scm.parents) for scm, _ in problems])
@@ -139,11 +144,15 @@ def on_random_systems(size: int, config: Config) -> str:
     lines = []
     for name, values in found.items():
         table = np.array(values)
-        by_kind = [f"{table[linear == kind, QUALITY.index('parent F1')].mean():.3f}" for kind in (True, False)]
+        kinds = {"linear": linear, "nonlinear": ~linear, "childless": ~np.array(children), "children": np.array(children)}
+        by_kind = [f"{table[kind, QUALITY.index('parent F1')].mean():.3f}" for kind in kinds.values()]
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*summarise(column)) for column in table.T]
         lines.append([name, cells[0], *by_kind, *cells[1:], f"{spent[name] / len(table):.3f}"])
-    header = ["prior", QUALITY[0], "linear", "nonlinear", *QUALITY[1:], "seconds"]
-    heading = f"CBO-U's random systems, d = {size}, {config.num_obs} rows, n = {len(starts) * batch}, half of them linear"
+    header = ["prior", QUALITY[0], "linear", "nonlinear", "childless", "with children", *QUALITY[1:], "seconds"]
+    heading = (
+        f"CBO-U's random systems, d = {size}, {config.num_obs} rows, n = {len(linear)}, half of them linear; "
+        f"{np.mean(children):.0%} of targets have children"
+    )
     return f"**{heading}**\n\n" + tabulate.tabulate(lines, headers=header, tablefmt="github", disable_numparse=True)
 
 

@@ -4,6 +4,7 @@
 
 The published protocol: 200 observational rows and two interventions per variable to start with, then 30 experiments on single variables, each of
 which reports the mean of 1,000 samples. Every seed draws its own graph, weights and data; the published runs of one random size share all of these.
+Their targets have no children, nor have ours, save in the systems whose name ends in `_any`, which show what that assumption of the prior is worth.
 `parent_scale` is the expert with an unknown graph, `cbo_known_graph` the same program given the true parents. Writes `published.md` and
 `published.png` to `--folder`, and every finished run to its folder `raw`: the same command continues where it was stopped.
 """
@@ -14,6 +15,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,14 +43,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+METHODS = ("parent_scale", "cbo_known_graph")
+SYSTEMS = (
+    *("toy", "graph4", "epidemiology", "healthcare"),
+    *(f"er{size}_{kind}" for kind in ("linear", "nonlinear") for size in ERDOS_RENYI_SIZES),
+    *(f"er{size}_{kind}_any" for kind in ("linear", "nonlinear") for size in (10, 20)),
+)
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings of the comparison."""
 
-    systems: tuple[str, ...] = ()
-    """Names of `lib.benchmarks`, or er<variables>_linear and er<variables>_nonlinear; none: toy, graph4, epidemiology, healthcare and all `sizes`."""
-    sizes: tuple[int, ...] = ERDOS_RENYI_SIZES
-    """Numbers of variables of the random systems."""
+    systems: tuple[str, ...] = SYSTEMS
+    """Names of `lib.benchmarks`, or er<variables>_linear and er<variables>_nonlinear, both also with `_any` (target with or without children)."""
     seeds: int = 10
     """Systems (of the fixed ones: data sets) per row."""
     first_seed: int = 0
@@ -63,8 +71,6 @@ class Config:
     """Where tables, figure and raw results go."""
 
 
-METHODS = ("parent_scale", "cbo_known_graph")
-FIXED = ("toy", "graph4", "epidemiology", "healthcare")
 TRIALS = (1, 3, 10, 30)
 CLOSE = 0.01  # of the improvement that the known graph allows: this near counts as having reached it
 
@@ -114,12 +120,20 @@ NOTES = {
 }
 
 
-def random_system(system: str) -> tuple[int, bool] | None:
-    """Number of variables, and whether linear; None for a fixed system. Raises `ValueError` for an unknown name."""
-    match = re.fullmatch(r"er(\d+)_(linear|nonlinear)", system)
+class RandomSystem(NamedTuple):
+    """What the name of a random system says; `childless`: the target has no children."""
+
+    size: int
+    linear: bool
+    childless: bool
+
+
+def random_system(system: str) -> RandomSystem | None:
+    """The random system of that name; None for a fixed system. Raises `ValueError` for an unknown name."""
+    match = re.fullmatch(r"er(\d+)_(linear|nonlinear)(_any)?", system)
     if match is None and system not in BENCHMARKS:
-        raise ValueError(f"unknown system '{system}': choose one of {', '.join(BENCHMARKS)}, er10_linear, er10_nonlinear, ...")
-    return (int(match[1]), match[2] == "linear") if match else None
+        raise ValueError(f"unknown system '{system}': choose one of {', '.join(BENCHMARKS)}, er10_linear, er10_nonlinear_any, ...")
+    return RandomSystem(int(match[1]), match[2] == "linear", match[3] is None) if match else None
 
 
 # --- runs ---
@@ -129,7 +143,7 @@ def draw(system: str, seed: int, config: Config) -> tuple[AbstractSCM, Experienc
     """A system and its first data set, with room for the experiments."""
     kind = random_system(system)
     if kind is not None:
-        scm, buffer = erdos_renyi(seed, *kind, num_obs=config.num_obs)
+        scm, buffer = erdos_renyi(seed, kind.size, kind.linear, config.num_obs, childless=kind.childless)
         return scm, buffer.grow(config.num_steps)
     scm = make_benchmark(system)
     capacity = config.num_obs + 2 * len(scm.names) + config.num_steps
@@ -182,7 +196,7 @@ def measure(system: str, config: Config) -> dict[str, dict[str, np.ndarray]]:
     if not missing:
         return results
     kind = random_system(system)
-    batch = 1 if kind is not None and kind[0] >= 100 else min(config.batch, config.seeds)
+    batch = 1 if kind is not None and kind.size >= 100 else min(config.batch, config.seeds)
     problems = [draw(system, seed, config) for seed in range(config.first_seed, config.first_seed + config.seeds)]
     starts = list(range(0, config.seeds, batch))
     # The last chunk is filled up with its last problem, so that all have one shape and one program.
@@ -248,7 +262,8 @@ def overview(results: dict[str, dict[str, dict[str, np.ndarray]]], trials: list[
 
 def details(system: str, methods: dict[str, dict[str, np.ndarray]], trials: list[int]) -> str:
     """One system in its own units, ours and published."""
-    linear = (random_system(system) or (0, False))[1]
+    kind = random_system(system)
+    linear = kind is not None and kind.linear
     rows = []
     for method, result in methods.items():
         noisy = best_so_far(result["outcome"])
@@ -274,6 +289,7 @@ def draw_figure(results: dict[str, dict[str, dict[str, np.ndarray]]], path: Path
         "fixed": [s for s in results if random_system(s) is None],
         "linear": [s for s in results if s.endswith("_linear")],
         "nonlinear": [s for s in results if s.endswith("_nonlinear")],
+        "any target": [s for s in results if s.endswith("_any")],
     }
     kinds = {kind: systems for kind, systems in kinds.items() if systems}
     columns = max(len(systems) for systems in kinds.values())
@@ -327,10 +343,9 @@ def header(config: Config) -> list[str]:
 def main(config: Config) -> None:
     """Run or read every system; print and write tables and figure."""
     use_compilation_cache(Path("artifacts/cache"))
-    systems = config.systems or (*FIXED, *(f"er{size}_{kind}" for size in config.sizes for kind in ("linear", "nonlinear")))
-    for system in systems:
+    for system in config.systems:
         random_system(system)
-    results = {system: measure(system, config) for system in tqdm(systems, desc="systems")}
+    results = {system: measure(system, config) for system in tqdm(config.systems, desc="systems")}
     trials = [t for t in TRIALS if t <= config.num_steps]
     parts = [*header(config), overview(results, trials), "## In the units of each system"]
     text = "\n\n".join(parts + [details(system, methods, trials) for system, methods in results.items()]) + "\n"

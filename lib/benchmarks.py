@@ -303,20 +303,28 @@ def low_discrepancy(dims: int) -> np.ndarray:
 
 
 def erdos_renyi(
-    key_or_seed: Key[Array, ""] | int, num_vars: int, linear: bool, num_obs: int = 200, per_variable: int = 2, num_slots: int | None = None
+    key_or_seed: Key[Array, ""] | int,
+    num_vars: int,
+    linear: bool,
+    num_obs: int = 200,
+    per_variable: int = 2,
+    *,
+    childless: bool = True,
+    num_slots: int | None = None,
 ) -> tuple[SyntheticSCM, ExperienceBuffer]:
     """One of CBO-U's random systems, padded to `num_slots` variables, and its first data set. Drawn on the host: not for `jit`.
 
     Linear: weights ~ N(2, 1), noise N(0, 1). Nonlinear: per variable with parents one hidden layer of `NUM_HIDDEN` tanh units, weights and biases
     ~ N(0, 1), noise of deviation 0.1; a variable without parents is its noise. The graph is as `erdos_renyi_graph` says, the target a random variable
-    with 1 to `MAX_TARGET_PARENTS` parents. The ranges of intervention are those of the observational rows.
+    with 1 to `MAX_TARGET_PARENTS` parents, and without children if `childless`. The ranges of intervention are those of the observational rows.
 
     The buffer holds `num_obs` observational rows, then `per_variable` rows for each variable save the target, in order, set to values uniform in
     [-5, 5], which may lie outside its range. It has no free places. The same seed gives the same graph and target for both kinds and the same system
     in every padding.
 
     Source: CBO-U's code, except that here each seed draws its own system. There all runs of one size share one graph, one target and one set of
-    observational rows, so that the published deviations hold no variation over systems.
+    observational rows, so that the published deviations hold no variation over systems. No published target has a child (the graphs follow from
+    the published seeds, tests/test_benchmarks.py), which is what the doubly robust prior assumes; hence the default of `childless`.
     Raises `ValueError` for fewer than 3 variables (no graph would qualify) or too few places.
     """
     slots = num_vars if num_slots is None else num_slots
@@ -330,7 +338,7 @@ def erdos_renyi(
         return jnp.asarray(np.pad(x, [(0, slots - num_vars)] * num_axes + [(0, 0)] * (x.ndim - num_axes)))
 
     rng = np.random.default_rng(key_or_seed if isinstance(key_or_seed, int) else np.asarray(jr.key_data(key_or_seed)))
-    graph, order, target = erdos_renyi_graph(rng, num_vars)
+    graph, order, target = erdos_renyi_graph(rng, num_vars, childless)
     bias = np.where(graph[:, order].any(0) & (not linear), rng.standard_normal(num_vars), 0.0)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         order=jnp.asarray(np.concatenate([order, np.arange(num_vars, slots)])),
@@ -367,8 +375,10 @@ def one_row_each(
     return jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, v))[0])(noise, masks, values)
 
 
-def erdos_renyi_graph(rng: np.random.Generator, num_vars: int) -> tuple[Bool[np.ndarray, "vars vars"], Int[np.ndarray, " vars"], int]:
-    """A graph `[parent, child]`, a topological order of it, and a random target with 1 to `MAX_TARGET_PARENTS` parents.
+def erdos_renyi_graph(
+    rng: np.random.Generator, num_vars: int, childless: bool = True
+) -> tuple[Bool[np.ndarray, "vars vars"], Int[np.ndarray, " vars"], int]:
+    """A graph `[parent, child]`, a topological order of it, and a random target with 1 to `MAX_TARGET_PARENTS` parents (and no child if `childless`).
 
     Every ordered pair of variables is an edge with probability 1 / (num_vars - 1). Redrawn until acyclic, with a Markov equivalence class of two or
     more members, and with a possible target: 40 % of draws qualify at 10 variables, 26 % at 100.
@@ -376,9 +386,9 @@ def erdos_renyi_graph(rng: np.random.Generator, num_vars: int) -> tuple[Bool[np.
     while True:
         graph = (rng.random((num_vars, num_vars)) < 1.0 / (num_vars - 1)) & ~np.eye(num_vars, dtype=bool)
         order = topological_order(graph)
-        targets = np.flatnonzero((graph.sum(0) >= 1) & (graph.sum(0) <= MAX_TARGET_PARENTS))
-        if len(order) == num_vars and covered_edges(graph).any() and len(targets):
-            return graph, order, int(rng.choice(targets))
+        possible = (graph.sum(0) >= 1) & (graph.sum(0) <= MAX_TARGET_PARENTS) & ~(childless & graph.any(1))
+        if len(order) == num_vars and covered_edges(graph).any() and possible.any():
+            return graph, order, int(rng.choice(np.flatnonzero(possible)))
 
 
 def topological_order(graph: Bool[np.ndarray, "vars vars"]) -> Int[np.ndarray, " placed"]:

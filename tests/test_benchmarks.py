@@ -1,5 +1,7 @@
 """The literature's systems: optima as stated, equations against plain numpy, interventions and padding; the random ones also against networkx."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -294,7 +296,20 @@ def test_random_graphs():
             assert nx.is_directed_acyclic_graph(digraph) and sorted(order) == list(range(num_vars))
             assert all(order.tolist().index(a) < order.tolist().index(b) for a, b in digraph.edges)
             assert any(set(digraph.predecessors(b)) == set(digraph.predecessors(a)) | {a} for a, b in digraph.edges)
-            assert 1 <= digraph.in_degree(target) <= 3
+            assert 1 <= digraph.in_degree(target) <= 3 and digraph.out_degree(target) == 0
+    degrees = [erdos_renyi_graph(rng, 10, childless=False)[::2] for _ in range(40)]
+    assert {bool(graph[target].any()) for graph, target in degrees} == {False, True}
+
+
+@pytest.mark.parametrize("size, target, parents", [(10, 1, [2, 9]), (15, 8, [4, 11]), (20, 18, [4]), (50, 23, [19, 49]), (100, 16, [26])])
+def test_published_targets_have_no_children(size, target, parents):
+    """CBO-U's graphs, from its generator and its seeds: their targets have the parents that its code states, and no child."""
+    for seed in itertools.count(17, 17):
+        graph = nx.fast_gnp_random_graph(size, 1 / (size - 1), seed=seed, directed=True)
+        adjacency = nx.to_numpy_array(graph, nodelist=range(size)) > 0
+        if nx.is_directed_acyclic_graph(graph) and covered_edges(adjacency).any():
+            break
+    assert sorted(graph.predecessors(target)) == parents and not list(graph.successors(target))
 
 
 def test_covered_edges_and_cycles_by_hand():
