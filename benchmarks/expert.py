@@ -95,12 +95,11 @@ def operations(sets: np.ndarray, log_prior: np.ndarray, num_rows: int, settings:
     # A likelihood at 25 hyperparameters on 100 rows; an inverse and a product on all rows, and one more product for every member.
     with_others = 2 * n**3 + 4 * bins * n**2
     do_effects = alive.sum() * (25 * 100**3 / 3 + 7 * n**3 / 3 + 2 * n**3) + sets[alive].sum() * with_others
-    # Linear and Fourier features: a Gram matrix, six inverses each and one to begin with; then a rank-one update for every row.
-    f = max(settings.num_features, num_vars)
-    posterior = num_sets * (2 * (2 * n * f**2 + 6 * 7 * f**3 / 3) + 2 * n * f**2 + 7 * f**3 / 3 + (num_rows - n) * 5 * f**2)
+    # A Gram matrix and six inverses for the noise of Fourier and of linear features, one of each to begin with; then a rank-one update for every row.
+    f, rows = max(settings.num_features, num_vars), num_rows - n
+    posterior = num_sets * (sum(2 * n * size**2 + 6 * 7 * size**3 / 3 for size in (f, num_vars)) + 2 * n * f**2 + 7 * f**3 / 3 + rows * 5 * f**2)
     # Sixteen hyperparameters for every variable at every step; the maximisation on the grid.
-    later = num_rows - n
-    acquisition = steps * num_vars * (16 * later**3 / 3 + 3 * bins * later**2)
+    acquisition = steps * num_vars * (16 * rows**3 / 3 + 3 * bins * rows**2)
     return prior + do_effects + posterior + acquisition
 
 

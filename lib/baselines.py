@@ -96,21 +96,43 @@ class AdditiveRegression(eqx.Module):
         buffer: ExperienceBuffer, target: Int[Array, ""], location: Float[Array, " vars"], scale: Float[Array, " vars"], degree: int, penalty: float
     ) -> "AdditiveRegression":
         """Least squares plus `penalty` times the squared weights, over the rows where the target was not set."""
-        rows, num_vars = usable_rows(buffer, target), buffer.values.shape[1]
-        powers = powers_of((buffer.values - location[None]) / scale[None], degree)
-        centre, _ = column_moments(powers, rows)
-        used = rows[:, None, None] & (jnp.arange(num_vars) != target)[None, :, None]  # the target must not explain itself
-        design = jnp.where(used, powers - centre[None], 0.0).reshape(rows.shape[0], -1)
-        y = jnp.take(buffer.values, target, axis=1)
-        intercept, _ = column_moments(y, rows)
-        moments = design.T @ design + penalty * jnp.eye(design.shape[1])
-        weights = positive_inverse(moments) @ (design.T @ jnp.where(rows, y - intercept, 0.0))
-        return AdditiveRegression(intercept, weights.reshape(num_vars, degree), location, scale, centre)
+        rows, y = usable_rows(buffer, target), jnp.take(buffer.values, target, axis=1)
+        level, _ = column_moments(y, rows)
+        moments = regression_moments((buffer.values - location[None]) / scale[None], y - level, rows, degree)
+        return AdditiveRegression.solve(moments, target, location, scale, level, jnp.full(degree * len(location), penalty))
+
+    @staticmethod
+    def solve(
+        moments: Float[Array, "columns columns"],
+        target: Int[Array, ""],
+        location: Float[Array, " vars"],
+        scale: Float[Array, " vars"],
+        level: Float[Array, ""] | float,
+        penalty: Float[Array, " weights"],
+    ) -> "AdditiveRegression":
+        """The regression from the rows' `regression_moments`, whose y had `level` subtracted; `penalty` per weight."""
+        count, num_vars = jnp.maximum(moments[0, 0], 1.0), location.shape[0]
+        mean = moments[0] / count
+        centred = moments - count * mean[:, None] * mean[None]
+        degree = penalty.shape[0] // num_vars
+        used = jnp.repeat(jnp.arange(num_vars) != target, degree)  # the target must not explain itself
+        gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0) + jnp.diag(penalty)
+        weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
+        return AdditiveRegression(level + mean[-1], weights.reshape(num_vars, degree), location, scale, mean[1:-1].reshape(num_vars, degree))
 
     def surface(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
         """Mean prediction with X_i at `grid[i, b]` and all other variables as in the fitted rows."""
         powers = powers_of((grid - self.location[:, None]) / self.scale[:, None], self.weights.shape[1])
         return self.intercept + ((powers - self.centre[:, None]) * self.weights[:, None]).sum(-1)
+
+
+def regression_moments(
+    u: Float[Array, "samples vars"], y: Float[Array, " samples"], rows: Bool[Array, " samples"], degree: int
+) -> Float[Array, "columns columns"]:
+    """Sum over the marked rows of the outer product of [1, powers of every u, y]: one more row is one more term."""
+    columns = jnp.concatenate([jnp.ones((len(y), 1)), powers_of(u, degree).reshape(len(y), -1), y[:, None]], 1)
+    columns = jnp.where(rows[:, None], columns, 0.0)
+    return columns.T @ columns
 
 
 # --- who are the parents: scores in [0, 1], zero for the target and for padding ---

@@ -523,17 +523,20 @@ def initial_regression(key, sets, log_prior, observed, target, config: ParentSca
     num_features = num_vars if config.features == "linear" else max(config.num_features, num_vars)
     omega, phase = draw_features(key, num_sets, num_vars, num_features)
 
-    def noise_and_evidence(linear):
-        phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
+    def noise_and_evidence(linear, num_features):
+        some = omega[..., :num_features], phase[:, :num_features]
+        phi = jax.vmap(lambda row: set_features(sets, linear, *some, row), out_axes=1)(x)
         return jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)
 
     if config.features == "auto":
-        noises, evidence = jax.lax.map(noise_and_evidence, jnp.array([False, True]))
+        # Linear features fill no more than `num_vars` places; the rest would only be zeros to factorise.
+        noises, evidence = zip(noise_and_evidence(False, num_features), noise_and_evidence(True, num_vars), strict=True)
+        evidence = jnp.stack(evidence)
         linear = jnp.diff(jax.nn.logsumexp(log_prior[None] + evidence, axis=1))[0] >= 0
         noise = jnp.where(linear, noises[1], noises[0])
     else:
         linear = jnp.array(config.features == "linear")
-        noise = noise_and_evidence(linear)[0]
+        noise = noise_and_evidence(linear, num_features)[0]
     noise = jnp.ones(num_sets) if config.unit_noise else noise
     return ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, noise)
 

@@ -10,9 +10,10 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
+from lib.evidence import NUM_EVIDENCE
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
-from lib.surrogate import NUM_EVIDENCE, ParentSetPredictionModel, SurrogateOutput, linear, make_mlp, mlp, rms_norm
+from lib.surrogate import ParentSetPredictionModel, SurrogateOutput, linear, make_mlp, mlp, rms_norm
 
 
 @dataclass(frozen=True)

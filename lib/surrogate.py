@@ -19,11 +19,14 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.baselines import additive_ridge_surface, least_squares_surface, powers_of
 from lib.buffer import ExperienceBuffer
-from lib.linalg import positive_inverse
+from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_STATISTICS, Frame, Rows, Sums, effect_evidence, pair_statistics, sum_rows
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task, value_grid
+
+
+NUM_PLAIN = 4  # features of a scalar beside the learned ones: itself, itself where it was set, whether it was set, one
+NUM_MARKS = 5  # of a pair beside its statistics: which are the target, whether it is a variable with itself, how many rows there are
 
 
 @dataclass(frozen=True)
@@ -47,45 +50,6 @@ class SurrogateConfig:
     def hyperparameters(self) -> dict:
         """What an artifact needs to rebuild the model."""
         return asdict(self)
-
-
-class Standardised(NamedTuple):
-    """A data set in units of each variable's observational mean and deviation."""
-
-    values: Float[Array, "samples vars"]
-    intervened: Float[Array, "samples vars"]
-    valid: Float[Array, " samples"]
-    observational: Float[Array, " samples"]
-    grid: Float[Array, "vars bins"]
-    shift: Float[Array, " vars"]
-    spread: Float[Array, " vars"]
-
-
-MAX_DEVIATIONS = 10.0  # further out, a scalar is clipped: an outlier must not swamp every moment
-
-
-def standardise(buffer: ExperienceBuffer, task: Task, num_bins: int) -> Standardised:
-    """Centre and scale every variable by its observational rows (all valid rows where there are fewer than two); padding is zero."""
-    rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)[:, None]
-    count = jnp.maximum(rows.sum(), 1)
-    present = task.var_mask[None]
-    raw = jnp.where(buffer.valid[:, None] & present, buffer.values, 0.0)
-    shift = jnp.where(rows, raw, 0.0).sum(0) / count
-    variance = jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count
-    spread = jnp.sqrt(variance)
-    spread = jnp.where(spread > 1e-6 * (1.0 + jnp.abs(shift)), spread, 1.0)
-    values = jnp.clip((raw - shift[None]) / spread[None], -MAX_DEVIATIONS, MAX_DEVIATIONS)
-    values = jnp.where(buffer.valid[:, None] & present, values, 0.0)
-    grid = (value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None]
-    return Standardised(
-        values,
-        (buffer.intervened & buffer.valid[:, None]).astype(raw.dtype),
-        buffer.valid.astype(raw.dtype),
-        buffer.observational.astype(raw.dtype),
-        jnp.where(task.var_mask[:, None], jnp.clip(grid, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0),
-        shift,
-        spread,
-    )
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -209,7 +173,7 @@ class ParentSetPredictionModel(eqx.Module):
         scalar_key, embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 6)
         dim, bins = config.model_hidden_dim, config.num_bins
         self.scalar = make_mlp((2, 32, config.num_moments), key=scalar_key)
-        self.embed = make_mlp(((config.num_moments + NUM_PLAIN) ** 2 + NUM_STATISTICS, 2 * dim, dim), key=embed_key)
+        self.embed = make_mlp(((config.num_moments + NUM_PLAIN) ** 2 + NUM_STATISTICS + NUM_MARKS, 2 * dim, dim), key=embed_key)
         make_block = eqx.filter_vmap(lambda k: Block(dim, config.num_heads, key=k))
         self.blocks = make_block(jr.split(block_key, config.model_n_layers))
         self.parent_head = make_mlp((3 * dim, dim, config.num_components), key=parent_key)
@@ -219,18 +183,37 @@ class ParentSetPredictionModel(eqx.Module):
 
     def predict(self, buffer: ExperienceBuffer, task: Task) -> SurrogateOutput:
         """Posterior and effects for one data set."""
-        data = standardise(buffer, task, self.config.num_bins)
-        pairs = self._embed(data, task)
+        return self.decode(self.encode(buffer, task), task)
+
+    def encode(self, buffer: ExperienceBuffer, task: Task) -> "EncoderState":
+        """Everything that the network keeps of a data set: sums over its rows."""
+        frame = Frame.of(buffer, task, self.config.num_bins)
+        return self._sum(Rows.of(buffer, frame, task.var_mask), frame, task)
+
+    def update(self, state: "EncoderState", task: Task, values: Float[Array, " vars"], intervened: Bool[Array, " vars"]) -> "EncoderState":
+        """One more row, at one row's share of the cost of `encode`.
+
+        The units stay those of the first rows: after interventional rows the state is that of the whole data set; observational ones would have
+        moved the units a little.
+        """
+        row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
+        more = self._sum(Rows.of(row, state.frame, task.var_mask), state.frame, task)
+        return EncoderState(state.frame, *jax.tree.map(jnp.add, (state.moments, state.sums), (more.moments, more.sums)))
+
+    def decode(self, state: "EncoderState", task: Task) -> SurrogateOutput:
+        """Posterior and effects from the sums."""
+        frame = state.frame
+        pairs = self._embed(state, task)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
         pairs, _ = jax.lax.scan(lambda p, block: (eqx.combine(block, static)(p, task.var_mask), None), pairs, arrays)
         pairs = rms_norm(pairs)
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate([pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1)
-        evidence = jax.lax.stop_gradient(effect_evidence(data, task))
+        evidence = effect_evidence(state.sums, frame, task)
         head = mlp(self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1))
         free, log_std, gates = jnp.split(head.reshape(*evidence.shape[:2], -1), (1, 2), -1)
         means, log_std = free[..., 0] + (gates * evidence[..., :NUM_ESTIMATES]).sum(-1), log_std[..., 0]
-        shift, spread = data.shift[task.target], data.spread[task.target]
+        shift, spread = frame.shift[task.target], frame.spread[task.target]
         return SurrogateOutput(
             task,
             mlp(self.parent_head, tokens).T,
@@ -244,31 +227,29 @@ class ParentSetPredictionModel(eqx.Module):
             spread,
         )
 
-    def _embed(self, data: Standardised, task: Task) -> Float[Array, "vars vars dim"]:
-        present, count = task.var_mask, jnp.maximum(data.valid.sum(), 1.0)
-        num_rows, num_vars = data.values.shape
-        learned = mlp(self.scalar, jnp.stack([data.values, data.intervened], -1))
-        plain = jnp.stack([data.values, data.values * data.intervened, data.intervened, jnp.ones_like(data.values)], -1)
-        features = jnp.concatenate([learned, plain], -1) * (data.valid[:, None, None] * present[None, :, None])
-        size = features.shape[-1]
-        flat = features.reshape(num_rows, num_vars * size)
-        moments = (flat.T @ flat / count).reshape(num_vars, size, num_vars, size).transpose(0, 2, 1, 3).reshape(num_vars, num_vars, -1)
-        is_target = (jnp.arange(num_vars) == task.target).astype(flat.dtype)
-        observed, everything = covariance(data.values, data.observational, present), covariance(data.values, data.valid, present)
+    def _sum(self, rows: Rows, frame: Frame, task: Task) -> "EncoderState":
+        learned = mlp(self.scalar, jnp.stack([rows.values, rows.intervened], -1))
+        plain = jnp.stack([rows.values, rows.values * rows.intervened, rows.intervened, jnp.ones_like(rows.values)], -1)
+        features = jnp.concatenate([learned, plain], -1) * (rows.valid[:, None, None] * task.var_mask[None, :, None])
+        flat = features.reshape(rows.values.shape[0], -1)
+        return EncoderState(frame, flat.T @ flat, sum_rows(rows, frame, task))
+
+    def _embed(self, state: "EncoderState", task: Task) -> Float[Array, "vars vars dim"]:
+        sums, num_vars = state.sums, task.var_mask.shape[0]
+        count = jnp.maximum(sums.count, 1.0)
+        moments = (state.moments / count).reshape(num_vars, -1, num_vars, state.moments.shape[0] // num_vars)
+        moments = moments.transpose(0, 2, 1, 3).reshape(num_vars, num_vars, -1)
+        is_target = (jnp.arange(num_vars) == task.target).astype(moments.dtype)
         one = jnp.ones((num_vars, num_vars))
-        statistics = [
-            observed,
-            partial_correlation(observed),
-            partial_correlation(everything),
-            smooth_correlation(data),
+        marks = [
             is_target[:, None] * one,
             is_target[None] * one,
             jnp.eye(num_vars),
-            one * jnp.log(data.observational.sum() + 1.0) / 5.0,
-            one * jnp.log(count - data.observational.sum() + 1.0) / 5.0,
+            one * jnp.log(sums.observational + 1.0) / 5.0,
+            one * jnp.log(count - sums.observational + 1.0) / 5.0,
         ]
         squashed = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
-        return mlp(self.embed, jnp.concatenate([squashed, jnp.stack(statistics, -1)], -1))
+        return mlp(self.embed, jnp.concatenate([squashed, pair_statistics(sums, task.var_mask), jnp.stack(marks, -1)], -1))
 
     def __call__(self, buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ParentSetPosterior:
         """The posterior over the target's parent sets."""
@@ -280,7 +261,12 @@ class ParentSetPredictionModel(eqx.Module):
         return output.effect_mean, output.effect_std
 
 
-NUM_PLAIN, NUM_STATISTICS = 4, 9  # hand-made features per scalar, and per pair, beside the learned ones
+class EncoderState(NamedTuple):
+    """A data set as the network keeps it; `moments` are sums over rows of products of learned and plain features of all variables."""
+
+    frame: Frame
+    moments: Float[Array, "features features"]
+    sums: Sums
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
@@ -288,107 +274,6 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
     valid = buffer.valid[:, None]
     low, high = jnp.where(valid, buffer.values, jnp.inf).min(0), jnp.where(valid, buffer.values, -jnp.inf).max(0)
     return Task(jnp.asarray(target), low, high, jnp.ones(buffer.values.shape[1], bool))
-
-
-def covariance(values: Float[Array, "samples vars"], rows: Float[Array, " samples"], present: Bool[Array, " vars"]) -> Float[Array, "vars vars"]:
-    """Second moments over the marked rows plus a ridge; the identity on padded variables, so that inverting it leaves the others alone."""
-    weighted = values * rows[:, None]
-    return weighted.T @ values / (rows.sum() + 1.0) + jnp.diag(jnp.where(present, 0.05, 1.0))
-
-
-def partial_correlation(moments: Float[Array, "vars vars"]) -> Float[Array, "vars vars"]:
-    """Partial correlations from a regularised covariance."""
-    precision = positive_inverse(moments)
-    scale = jnp.sqrt(jnp.diag(precision))
-    return -precision / scale[:, None] / scale[None]
-
-
-def bumps(values: Float[Array, "samples vars"], centres: Float[Array, "vars bins"], width: Float[Array, " vars"]):
-    """Gaussian bumps `[samples, vars, bins]` around the centres of each variable."""
-    return jnp.exp(-0.5 * ((values[:, :, None] - centres[None]) / width[None, :, None]) ** 2)
-
-
-def smooth_correlation(data: Standardised) -> Float[Array, "vars vars"]:
-    """Correlation `[i, j]` of variable j with the best smooth function of variable i over the observational rows: it sees waves that moments miss."""
-    num_vars = data.values.shape[1]
-    rows = data.observational[:, None] * data.values
-    centres = jnp.broadcast_to(jnp.linspace(-2.5, 2.5, 11)[None], (num_vars, 11))
-    features = bumps(data.values, centres, jnp.full(num_vars, 0.5)) * data.observational[:, None, None]
-    features = features - features.sum(0, keepdims=True) / jnp.maximum(data.observational.sum(), 1.0) * data.observational[:, None, None]
-    moments = jnp.einsum("nvp,nvq->vpq", features, features) + jnp.eye(11)[None]
-    against = jnp.einsum("nvp,nw->vpw", features, rows)
-    explained = jnp.einsum("vpw,vpq,vqw->vw", against, jax.vmap(positive_inverse)(moments), against)
-    return jnp.sqrt(jnp.clip(explained / jnp.maximum((rows**2).sum(0), 1.0)[None], 0.0, 1.0))
-
-
-NUM_ESTIMATES = 7  # the first of the evidence are estimates of the effect itself, which the network may pass on
-NUM_EVIDENCE = 13
-
-
-def effect_evidence(data: Standardised, task: Task) -> Float[Array, "vars bins features"]:
-    """What plain statistics say about every (variable, value), in deviations of the target.
-
-    Estimates: outcomes seen there and done there (two widths), and four regressions of the target: linear and additive cubic on all variables,
-    cubic and smooth on this variable alone. Then how often each was seen, how sure the smooth one is, and where the value lies. The network learns
-    when to believe which.
-    """
-    width = 0.5 * (data.grid[:, 1:] - data.grid[:, :-1]).mean(-1) + 0.15
-    near, wide = bumps(data.values, data.grid, width), bumps(data.values, data.grid, 3.0 * width)
-    outcome = jnp.take(data.values, task.target, axis=1)
-    usable = data.valid * (1.0 - jnp.take(data.intervened, task.target, axis=1))
-    observed, done = (data.observational * usable)[:, None, None], (data.intervened * usable[:, None])[:, :, None]
-    seen_count, near_count, wide_count = (near * observed).sum(0), (near * done).sum(0), (wide * done).sum(0)
-    seen_mean = jnp.einsum("nvb,n->vb", near * observed, outcome) / (seen_count + 1.0)
-    near_mean = jnp.einsum("nvb,n->vb", near * done, outcome) / (near_count + 0.3)
-    wide_mean = jnp.einsum("nvb,n->vb", wide * done, outcome) / (wide_count + 0.3)
-    rows = ExperienceBuffer(data.values, data.intervened > 0, data.valid > 0)
-    low, high, bins = data.grid[:, 0], data.grid[:, -1], data.grid.shape[1]
-    alone = (observed + done)[..., 0]
-    smooth, certainty = smooth_surface(near, outcome, alone, bumps(data.grid.T, data.grid, width).swapaxes(0, 1))
-    estimates = [
-        seen_mean,
-        near_mean,
-        wide_mean,
-        least_squares_surface(rows, task.target, low, high, bins),
-        additive_ridge_surface(rows, task.target, low, high, bins),
-        single_cause_surface(data.values, outcome, alone, data.grid),
-        smooth,
-    ]
-    counts = [jnp.log1p(seen_count), jnp.log1p(near_count), jnp.log1p(wide_count), near_count / (near_count + 0.3)]
-    features = jnp.stack([*estimates, *counts, certainty, data.grid], -1)
-    return jnp.where(task.var_mask[:, None, None], jnp.clip(features, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0)
-
-
-def single_cause_surface(
-    values: Float[Array, "samples vars"], outcome: Float[Array, " samples"], weights: Float[Array, "samples vars"], grid: Float[Array, "vars bins"]
-) -> Float[Array, "vars bins"]:
-    """Cubic ridge regression of the outcome on each variable by itself over its weighted rows: its total effect where nothing confounds it."""
-    middle, half = 0.5 * (grid[:, 0] + grid[:, -1]), jnp.maximum(0.5 * (grid[:, -1] - grid[:, 0]), 1e-3)
-    powers = powers_of((values - middle[None]) / half[None], 3)  # [samples, vars, powers]
-    total = jnp.maximum(weights.sum(0), 1.0)
-    centre = jnp.einsum("nv,nvp->vp", weights, powers) / total[:, None]
-    level = (weights * outcome[:, None]).sum(0) / total
-    design = (powers - centre[None]) * weights[:, :, None]
-    moments = jnp.einsum("nvp,nvq->vpq", design, powers - centre[None]) + jnp.eye(3)[None]
-    slopes = jnp.einsum("vpq,vq->vp", jax.vmap(positive_inverse)(moments), jnp.einsum("nvp,n->vp", design, outcome))
-    return level[:, None] + jnp.einsum("vbp,vp->vb", powers_of((grid - middle[:, None]) / half[:, None], 3) - centre[:, None], slopes)
-
-
-def smooth_surface(
-    near: Float[Array, "samples vars bins"],
-    outcome: Float[Array, " samples"],
-    weights: Float[Array, "samples vars"],
-    at_grid: Float[Array, "vars bins bins"],
-) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
-    """Ridge regression of the outcome on bumps along each variable by itself, over its weighted rows, and the log of its variance on the grid."""
-    total = jnp.maximum(weights.sum(0), 1.0)
-    level = (weights * outcome[:, None]).sum(0) / total
-    features = near * weights[:, :, None]
-    moments = jnp.einsum("nvp,nvq->vpq", features, near) + 0.5 * jnp.eye(near.shape[-1])[None]
-    inverse = jax.vmap(positive_inverse)(moments)
-    slopes = jnp.einsum("vpq,nvq,nv->vp", inverse, features, outcome[:, None] - level[None])
-    variance = jnp.einsum("vbp,vpq,vbq->vb", at_grid, inverse, at_grid)
-    return level[:, None] + jnp.einsum("vbp,vp->vb", at_grid, slopes), jnp.log(variance + 1e-3)
 
 
 class SurrogateLosses(NamedTuple):

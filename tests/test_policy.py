@@ -9,9 +9,10 @@ import pytest
 import scipy.stats
 
 from lib.buffer import ExperienceBuffer
+from lib.evidence import NUM_EVIDENCE
 from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, PolicyConfig, expected_improvement
 from lib.scm import Task, value_grid
-from lib.surrogate import NUM_EVIDENCE, SurrogateOutput
+from lib.surrogate import SurrogateOutput
 
 
 REAL, SLOTS, BINS, TOKEN, TARGET = 5, 6, 5, 12, 1

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from lib.buffer import ExperienceBuffer
+from lib.evidence import NUM_EVIDENCE
 from lib.policy import AcquisitionState
 from lib.rewards import MAX_GAIN, GroundTruth, RewardConfig, compute_verifiable_reward
 from lib.scm import Task, value_grid
-from lib.surrogate import NUM_EVIDENCE, SurrogateOutput
+from lib.surrogate import SurrogateOutput
 
 
 REAL = jnp.array([True, True, True, False])

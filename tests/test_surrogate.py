@@ -170,6 +170,16 @@ def test_order_of_rows_free_rows_and_padding_do_not_matter(outputs, variant):
     assert_same(outputs["base"], outputs[variant])
 
 
+def test_rows_added_one_by_one_give_what_encoding_them_gives(model, outputs):
+    """The last four interventional rows of `BASE` arrive after the state of all others was formed."""
+    buffer, task = VARIANTS["base"]
+    state = eqx.filter_jit(model.encode)(*build(BASE, valid=np.arange(ROWS) < VALID - 4))
+    update = eqx.filter_jit(model.update)
+    for row in range(VALID - 4, VALID):
+        state = update(state, task, buffer.values[row], buffer.intervened[row])
+    assert_same(outputs["base"], eqx.filter_jit(model.decode)(state, task))
+
+
 def test_twelve_slots_give_what_eight_give(model, outputs):
     wide = eqx.filter_jit(model.predict)(*build(BASE, 12))
     assert_same(outputs["base"], wide)

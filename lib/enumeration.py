@@ -1,0 +1,179 @@
+"""The true posterior over a target's parent sets for small linear Gaussian systems, by enumeration of every graph: what a surrogate is held against.
+
+Under the simulator's own prior (`SCMPrior` with `erdos_renyi` graphs, linear mechanisms and Gaussian noise), from observational and interventional
+rows, each graph has the weight
+
+    P(G) * prod_j p(x_j | its parents) * P(the target is the one that was chosen | G, coefficients).
+
+A variable's rows are those in which it was not set (Cooper and Yoo, UAI 1999). Its marginal likelihood integrates over intercept, coefficients and
+noise of the standardised mechanism by importance sampling; its units are unknown, as they are to anyone who only sees the data. The choice of the
+target, which must have something to gain, is taken at the coefficients' posterior means.
+"""
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from lib.buffer import ExperienceBuffer
+from lib.posterior import ParentSetPosterior
+from lib.scm import Task
+from lib.scm_prior import MIN_EFFECT, SCMPrior
+
+
+MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million
+NUM_DRAWS = 2048  # of the importance sampler, per variable and parent set
+FREEDOM = 4.0  # of its t distribution: the prior keeps coefficients away from zero, so the tails count
+WIDTH = 1.5  # by which it is wider than the likelihood
+
+
+@lru_cache
+def enumerate_dags(num_vars: int) -> Bool[np.ndarray, "dags vars vars"]:
+    """Every directed acyclic graph `[parent, child]` over 2 to `MAX_ENUMERATED` variables. Raises `ValueError` for other numbers."""
+    if not 2 <= num_vars <= MAX_ENUMERATED:
+        raise ValueError(f"graphs over 2 to {MAX_ENUMERATED} variables can be enumerated, not {num_vars}")
+    pairs = list(itertools.combinations(range(num_vars), 2))
+    state = np.array(list(itertools.product(range(3), repeat=len(pairs))))  # no edge, forward, backward
+    graphs = np.zeros((len(state), num_vars, num_vars), bool)
+    for column, (i, j) in enumerate(pairs):
+        graphs[:, i, j], graphs[:, j, i] = state[:, column] == 1, state[:, column] == 2
+    reach = np.linalg.matrix_power(graphs.astype(np.int64) + np.eye(num_vars, dtype=np.int64), num_vars)
+    cyclic = ((reach > 0) & (reach.swapaxes(1, 2) > 0) & ~np.eye(num_vars, dtype=bool)).any((1, 2))
+    return graphs[~cyclic]
+
+
+@lru_cache
+def log_graph_prior(num_vars: int, min_density: float, max_density: float) -> Float[np.ndarray, " dags"]:
+    """Log-probabilities of `enumerate_dags` under `sample_graph`'s Erdős–Rényi family in a random order of the variables.
+
+    A graph without edges gets one between the first two of the order.
+    """
+    graphs = enumerate_dags(num_vars)
+    orders = np.array(list(itertools.permutations(range(num_vars))))
+    forward = np.triu(np.ones((num_vars, num_vars), bool), 1)
+    extensions = np.array([(~graphs[:, order][:, :, order] | forward).all((1, 2)) for order in orders]).sum(0)  # orders that the graph agrees with
+    edges, pairs = graphs.sum((1, 2)), num_vars * (num_vars - 1) // 2
+    density = min_density + (max_density - min_density) * (np.arange(200) + 0.5) / 200
+    of_order = (density[:, None] ** edges * (1 - density[:, None]) ** (pairs - edges)).mean(0)
+    probs = np.where(edges == 0, 0.0, of_order * extensions / len(orders))
+    probs[edges == 1] += of_order[edges == 0] / (num_vars * (num_vars - 1))
+    with np.errstate(divide="ignore"):
+        return np.log(probs)
+
+
+class Mechanisms(NamedTuple):
+    """Log marginal likelihood, and the coefficients' posterior means, of every variable given every set of `subsets`."""
+
+    evidence: Float[Array, "vars sets"]
+    coefficients: Float[Array, "vars sets vars"]
+
+
+def subsets(num_vars: int) -> Bool[np.ndarray, "sets vars"]:
+    """Every set of variables; the members of set k are the ones among the binary digits of k."""
+    return (np.arange(2**num_vars)[:, None] >> np.arange(num_vars) & 1).astype(bool)
+
+
+def log_coefficient_prior(coefficients, noise, members, prior: SCMPrior) -> Float[Array, ""]:
+    """Log density of a standardised mechanism `b = w / s`, `noise = n / s` with s, the scale that standardisation removes, of unknown size.
+
+    |w| uniform in [.5, 2] with either sign, log n uniform, and density 1 / s: the integral over s runs between the values at which a w or n would
+    leave its range, and is a power of s. -inf where there are none.
+    """
+    size = members.sum()
+    magnitude = jnp.where(members, jnp.abs(coefficients), 1.0)
+    low = jnp.where(members, 0.5 / magnitude, 0.0).max(initial=prior.min_noise / noise)
+    high = jnp.where(members, 2.0 / magnitude, jnp.inf).min(initial=prior.max_noise / noise)
+    possible = high > low
+    low, high = jnp.where(possible, low, 1.0), jnp.where(possible, high, 2.0)
+    power = jnp.maximum(size, 1)
+    integral = jnp.where(size > 0, (high**power - low**power) / power, jnp.log(high / low))
+    density = jnp.log(integral) - size * jnp.log(3.0) - jnp.log(noise) - jnp.log(jnp.log(prior.max_noise / prior.min_noise))
+    return jnp.where(possible, density, -jnp.inf)
+
+
+def fit_mechanism(key, x, y, used, members, prior: SCMPrior) -> tuple[Float[Array, ""], Float[Array, " vars"]]:
+    """Log marginal likelihood of `y[samples]` given the `members` among `x[samples, vars]` over the rows `used`, and the mean coefficients."""
+    weights = used.astype(x.dtype)
+    count = weights.sum()
+    centre = (weights @ x) / count
+    x = jnp.where(members[None] & used[:, None], x - centre[None], 0.0)
+    y = jnp.where(used, y - (weights @ y) / count, 0.0)
+    gram = x.T @ x + jnp.diag(jnp.where(members, 1e-3, 1.0))  # variables outside the set: independent and of no consequence
+    moment, square = x.T @ y, y @ y
+    factor = jnp.linalg.cholesky(gram)
+    mode = jax.scipy.linalg.cho_solve((factor, True), moment)
+    size = members.sum()
+    variance = jnp.maximum(square - moment @ mode, 1e-6 * square) / (count - 1 - size)
+
+    noise_key, shape_key, normal_key = jr.split(key, 3)
+    spread = WIDTH / jnp.sqrt(2 * (count - 1))
+    t = jr.t(noise_key, FREEDOM, (NUM_DRAWS,))
+    noise = jnp.sqrt(variance) * jnp.exp(spread * t)
+    log_proposal = jax.scipy.stats.t.logpdf(t, FREEDOM) - jnp.log(spread * noise)
+    normal = jnp.where(members[None], jr.normal(normal_key, (NUM_DRAWS, len(members))), 0.0)
+    shape = jnp.sqrt(2 * jr.gamma(shape_key, FREEDOM / 2, (NUM_DRAWS,)) / FREEDOM)
+    scaled = normal / shape[:, None]
+    offset = jax.scipy.linalg.solve_triangular(factor.T, scaled.T, lower=False).T  # covariance gram^-1
+    coefficients = jnp.where(members[None], mode[None] + WIDTH * jnp.sqrt(variance) * offset, 0.0)
+    log_det = jnp.log(jnp.diagonal(factor)).sum() - size * jnp.log(WIDTH * jnp.sqrt(variance))
+    constant = jax.scipy.special.gammaln((FREEDOM + size) / 2) - jax.scipy.special.gammaln(FREEDOM / 2) - 0.5 * size * jnp.log(FREEDOM * jnp.pi)
+    log_proposal += constant + log_det - 0.5 * (FREEDOM + size) * jnp.log1p((scaled**2).sum(1) / FREEDOM)
+
+    residual = square - 2 * coefficients @ moment + jnp.einsum("sv,vw,sw->s", coefficients, x.T @ x, coefficients)
+    log_likelihood = -(count - 1) * jnp.log(noise) - 0.5 * (count - 1) * jnp.log(2 * jnp.pi) - 0.5 * jnp.log(count) - 0.5 * residual / noise**2
+    log_prior = jax.vmap(lambda b, n: log_coefficient_prior(b, n, members, prior))(coefficients, noise)
+    log_weights = log_likelihood + log_prior - log_proposal
+    evidence = jax.nn.logsumexp(log_weights) - jnp.log(NUM_DRAWS)
+    share = jnp.where(jnp.isfinite(evidence), jnp.exp(log_weights - evidence) / NUM_DRAWS, 0.0)
+    return evidence, share @ coefficients
+
+
+def enumerated_posterior(key: Key[Array, ""], buffer: ExperienceBuffer, task: Task, prior: SCMPrior) -> ParentSetPosterior:
+    """P(parents of the target | data), over all `2^vars` sets, those with the target included at probability zero.
+
+    The buffer has no padding variables. Pure: `jit` and `vmap` over the first three arguments. Raises `ValueError` for a prior that is not linear,
+    Gaussian, standardised and Erdős–Rényi, and for more than `MAX_ENUMERATED` variables.
+    """
+    kinds = (prior.families, prior.mechanisms, prior.noises, prior.standardised)
+    if kinds != (("erdos_renyi",), ("linear",), ("gaussian",), True):
+        raise ValueError(f"only standardised linear Gaussian Erdős–Rényi systems can be enumerated, not {kinds}")
+    num_vars = buffer.values.shape[1]
+    graphs = jnp.asarray(enumerate_dags(num_vars))
+    sets = jnp.asarray(subsets(num_vars))
+    rows = buffer.observational[:, None]
+    count = rows.sum()
+    shift = jnp.where(rows, buffer.values, 0.0).sum(0) / count
+    spread = jnp.sqrt(jnp.where(rows, (buffer.values - shift[None]) ** 2, 0.0).sum(0) / count)
+    x = jnp.where(buffer.valid[:, None], (buffer.values - shift[None]) / spread[None], 0.0)
+
+    def variable(i):
+        used = buffer.valid & ~buffer.intervened[:, i]
+        keys = jr.split(jr.fold_in(key, i), len(sets))
+        others = sets & (jnp.arange(num_vars) != i)[None]
+        return jax.vmap(lambda k, members: fit_mechanism(k, x, x[:, i], used, members, prior))(keys, others)
+
+    mechanisms = Mechanisms(*jax.lax.map(variable, jnp.arange(num_vars)))
+    code = jnp.tensordot(2 ** jnp.arange(num_vars), graphs.astype(int), axes=(0, 1))  # [dags, vars]: which set each variable's parents are
+    own = jnp.arange(num_vars)
+    log_weights = jnp.asarray(log_graph_prior(num_vars, prior.min_density, prior.max_density), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
+
+    low, high = (task.low - shift) / spread, (task.high - shift) / spread
+
+    def chosen(code):
+        """Probability that the target is the one drawn among the variables that some intervention lowers by `MIN_EFFECT`."""
+        direct = mechanisms.coefficients[own, code].T  # [parent, child]
+        total = jnp.linalg.inv(jnp.eye(num_vars) - direct) - jnp.eye(num_vars)
+        drop = jnp.maximum(-total * low[:, None], -total * high[:, None]).max(0)
+        qualifies = drop >= MIN_EFFECT
+        return qualifies[task.target] / jnp.maximum(qualifies.sum(), 1)
+
+    log_weights += jnp.log(jax.vmap(chosen)(code))
+    of_target = code[:, task.target]
+    top = log_weights.max()
+    mass = jnp.zeros(len(sets)).at[of_target].add(jnp.exp(log_weights - top))
+    return ParentSetPosterior(task.target, sets, jnp.log(mass / mass.sum()))

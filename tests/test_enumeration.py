@@ -1,0 +1,104 @@
+"""The enumerated posterior: every graph once, their prior by simulation, an integral by quadrature, and calibration on systems from its prior."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import networkx as nx
+import numpy as np
+import pytest
+
+from lib.enumeration import enumerate_dags, enumerated_posterior, fit_mechanism, log_graph_prior, subsets
+from lib.scm_prior import FAMILIES, SCMPrior, sample_graph, sample_problem
+
+
+PRIOR = SCMPrior(max_vars=3, min_size=3, max_size=3, families=("erdos_renyi",), mechanisms=("linear",))
+
+
+@pytest.mark.parametrize("num_vars, count", [(2, 3), (3, 25), (4, 543)])
+def test_every_dag_once(num_vars, count):
+    graphs = enumerate_dags(num_vars)
+    assert len(graphs) == count == len({graph.tobytes() for graph in graphs})
+    assert all(nx.is_directed_acyclic_graph(nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)) for graph in graphs)
+    np.testing.assert_allclose(np.exp(log_graph_prior(num_vars, 0.15, 0.5)).sum(), 1.0, rtol=1e-6)
+
+
+def test_graph_prior_by_simulation():
+    keys = jr.split(jr.key(0), 20_000)
+    family, size = jnp.array(FAMILIES.index("erdos_renyi")), jnp.array(3)
+
+    def one(key):
+        graph_key, order_key = jr.split(key)
+        order = jr.permutation(order_key, 3)
+        return sample_graph(graph_key, family, PRIOR, size)[order][:, order]
+
+    drawn = np.asarray(jax.jit(jax.vmap(one))(keys)).reshape(len(keys), -1)
+    graphs = enumerate_dags(3).reshape(25, -1)
+    frequency = (drawn[:, None] == graphs[None]).all(2).mean(0)
+    assert frequency.sum() == 1.0
+    probs = np.exp(log_graph_prior(3, PRIOR.min_density, PRIOR.max_density))
+    assert (np.abs(frequency - probs) < 5 * np.sqrt(probs * (1 - probs) / len(keys)) + 1e-12).all()
+
+
+def test_evidence_by_quadrature():
+    """One parent: weight, noise and scale of the mechanism on a fine grid, with density as the simulator draws them."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(40, 2)).astype(np.float32)
+    x[:, 1] = 0.5 * x[:, 0] + 0.6 * x[:, 1]
+    x -= x.mean(0)
+    members = jnp.array([True, False])
+    evidence, coefficients = jax.jit(lambda k: fit_mechanism(k, jnp.asarray(x), jnp.asarray(x[:, 1]), jnp.ones(40, bool), members, PRIOR))(jr.key(0))
+
+    def midpoints(low, high, number):
+        return low + (high - low) * (np.arange(number) + 0.5) / number, (high - low) / number
+
+    weight, weight_step = midpoints(0.5, 2.0, 150)
+    log_noise, noise_step = midpoints(np.log(0.3), np.log(3.0), 150)
+    log_scale, scale_step = midpoints(np.log(0.1), np.log(20.0), 300)
+    w, n, s = np.meshgrid(weight, np.exp(log_noise), np.exp(log_scale), indexing="ij")
+    b, noise = w / s, n / s  # the negative weights have no likelihood to speak of
+    xx, xy, yy = x[:, 0] @ x[:, 0], x[:, 0] @ x[:, 1], x[:, 1] @ x[:, 1]
+    log_likelihood = -39 * np.log(noise) - 19.5 * np.log(2 * np.pi) - 0.5 * np.log(40) - 0.5 * (yy - 2 * b * xy + b**2 * xx) / noise**2
+    density = 0.5 / 1.5 / np.log(10.0) * weight_step * noise_step * scale_step
+    expected = np.log((np.exp(log_likelihood) * density).sum())
+    assert abs(float(evidence) - expected) < 0.05
+    assert abs(float(coefficients[0]) - (np.exp(log_likelihood) * b).sum() / np.exp(log_likelihood).sum()) < 0.01 and coefficients[1] == 0
+
+
+@pytest.fixture(scope="module")
+def posteriors():
+    """Three hundred systems of three variables from the prior, with 60 observations and 2 interventions per variable."""
+
+    @jax.jit
+    def one(key):
+        scm, buffer = sample_problem(key, PRIOR, 60, 2, 66)
+        return scm.parents, scm.target, enumerated_posterior(jr.fold_in(key, 1), buffer, scm.task, PRIOR)
+
+    return jax.device_get(jax.lax.map(one, jr.split(jr.key(5), 300)))
+
+
+def test_posterior_is_a_distribution_over_possible_sets(posteriors):
+    _, target, posterior = posteriors
+    np.testing.assert_allclose(np.exp(posterior.log_probs).sum(1), 1.0, rtol=1e-4)
+    with_target = subsets(3)[None, :, :][np.zeros(300, int), :, :][np.arange(300), :, target]
+    assert (np.exp(posterior.log_probs)[with_target] == 0).all() and (np.exp(posterior.log_probs)[:, 0] == 0).all()  # a target has parents
+
+
+def test_posterior_is_calibrated(posteriors):
+    """Over systems from its own prior, the mean probability given to a set is the frequency with which it is the true one."""
+    parents, _, posterior = posteriors
+    probs = np.exp(posterior.log_probs)
+    true = (subsets(3)[None] == parents[:, None]).all(2)
+    edges = np.array([0.0, 0.05, 0.3, 0.7, 0.95, 1.01])
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (probs >= low) & (probs < high) & (probs > 0)
+        expected, spread = probs[inside].sum(), np.sqrt((probs * (1 - probs))[inside].sum())
+        assert abs(true[inside].sum() - expected) < 4 * spread + 1, (low, high, true[inside].sum(), expected)
+    assert -np.log(np.maximum(probs[true], 1e-6)).mean() < 0.6
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="2 to 5 variables"):
+        enumerate_dags(6)
+    scm, buffer = sample_problem(jr.key(0), PRIOR, 20, 1, 23)
+    with pytest.raises(ValueError, match="linear Gaussian"):
+        enumerated_posterior(jr.key(0), buffer, scm.task, SCMPrior())
