@@ -39,11 +39,12 @@ from lib.metrics import replace_text
 from lib.parent_scale import (
     ParentScaleConfig,
     Scale,
+    absorb_row,
     decide,
     effects_of_sets,
     fit_causal_gps,
+    initial_regression,
     prior_over_sets,
-    replay_posterior,
     run_parent_scale,
 )
 from lib.scm_prior import SCMPrior, sample_problem
@@ -98,8 +99,8 @@ def operations(sets: np.ndarray, log_prior: np.ndarray, num_rows: int, settings:
     # A Gram matrix and six inverses for the noise of Fourier and of linear features, one of each to begin with; then a rank-one update for every row.
     f, rows = max(settings.num_features, num_vars), num_rows - n
     posterior = num_sets * (sum(2 * n * size**2 + 6 * 7 * size**3 / 3 for size in (f, num_vars)) + 2 * n * f**2 + 7 * f**3 / 3 + rows * 5 * f**2)
-    # Sixteen hyperparameters for every variable at every step; the maximisation on the grid.
-    acquisition = steps * num_vars * (16 * rows**3 / 3 + 3 * bins * rows**2)
+    # A factor for every variable at every step (those of the likelihoods are on few rows), and predictions on the grid.
+    acquisition = steps * num_vars * (rows**3 / 3 + 3 * bins * rows**2)
     return prior + do_effects + posterior + acquisition
 
 
@@ -129,8 +130,14 @@ def measure(size: int, batch: int, config: Config) -> dict[str, float]:
     times["do-effects"], (star, effects) = seconds(
         batched(lambda s, b, g, p: effects_of_sets(b.values[: config.num_obs], s, g, p, settings)), scms, buffers, sets, log_prior
     )
-    times["posterior"], _ = seconds(batched(lambda k, s, b, n: replay_posterior(k, s, b, n, settings)), keys, scms, buffers, runs.num_initial)
-    times["posterior"] -= times["prior"]  # a replay begins with the prior
+
+    def follow(key, scm, buffer, sets, log_prior):
+        scale = Scale.of(buffer.values[: config.num_obs])
+        state = initial_regression(key, sets, log_prior, buffer.values[: config.num_obs], scm.target, settings)
+        rows = jax.tree.map(lambda a: a[config.num_obs :], (buffer.values, buffer.intervened, buffer.valid))
+        return jax.lax.scan(lambda state, row: (absorb_row(state, scale, scm.target, settings, *row), None), state, rows)[0]
+
+    times["posterior"], _ = seconds(batched(follow), keys, scms, buffers, sets, log_prior)
 
     def fit(scm, buffer, log_probs, effects, star):
         scale = Scale.of(buffer.values[: config.num_obs])

@@ -308,15 +308,39 @@ def fit_causal_gp(
         axis.reshape(-1)
         for axis in jnp.meshgrid(jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales), indexing="ij")
     )
+    evidence, failed = evidences(grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales)
+    scores = evidence - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitudes / (0.1 * unit)) ** 2
+    best = jnp.argmax(jnp.where(failed, -jnp.inf, scores))
+    gp, _ = condition_causal_gp(grid, mean, deviation, points, outcomes, scales[best] * noise, used, amplitudes[best], lengthscales[best])
+    return eqx.tree_at(lambda gp: gp.failures, gp, failed.sum())
 
-    def candidate(lengthscale, amplitude, scale):
-        gp, evidence = condition_causal_gp(grid, mean, deviation, points, outcomes, scale * noise, used, amplitude, lengthscale)
-        return gp, evidence - 0.5 * jnp.log(lengthscale / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitude / (0.1 * unit)) ** 2
 
-    gps, scores = jax.vmap(candidate)(lengthscales, amplitudes, scales)
-    best = jnp.argmax(jnp.where(gps.failures > 0, -jnp.inf, scores))
-    chosen = (gps.factor[best], gps.weights[best], amplitudes[best], lengthscales[best])
-    return CausalGP(grid, mean, deviation, points, used, *chosen, gps.failures.sum())
+PLACES = (4, 8, 16, 32, 64)  # rows that a likelihood is computed on: the first of these that holds all that are used
+
+
+@sequential_vmap  # one variable after the other: under `vmap` a switch would compute all of its branches
+def evidences(grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales):
+    """Log evidence and whether it failed, each `[hyperparameters]`, of the GP of one variable.
+
+    A buffer has a place for every row of every variable, of which one variable uses few: they are moved to the front and the rest is cut off.
+    """
+    sizes = [*(size for size in PLACES if size < len(used)), len(used)]
+    order = jnp.argsort(~used, stable=True)
+    rows = points[order], outcomes[order], noise[order], used[order]
+
+    def on_the_first(size):
+        def compute():
+            points, outcomes, noise, used = (row[:size] for row in rows)
+
+            def one(amplitude, lengthscale, scale):
+                gp, evidence = condition_causal_gp(grid, mean, deviation, points, outcomes, scale * noise, used, amplitude, lengthscale)
+                return evidence, gp.failures > 0
+
+            return jax.vmap(one)(amplitudes, lengthscales, scales)
+
+        return compute
+
+    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), used.sum()), [on_the_first(size) for size in sizes])
 
 
 # --- acquisition ---
