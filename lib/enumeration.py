@@ -1,7 +1,7 @@
 """The true posterior over a target's parent sets for small linear Gaussian systems, by enumeration of every graph: what a surrogate is held against.
 
-Under the simulator's own prior (`SCMPrior` with `erdos_renyi` graphs, linear mechanisms and Gaussian noise), from observational and interventional
-rows, each graph has the weight
+Under the simulator's own prior (`SCMPrior` with linear mechanisms and Gaussian noise), from observational and interventional rows, each graph has the
+weight
 
     P(G) * prod_j p(x_j | its parents) * P(the target is the one that was chosen | G, coefficients).
 
@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
-from lib.scm_prior import MIN_EFFECT, SCMPrior
+from lib.scm_prior import FAMILIES, MIN_EFFECT, SCMPrior, sample_graph
 
 
 MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million
+NUM_GRAPHS = 400_000  # that the prior over graphs is simulated with
 NUM_DRAWS = 2048  # of the importance sampler, per variable and parent set
 FREEDOM = 4.0  # of its t distribution: the prior keeps coefficients away from zero, so the tails count
 WIDTH = 1.5  # by which it is wider than the likelihood
@@ -48,22 +49,24 @@ def enumerate_dags(num_vars: int) -> Bool[np.ndarray, "dags vars vars"]:
 
 
 @lru_cache
-def log_graph_prior(num_vars: int, min_density: float, max_density: float) -> Float[np.ndarray, " dags"]:
-    """Log-probabilities of `enumerate_dags` under `sample_graph`'s Erdős–Rényi family in a random order of the variables.
+def log_graph_prior(num_vars: int, prior: SCMPrior) -> Float[np.ndarray, " dags"]:
+    """Log-probabilities of `enumerate_dags` under `sample_graph` with the families of `prior` and a random order of the variables.
 
-    A graph without edges gets one between the first two of the order.
+    By simulation of `NUM_GRAPHS` graphs; -inf for those that never came.
     """
-    graphs = enumerate_dags(num_vars)
-    orders = np.array(list(itertools.permutations(range(num_vars))))
-    forward = np.triu(np.ones((num_vars, num_vars), bool), 1)
-    extensions = np.array([(~graphs[:, order][:, :, order] | forward).all((1, 2)) for order in orders]).sum(0)  # orders that the graph agrees with
-    edges, pairs = graphs.sum((1, 2)), num_vars * (num_vars - 1) // 2
-    density = min_density + (max_density - min_density) * (np.arange(200) + 0.5) / 200
-    of_order = (density[:, None] ** edges * (1 - density[:, None]) ** (pairs - edges)).mean(0)
-    probs = np.where(edges == 0, 0.0, of_order * extensions / len(orders))
-    probs[edges == 1] += of_order[edges == 0] / (num_vars * (num_vars - 1))
+
+    def one(key):
+        family_key, graph_key, order_key = jr.split(key, 3)
+        family = jr.choice(family_key, jnp.array([FAMILIES.index(name) for name in prior.families]))
+        graph = sample_graph(graph_key, family, prior, jnp.array(num_vars))[:num_vars, :num_vars]
+        order = jr.permutation(order_key, num_vars)
+        return (graph[order][:, order].reshape(-1) * 2 ** jnp.arange(num_vars**2)).sum()
+
+    with jax.ensure_compile_time_eval():
+        drawn = np.asarray(jax.jit(jax.vmap(one))(jr.split(jr.key(0), NUM_GRAPHS)))
+    codes = (enumerate_dags(num_vars).reshape(-1, num_vars**2) * 2 ** np.arange(num_vars**2)).sum(1)
     with np.errstate(divide="ignore"):
-        return np.log(probs)
+        return np.log(np.bincount(drawn, minlength=2 ** (num_vars**2))[codes] / NUM_GRAPHS)
 
 
 class Mechanisms(NamedTuple):
@@ -96,7 +99,16 @@ def log_coefficient_prior(coefficients, noise, members, prior: SCMPrior) -> Floa
     return jnp.where(possible, density, -jnp.inf)
 
 
-def fit_mechanism(key, x, y, used, members, prior: SCMPrior) -> tuple[Float[Array, ""], Float[Array, " vars"]]:
+@lru_cache
+def integration_points(num_vars: int) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, "draws vars"]]:
+    """Fixed draws of a t distribution for the noise and, independent of it, of a multivariate one for the coefficients."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_t(FREEDOM, NUM_DRAWS)
+    coefficients = rng.standard_normal((NUM_DRAWS, num_vars)) / np.sqrt(rng.chisquare(FREEDOM, (NUM_DRAWS, 1)) / FREEDOM)
+    return noise.astype(np.float32), coefficients.astype(np.float32)
+
+
+def fit_mechanism(x, y, used, members, prior: SCMPrior) -> tuple[Float[Array, ""], Float[Array, " vars"]]:
     """Log marginal likelihood of `y[samples]` given the `members` among `x[samples, vars]` over the rows `used`, and the mean coefficients."""
     weights = used.astype(x.dtype)
     count = weights.sum()
@@ -110,15 +122,12 @@ def fit_mechanism(key, x, y, used, members, prior: SCMPrior) -> tuple[Float[Arra
     size = members.sum()
     variance = jnp.maximum(square - moment @ mode, 1e-6 * square) / (count - 1 - size)
 
-    noise_key, shape_key, normal_key = jr.split(key, 3)
+    t, scaled = integration_points(len(members))
+    scaled = jnp.where(members[None], scaled, 0.0)
     spread = WIDTH / jnp.sqrt(2 * (count - 1))
-    t = jr.t(noise_key, FREEDOM, (NUM_DRAWS,))
     noise = jnp.sqrt(variance) * jnp.exp(spread * t)
     log_proposal = jax.scipy.stats.t.logpdf(t, FREEDOM) - jnp.log(spread * noise)
-    normal = jnp.where(members[None], jr.normal(normal_key, (NUM_DRAWS, len(members))), 0.0)
-    shape = jnp.sqrt(2 * jr.gamma(shape_key, FREEDOM / 2, (NUM_DRAWS,)) / FREEDOM)
-    scaled = normal / shape[:, None]
-    offset = jax.scipy.linalg.solve_triangular(factor.T, scaled.T, lower=False).T  # covariance gram^-1
+    offset = scaled @ jnp.linalg.inv(factor)  # covariance gram^-1; a triangular solve with so many right-hand sides takes a hundred times longer
     coefficients = jnp.where(members[None], mode[None] + WIDTH * jnp.sqrt(variance) * offset, 0.0)
     log_det = jnp.log(jnp.diagonal(factor)).sum() - size * jnp.log(WIDTH * jnp.sqrt(variance))
     constant = jax.scipy.special.gammaln((FREEDOM + size) / 2) - jax.scipy.special.gammaln(FREEDOM / 2) - 0.5 * size * jnp.log(FREEDOM * jnp.pi)
@@ -133,15 +142,15 @@ def fit_mechanism(key, x, y, used, members, prior: SCMPrior) -> tuple[Float[Arra
     return evidence, share @ coefficients
 
 
-def enumerated_posterior(key: Key[Array, ""], buffer: ExperienceBuffer, task: Task, prior: SCMPrior) -> ParentSetPosterior:
+def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) -> ParentSetPosterior:
     """P(parents of the target | data), over all `2^vars` sets, those with the target included at probability zero.
 
-    The buffer has no padding variables. Pure: `jit` and `vmap` over the first three arguments. Raises `ValueError` for a prior that is not linear,
-    Gaussian, standardised and Erdős–Rényi, and for more than `MAX_ENUMERATED` variables.
+    The buffer has no padding variables. Pure: `jit` and `vmap` over the first two arguments. Raises `ValueError` for a prior that is not linear,
+    Gaussian and standardised, and for more than `MAX_ENUMERATED` variables.
     """
-    kinds = (prior.families, prior.mechanisms, prior.noises, prior.standardised)
-    if kinds != (("erdos_renyi",), ("linear",), ("gaussian",), True):
-        raise ValueError(f"only standardised linear Gaussian Erdős–Rényi systems can be enumerated, not {kinds}")
+    kinds = (prior.mechanisms, prior.noises, prior.standardised)
+    if kinds != (("linear",), ("gaussian",), True):
+        raise ValueError(f"only standardised linear Gaussian systems can be enumerated, not {kinds}")
     num_vars = buffer.values.shape[1]
     graphs = jnp.asarray(enumerate_dags(num_vars))
     sets = jnp.asarray(subsets(num_vars))
@@ -153,14 +162,13 @@ def enumerated_posterior(key: Key[Array, ""], buffer: ExperienceBuffer, task: Ta
 
     def variable(i):
         used = buffer.valid & ~buffer.intervened[:, i]
-        keys = jr.split(jr.fold_in(key, i), len(sets))
         others = sets & (jnp.arange(num_vars) != i)[None]
-        return jax.vmap(lambda k, members: fit_mechanism(k, x, x[:, i], used, members, prior))(keys, others)
+        return jax.vmap(lambda members: fit_mechanism(x, x[:, i], used, members, prior))(others)
 
     mechanisms = Mechanisms(*jax.lax.map(variable, jnp.arange(num_vars)))
     code = jnp.tensordot(2 ** jnp.arange(num_vars), graphs.astype(int), axes=(0, 1))  # [dags, vars]: which set each variable's parents are
     own = jnp.arange(num_vars)
-    log_weights = jnp.asarray(log_graph_prior(num_vars, prior.min_density, prior.max_density), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
+    log_weights = jnp.asarray(log_graph_prior(num_vars, prior), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
 
     low, high = (task.low - shift) / spread, (task.high - shift) / spread
 

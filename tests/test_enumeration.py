@@ -1,4 +1,6 @@
-"""The enumerated posterior: every graph once, their prior by simulation, an integral by quadrature, and calibration on systems from its prior."""
+"""The enumerated posterior: every graph once, their prior in closed form, an integral by quadrature, and calibration on systems from its prior."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib.enumeration import enumerate_dags, enumerated_posterior, fit_mechanism, log_graph_prior, subsets
-from lib.scm_prior import FAMILIES, SCMPrior, sample_graph, sample_problem
+from lib.scm_prior import SCMPrior, sample_problem
 
 
 PRIOR = SCMPrior(max_vars=3, min_size=3, max_size=3, families=("erdos_renyi",), mechanisms=("linear",))
@@ -19,24 +21,22 @@ def test_every_dag_once(num_vars, count):
     graphs = enumerate_dags(num_vars)
     assert len(graphs) == count == len({graph.tobytes() for graph in graphs})
     assert all(nx.is_directed_acyclic_graph(nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)) for graph in graphs)
-    np.testing.assert_allclose(np.exp(log_graph_prior(num_vars, 0.15, 0.5)).sum(), 1.0, rtol=1e-6)
 
 
-def test_graph_prior_by_simulation():
-    keys = jr.split(jr.key(0), 20_000)
-    family, size = jnp.array(FAMILIES.index("erdos_renyi")), jnp.array(3)
+def test_graph_prior_of_erdos_renyi():
+    """Three variables: the share of the six orders that a graph agrees with, times its probability in one, over the uniform density.
 
-    def one(key):
-        graph_key, order_key = jr.split(key)
-        order = jr.permutation(order_key, 3)
-        return sample_graph(graph_key, family, PRIOR, size)[order][:, order]
-
-    drawn = np.asarray(jax.jit(jax.vmap(one))(keys)).reshape(len(keys), -1)
-    graphs = enumerate_dags(3).reshape(25, -1)
-    frequency = (drawn[:, None] == graphs[None]).all(2).mean(0)
-    assert frequency.sum() == 1.0
-    probs = np.exp(log_graph_prior(3, PRIOR.min_density, PRIOR.max_density))
-    assert (np.abs(frequency - probs) < 5 * np.sqrt(probs * (1 - probs) / len(keys)) + 1e-12).all()
+    Where no edge was drawn, the first two of the order get one.
+    """
+    graphs, orders = enumerate_dags(3), list(itertools.permutations(range(3)))
+    density = np.linspace(0.15, 0.5, 2001)
+    edges = graphs.sum((1, 2))
+    of_order = (density[:, None] ** edges * (1 - density[:, None]) ** (3 - edges)).mean(0)
+    agree = np.array([sum(not np.tril(graph[list(order)][:, list(order)]).any() for order in orders) for graph in graphs])
+    expected = np.where(edges == 0, 0.0, of_order * agree / 6) + np.where(edges == 1, of_order[edges == 0].sum() / 6, 0.0)
+    probs = np.exp(log_graph_prior(3, PRIOR))
+    np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(probs, expected, atol=5 * np.sqrt(0.25 / 400_000))
 
 
 def test_evidence_by_quadrature():
@@ -46,7 +46,7 @@ def test_evidence_by_quadrature():
     x[:, 1] = 0.5 * x[:, 0] + 0.6 * x[:, 1]
     x -= x.mean(0)
     members = jnp.array([True, False])
-    evidence, coefficients = jax.jit(lambda k: fit_mechanism(k, jnp.asarray(x), jnp.asarray(x[:, 1]), jnp.ones(40, bool), members, PRIOR))(jr.key(0))
+    evidence, coefficients = jax.jit(lambda x: fit_mechanism(x, x[:, 1], jnp.ones(40, bool), members, PRIOR))(jnp.asarray(x))
 
     def midpoints(low, high, number):
         return low + (high - low) * (np.arange(number) + 0.5) / number, (high - low) / number
@@ -71,7 +71,7 @@ def posteriors():
     @jax.jit
     def one(key):
         scm, buffer = sample_problem(key, PRIOR, 60, 2, 66)
-        return scm.parents, scm.target, enumerated_posterior(jr.fold_in(key, 1), buffer, scm.task, PRIOR)
+        return scm.parents, scm.target, enumerated_posterior(buffer, scm.task, PRIOR)
 
     return jax.device_get(jax.lax.map(one, jr.split(jr.key(5), 300)))
 
@@ -101,4 +101,4 @@ def test_errors():
         enumerate_dags(6)
     scm, buffer = sample_problem(jr.key(0), PRIOR, 20, 1, 23)
     with pytest.raises(ValueError, match="linear Gaussian"):
-        enumerated_posterior(jr.key(0), buffer, scm.task, SCMPrior())
+        enumerated_posterior(buffer, scm.task, SCMPrior())
