@@ -5,8 +5,9 @@
 The published protocol: 200 observational rows and two interventions per variable to start with, then 30 experiments on single variables, each of
 which reports the mean of 1,000 samples. Every seed draws its own graph, weights and data; the published runs of one random size share all of these.
 Their targets have no children, nor have ours, save in the systems whose name ends in `_any`, which show what that assumption of the prior is worth.
-`parent_scale` is the expert with an unknown graph, `cbo_known_graph` the same program given the true parents. Writes `published.md` and
-`published.png` to `--folder`, and every finished run to its folder `raw`: the same command continues where it was stopped.
+The regression of the target has Fourier features save in linear systems, as published. `parent_scale` is the expert with an unknown graph,
+`cbo_known_graph` the same program given the true parents. Writes `published.md` and `published.png` to `--folder`, and every finished run to its
+folder `raw`: the same command continues where it was stopped.
 """
 
 import json
@@ -183,7 +184,14 @@ def play(keys, scms, buffers, settings: ParentScaleConfig, known_graph: bool):
 
 def measure(system: str, config: Config) -> dict[str, dict[str, np.ndarray]]:
     """Every method's arrays (leading axis: seeds), with the system's references; from `raw` where they are there with the same settings."""
-    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=config.num_steps, outcome_samples=1000, candidate_sets="union")
+    kind = random_system(system)
+    settings = ParentScaleConfig(
+        num_obs=config.num_obs,
+        num_steps=config.num_steps,
+        outcome_samples=1000,
+        candidate_sets="union",
+        features="auto" if kind is not None and kind.linear else "fourier",
+    )
     made_with = json.dumps(asdict(settings) | {"seeds": config.seeds, "first_seed": config.first_seed})
     results, missing = {}, []
     for method in METHODS:
@@ -195,7 +203,6 @@ def measure(system: str, config: Config) -> dict[str, dict[str, np.ndarray]]:
             missing.append((method, path))
     if not missing:
         return results
-    kind = random_system(system)
     batch = 1 if kind is not None and kind.size >= 100 else min(config.batch, config.seeds)
     problems = [draw(system, seed, config) for seed in range(config.first_seed, config.first_seed + config.seeds)]
     starts = list(range(0, config.seeds, batch))

@@ -74,7 +74,7 @@ class ParentScaleConfig:
     drop_empty: bool = False
     """delete the empty parent set from the prior, as the published code does"""
     features: Literal["auto", "linear", "fourier"] = "auto"
-    """of the parent-set regression; auto: whichever explains Y better on D_O"""
+    """of the parent-set regression; auto: whichever explains Y better on D_O, which can mislead where interventions go far beyond D_O"""
     num_features: int = 100
     """random Fourier features, of the posterior and of the prior's regressors"""
     likelihood: Literal["corrected", "published"] = "corrected"
