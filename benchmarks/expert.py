@@ -13,12 +13,11 @@ fraction of what a matrix product of 2,048 rows in float32 reaches in the same p
 Each configuration runs in a process of its own, whose peak memory is in the table.
 """
 
-import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +111,7 @@ def matmul_rate(size: int = 2048) -> float:
 
 def measure(size: int, batch: int, config: Config) -> dict[str, float]:
     """Seconds per system of every part, operations per system, their share of the machine's rate, and the peak memory of this process in GiB."""
+    use_compilation_cache(Path("artifacts/cache"))
     settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=config.num_steps, candidate_sets=config.candidate_sets)
     prior = SCMPrior(max_vars=size, min_size=size, max_size=size)
     capacity = config.num_obs + 2 * size + config.num_steps
@@ -158,17 +158,11 @@ def measure(size: int, batch: int, config: Config) -> dict[str, float]:
 
 def main(config: Config) -> None:
     """Time every size and batch in a process of its own; print and write the table."""
-    use_compilation_cache(Path("artifacts/cache"))
-    if len(config.sizes) == len(config.batches) == 1:
-        print(json.dumps(measure(config.sizes[0], config.batches[0], config)))
-        return
     rows = []
     for size in config.sizes:
         for batch in config.batches:
-            alone = asdict(config) | {"sizes": size, "batches": batch}
-            flags = [text for name, value in alone.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-            done = subprocess.run([sys.executable, __file__, *flags], check=True, capture_output=True, text=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                result = process.apply(measure, (size, batch, config))
             rows.append([size, batch, *(f"{result[name]:.3f}" for name in (*PARTS, "GFLOP", "share", "GiB"))])
             print(*rows[-1], sep="\t", flush=True)
     text = f"Seconds per system, {config.num_obs} rows, {config.num_steps} experiments, candidates: {config.candidate_sets}\n\n"
