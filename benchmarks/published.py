@@ -335,8 +335,8 @@ def header(config: Config) -> list[str]:
         "# The expert on the systems of its paper",
         f"{config.num_obs} observational rows, two interventions per variable, {config.num_steps} experiments whose outcome y is the mean of 1,000 "
         f"samples; mean ± sd over {config.seeds} seeds. `parent_scale` does not know the graph, `cbo_known_graph` does. As in the published "
-        "runs, targets have no children (in systems whose name ends in `_any` they may) and the regression of the target has Fourier features, save in "
-        "linear systems.",
+        "runs, targets have no children (in systems whose name ends in `_any` they may) and the regression of the target has Fourier features, save "
+        "in linear systems.",
         "**Best y so far** is the published measure, a minimum of outcomes that still carry noise: it can lie below y*. **Best E[Y given do] so "
         "far** is the same without noise, of the same experiments. y* is the best over single interventions.",
         "Published runs of one random size share one graph, one target and one set of observational rows, which are not ours; each of our seeds "
