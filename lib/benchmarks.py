@@ -381,7 +381,7 @@ def erdos_renyi_graph(
     """A graph `[parent, child]`, a topological order of it, and a random target with 1 to `MAX_TARGET_PARENTS` parents (and no child if `childless`).
 
     Every ordered pair of variables is an edge with probability 1 / (num_vars - 1). Redrawn until acyclic, with a Markov equivalence class of two or
-    more members, and with a possible target: 40 % of draws qualify at 10 variables, 26 % at 100.
+    more members, and with a possible target: 40 % of draws qualify at 10 variables, 25 % at 100.
     """
     while True:
         graph = (rng.random((num_vars, num_vars)) < 1.0 / (num_vars - 1)) & ~np.eye(num_vars, dtype=bool)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lib.buffer import ExperienceBuffer
+from lib.evidence import Frame, Rows
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
 from lib.scm_prior import FAMILIES, MIN_EFFECT, SCMPrior, sample_graph
@@ -127,7 +128,7 @@ def fit_mechanism(x, y, used, members, prior: SCMPrior) -> tuple[Float[Array, ""
     spread = WIDTH / jnp.sqrt(2 * (count - 1))
     noise = jnp.sqrt(variance) * jnp.exp(spread * t)
     log_proposal = jax.scipy.stats.t.logpdf(t, FREEDOM) - jnp.log(spread * noise)
-    offset = scaled @ jnp.linalg.inv(factor)  # covariance gram^-1; a triangular solve with so many right-hand sides takes a hundred times longer
+    offset = scaled @ jnp.linalg.inv(factor)  # covariance gram^-1; a triangular solve is slow with so many right-hand sides
     coefficients = jnp.where(members[None], mode[None] + WIDTH * jnp.sqrt(variance) * offset, 0.0)
     log_det = jnp.log(jnp.diagonal(factor)).sum() - size * jnp.log(WIDTH * jnp.sqrt(variance))
     constant = jax.scipy.special.gammaln((FREEDOM + size) / 2) - jax.scipy.special.gammaln(FREEDOM / 2) - 0.5 * size * jnp.log(FREEDOM * jnp.pi)
@@ -154,11 +155,8 @@ def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) 
     num_vars = buffer.values.shape[1]
     graphs = jnp.asarray(enumerate_dags(num_vars))
     sets = jnp.asarray(subsets(num_vars))
-    rows = buffer.observational[:, None]
-    count = rows.sum()
-    shift = jnp.where(rows, buffer.values, 0.0).sum(0) / count
-    spread = jnp.sqrt(jnp.where(rows, (buffer.values - shift[None]) ** 2, 0.0).sum(0) / count)
-    x = jnp.where(buffer.valid[:, None], (buffer.values - shift[None]) / spread[None], 0.0)
+    frame = Frame.of(buffer, task, 2)  # its grid: the two ends of every range
+    x = Rows.of(buffer, frame, task.var_mask).values
 
     def variable(i):
         used = buffer.valid & ~buffer.intervened[:, i]
@@ -170,13 +168,11 @@ def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) 
     own = jnp.arange(num_vars)
     log_weights = jnp.asarray(log_graph_prior(num_vars, prior), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
 
-    low, high = (task.low - shift) / spread, (task.high - shift) / spread
-
     def chosen(code):
         """Probability that the target is the one drawn among the variables that some intervention lowers by `MIN_EFFECT`."""
         direct = mechanisms.coefficients[own, code].T  # [parent, child]
         total = jnp.linalg.inv(jnp.eye(num_vars) - direct) - jnp.eye(num_vars)
-        drop = jnp.maximum(-total * low[:, None], -total * high[:, None]).max(0)
+        drop = (-total[:, :, None] * frame.grid[:, None]).max((0, 2))
         qualifies = drop >= MIN_EFFECT
         return qualifies[task.target] / jnp.maximum(qualifies.sum(), 1)
 

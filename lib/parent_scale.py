@@ -11,8 +11,7 @@ an outcome is one noisy sample by default, so the surrogate carries observation 
 
 Cost (benchmarks/expert.py): with 10 variables, 200 observational rows, 30 experiments and the subsets of four variables as candidates, 3.8 GFLOP:
 1.6 for the doubly robust prior, 1.4 for do-effects (in float64), .7 for the regressions on parent sets, .1 for the causal GPs and the acquisition.
-Two CPU cores take .34 s for it in a batch of 64, 6 % of what a large matrix product reaches there; 5 variables take .25 s. Exponentials, which are
-not counted, and factorisations of 100 to 200 rows, one at a time (lib/linalg.py says why), take the time.
+Two CPU cores take .34 s for it in a batch of 64, 6 % of what a large matrix product reaches there; 5 variables take .25 s.
 """
 
 import itertools
