@@ -2,21 +2,23 @@
 
 - Reads   artifacts/<preset>/demos.npz
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 5 minutes on 2 CPU cores.
+- Time    `small` about 5 minutes on 2 CPU cores, `hour` about 60.
 
     python 02_train_surrogate.py small --steps 2000
+
+Every step has problems of every size: they are padded to a few buckets, whose losses share one program. What each ingredient buys at equal compute is
+in reference/surrogate/ablation.md (`python benchmarks/surrogate.py ablation`).
 
 Deviations from phase4_training_infrastructure.md, section 2:
 1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents by NLL on fresh draws of the simulator: the expert
    sees only the target's regression on a set, so imitating it alone would cap the student at its teacher;
 2. the same trunk learns the whole effect surface E[Y | do(X_i = v)], which the simulator knows exactly;
-3. there are no epochs: simulated data never repeat.
+3. there are no epochs: simulated data never repeat, so that early stopping (`patience`) is for runs whose length nobody has tried.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,10 +31,21 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint, save_module
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.metrics import auroc, parent_f1
+from lib.metrics import auroc, expected_calibration_error, median_seconds, parent_f1
+from lib.parent_scale import ParentScaleConfig, replay_posterior
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
-from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, SurrogateOutput, expert_kl, surrogate_losses
-from lib.trajectories import ExpertExamples, extract_surrogate_training_data, load_trajectories
+from lib.surrogate import ExpertExamples, LossWeights, ParentSetPredictionModel, SurrogateConfig, update_surrogate
+from lib.trajectories import ExpertTrajectory, extract_surrogate_training_data, load_trajectories
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Problems that are padded to one size."""
+
+    max_size: int
+    """Most variables; the fewest are one more than the bucket before holds."""
+    models: int
+    """Fresh causal models of these sizes in a step."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,12 @@ class Config:
     """Seed of everything random here."""
 
     # --- problems ---
-    prior: SCMPrior = field(default_factory=SCMPrior)
+    prior: SCMPrior = field(default_factory=lambda: SCMPrior(max_vars=10, max_size=10))
     """Distribution of causal models."""
+    buckets: tuple[Bucket, ...] = (Bucket(6, 4), Bucket(10, 4))
+    """Sizes that problems are padded to, in ascending order; the last is the prior's."""
+    buffers_per_model: int = 4
+    """Data sets drawn from each model."""
     design: DataDesign = field(default_factory=DataDesign)
     """Distribution of data sets."""
 
@@ -56,44 +73,68 @@ class Config:
     """Sizes of the surrogate."""
 
     # --- training ---
-    steps: int = 2200
-    """Gradient steps."""
-    models_per_step: int = 16
-    """Fresh causal models in a step."""
-    buffers_per_model: int = 2
-    """Data sets drawn from each of them."""
+    steps: int = 2600
+    """Most gradient steps."""
     demos_per_step: int = 4
     """Expert states in a step."""
-    expert_weight: float = 0.1
-    """Weight of KL(expert || surrogate)."""
-    effect_weight: float = 1.0
-    """Weight of the effect head's NLL."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """What the network learns from."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW, after warm-up and before cosine decay to zero."""
     warmup_steps: int = 150
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
+    average: float = 0.99
+    """Decay of the moving average of the weights, which is what is evaluated and written; 0 is the last weights."""
+    patience: int = 0
+    """Stop after this many evaluations without a lower validation loss; 0 is never."""
 
     # --- bookkeeping ---
     chunk: int = 20
     """Steps in one compiled scan."""
     evaluate_every: int = 400
     """Steps between evaluations on held-out problems, as many as one chunk of steps uses."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between checkpoints."""
+
+    def __post_init__(self):
+        sizes = [bucket.max_size for bucket in self.buckets]
+        if sizes != sorted(set(sizes)) or not sizes or sizes[-1] != self.prior.max_size or sizes[0] < self.prior.min_size:
+            raise ValueError(f"buckets: sizes {sizes} must ascend from at least {self.prior.min_size} to the prior's largest, {self.prior.max_size}")
+
+    @property
+    def priors(self) -> tuple[SCMPrior, ...]:
+        """The prior of each bucket."""
+        largest = [bucket.max_size for bucket in self.buckets]
+        smallest = [self.prior.min_size, *(size + 1 for size in largest[:-1])]
+        return tuple(replace(self.prior, min_size=low, max_size=high, max_vars=high) for low, high in zip(smallest, largest, strict=True))
 
 
 PRESETS = {
-    "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), steps=40, warmup_steps=10, evaluate_every=40, checkpoint_every=20)),
+    "smoke": (
+        "seconds, for CI",
+        Config(
+            Path("artifacts/smoke"),
+            prior=SCMPrior(),
+            buckets=(Bucket(8, 8),),
+            steps=40,
+            warmup_steps=10,
+            evaluate_every=40,
+            checkpoint_every=20,
+        ),
+    ),
     "small": ("about 5 minutes on 2 CPU cores", Config()),
     "hour": (
-        "at most 60 minutes on 2 CPU cores",
+        "about 60 minutes on 2 CPU cores",
         Config(
             Path("artifacts/hour"),
-            prior=SCMPrior(max_vars=12, max_size=12),
-            model=SurrogateConfig(model_hidden_dim=96, model_n_layers=5),
-            steps=8000,
+            prior=SCMPrior(max_vars=20, max_size=20),
+            buckets=(Bucket(6, 4), Bucket(10, 4), Bucket(20, 1)),
+            design=DataDesign(max_obs=500, max_interventions=80),
+            model=SurrogateConfig(model_n_layers=6),
+            steps=24_000,
+            evaluate_every=1000,
         ),
     ),
     "paper": (
@@ -101,28 +142,39 @@ PRESETS = {
         Config(
             Path("artifacts/paper"),
             prior=SCMPrior(max_vars=20, max_size=20),
-            model=SurrogateConfig(model_hidden_dim=256, model_n_layers=8, num_heads=8),
+            buckets=(Bucket(6, 32), Bucket(10, 32), Bucket(20, 16)),
+            design=DataDesign(max_obs=500, max_interventions=80),
+            model=SurrogateConfig(model_hidden_dim=256, model_n_layers=8, num_products=64, mixed_precision=True),
             steps=100_000,
             learning_rate=1e-3,
-            models_per_step=64,
+            patience=20,
+            evaluate_every=1000,
         ),
     ),
 }
 
 
 class TrainState(eqx.Module):
-    """Everything that a checkpoint holds."""
+    """Everything that a checkpoint holds: weights, their moving average, optimiser, the lowest validation loss and its step."""
 
     model: ParentSetPredictionModel
+    average: ParentSetPredictionModel
     optimiser: optax.OptState
+    best_loss: jax.Array
+    best_step: jax.Array
 
 
-class StepMetrics(NamedTuple):
-    """Mean losses of a step, in nats: true parent set, effects, KL to the expert."""
+@dataclass(frozen=True)
+class SurrogateModelResult:
+    """What training gave (phase4_training_infrastructure.md)."""
 
-    parent_nll: jax.Array
-    effect_nll: jax.Array
-    expert_kl: jax.Array
+    model: ParentSetPredictionModel
+    training_history: list[dict[str, float]]
+    """Per chunk of steps, the mean losses."""
+    validation_metrics: dict[str, float]
+    """On held-out problems, at the end."""
+    speedup_estimate: float
+    """The expert's seconds per posterior over the surrogate's, for the data of one demonstration, after compilation."""
 
 
 def make_optimiser(config: Config) -> optax.GradientTransformation:
@@ -130,101 +182,127 @@ def make_optimiser(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
 
 
-def loss_fn(model: ParentSetPredictionModel, examples: Example, demos: ExpertExamples, config: Config):
-    """Weighted loss and its parts over simulated examples and expert states (leading axis `batch`)."""
-
-    def simulated(example):
-        return surrogate_losses(model.predict(example.buffer, example.task), example.parents, example.effects)
-
-    def demonstrated(demo):
-        return expert_kl(model.predict(demo.buffer, demo.task), demo.posterior)
-
-    losses = jax.tree.map(jnp.mean, jax.vmap(simulated)(examples))
-    metrics = StepMetrics(losses.parent_nll, losses.effect_nll, jax.vmap(demonstrated)(demos).mean())
-    return metrics.parent_nll + config.effect_weight * metrics.effect_nll + config.expert_weight * metrics.expert_kl, metrics
-
-
 @eqx.filter_jit
-def draw_chunk(key: jax.Array, first_step: jax.Array, config: Config) -> Example:
-    """Simulated examples of `chunk` steps: leading axes `[steps, batch]`."""
+def draw_chunk(key: jax.Array, first_step: jax.Array, config: Config) -> tuple[Example, ...]:
+    """Simulated examples of `chunk` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
     def one_step(step):
-        keys = jr.split(jr.fold_in(key, step), config.models_per_step)
-        examples = jax.vmap(lambda k: sample_examples(k, config.prior, config.design, config.model.num_bins, config.buffers_per_model))(keys)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
+        batches = []
+        for index, (bucket, prior) in enumerate(zip(config.buckets, config.priors, strict=True)):
+            keys = jr.split(jr.fold_in(jr.fold_in(key, step), index), bucket.models)
+            draw = jax.vmap(lambda k, prior=prior: sample_examples(k, prior, config.design, config.model.num_bins, config.buffers_per_model))
+            batches.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw(keys)))
+        return tuple(batches)
 
     return jax.lax.map(one_step, first_step + jnp.arange(config.chunk))
 
 
 @eqx.filter_jit
-def train_chunk(state: TrainState, examples: Example, demos: ExpertExamples, key: jax.Array, first_step: jax.Array, config: Config):
+def train_chunk(state: TrainState, batches: tuple[Example, ...], demos: ExpertExamples | None, key: jax.Array, first_step: jax.Array, config: Config):
     """`chunk` gradient steps in one program."""
     optimiser = make_optimiser(config)
-    dynamic, static = eqx.partition(state, eqx.is_array)
+    trained, static = eqx.partition((state.model, state.average, state.optimiser), eqx.is_array)
 
-    def step(dynamic, inputs):
-        state, (index, batch) = eqx.combine(dynamic, static), inputs
-        rows = jr.randint(jr.fold_in(key, index), (config.demos_per_step,), 0, demos.task.target.shape[0])
-        chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
-        (_, metrics), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, batch, chosen, config)
-        updates, optimiser_state = optimiser.update(gradients, state.optimiser, eqx.filter(state.model, eqx.is_array))
-        state = TrainState(eqx.apply_updates(state.model, updates), optimiser_state)
-        return eqx.filter(state, eqx.is_array), metrics
+    def step(trained, inputs):
+        (model, average, optimiser_state), (index, examples) = eqx.combine(trained, static), inputs
+        chosen = None
+        if demos is not None:
+            rows = jr.randint(jr.fold_in(key, index), (config.demos_per_step,), 0, demos.task.target.shape[0])
+            chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
+        model, optimiser_state, losses = update_surrogate(model, optimiser_state, optimiser, examples, chosen, config.weights)
+        average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, average, model)
+        return eqx.filter((model, average, optimiser_state), eqx.is_array), losses
 
-    dynamic, metrics = jax.lax.scan(step, dynamic, (first_step + jnp.arange(config.chunk), examples))
-    return eqx.combine(dynamic, static), jax.tree.map(jnp.mean, metrics)
+    trained, losses = jax.lax.scan(step, trained, (first_step + jnp.arange(config.chunk), batches))
+    model, average, optimiser_state = eqx.combine(trained, static)
+    state = eqx.tree_at(lambda s: (s.model, s.average, s.optimiser), state, (model, average, optimiser_state))
+    return state, jax.tree.map(jnp.mean, losses)
+
+
+# --- evaluation ---
 
 
 @eqx.filter_jit
-def predict(model: ParentSetPredictionModel, examples: Example) -> tuple[SurrogateOutput, jax.Array, jax.Array]:
-    """Outputs, parent marginals and log-probability of the true set of every example."""
+def predict(model: ParentSetPredictionModel, examples: Example) -> dict[str, jax.Array]:
+    """What the model says of every example."""
 
     def one(example):
         output = model.predict(example.buffer, example.task)
-        return output, output.marginals(), output.log_prob(example.parents)
+        belief = {"marginals": output.marginals(), "log_prob": output.log_prob(example.parents), "possible": example.task.possible_parents}
+        return belief | {"mean": output.effect_mean, "std": output.effect_std}
 
-    return jax.vmap(one)(examples)
+    return jax.lax.map(one, examples, batch_size=32)
 
 
-def evaluate(model: ParentSetPredictionModel, examples: Example) -> dict[str, float]:
-    """Accuracy on held-out problems: parents, effects, and how good the surface's best point is as an action."""
-    output, marginals, log_prob = predict(model, examples)
-    candidates = np.asarray(jax.vmap(lambda task: task.possible_parents)(examples.task))
-    truth, effects, mean = np.asarray(examples.parents), np.asarray(examples.effects), np.asarray(output.effect_mean)
+def evaluate(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -> dict[str, float]:
+    """Accuracy on held-out problems of all buckets together: parents, effects, and how good the surface's best point is as an action."""
+    slots = max(batch.parents.shape[1] for batch in validation)
+    parts = []
+    for batch in validation:
+        found = {name: np.asarray(value) for name, value in predict(model, batch).items()}
+        found |= {"parents": np.asarray(batch.parents), "effects": np.asarray(batch.effects)}
+        filler = {"effects": np.inf, "std": 1.0}
+
+        def widened(name, value, filler=filler):
+            wide = ((0, 0), (0, slots - value.shape[1]), *[(0, 0)] * (value.ndim - 2)) if value.ndim > 1 else ((0, 0),)
+            return np.pad(value, wide, constant_values=filler.get(name, 0))
+
+        parts.append({name: widened(name, value) for name, value in found.items()})
+    all_of = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    marginals, truth, possible, effects, mean = (all_of[name] for name in ("marginals", "parents", "possible", "effects", "mean"))
     usable = np.isfinite(effects)
     chosen = np.where(usable, mean, np.inf).reshape(len(mean), -1).argmin(1)
     reached, best = effects.reshape(len(mean), -1)[np.arange(len(mean)), chosen], effects.min((1, 2))
-    covered = np.abs(effects - mean)[usable] < 1.645 * np.asarray(output.effect_std)[usable]
+    error, std = (effects - mean)[usable], all_of["std"][usable]
     return {
-        "validation_parent_f1": parent_f1(np.asarray(marginals) > 0.5, truth, candidates).pooled.value,
-        "validation_parent_auroc": auroc(np.asarray(marginals), truth, candidates).value,
-        "validation_set_nll": float(-np.asarray(log_prob).mean()),
-        "validation_effect_r2": float(1 - ((effects - mean)[usable] ** 2).mean() / effects[usable].var()),
-        "validation_coverage_90": float(covered.mean()),
+        "validation_set_nll": float(-all_of["log_prob"].mean()),
+        "validation_effect_nll": float((0.5 * (error / std) ** 2 + np.log(std)).mean()),
+        "validation_parent_f1": parent_f1(marginals > 0.5, truth, possible).pooled.value,
+        "validation_parent_auroc": auroc(marginals, truth, possible).value,
+        "validation_ece": expected_calibration_error(marginals, truth, possible).value,
+        "validation_effect_r2": float(1 - (error**2).mean() / effects[usable].var()),
+        "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
         "validation_regret": float((reached - best).mean()),
     }
 
 
-def main(config: Config) -> Path:
-    """Train the surrogate and write it; returns the artifact's path."""
-    use_compilation_cache(config.folder.parent / "cache")
-    demos_path, out, checkpoint_path = config.folder / "demos.npz", config.folder / "surrogate.eqx", config.folder / "surrogate.ckpt"
+def estimate_speedup(model: ParentSetPredictionModel, trajectories: ExpertTrajectory, num_obs: int) -> float:
+    """The expert's seconds per posterior over the surrogate's, on the first data of one demonstration, measured one after the other."""
+    one = jax.tree.map(lambda leaf: leaf[0], trajectories)
+    buffer, settings = one.buffer_before(0), ParentScaleConfig(num_obs=num_obs, num_steps=0, candidate_sets="union")
+    infer = eqx.filter_jit(lambda key, scm, buffer: replay_posterior(key, scm, buffer, buffer.size, settings))
+    amortised = eqx.filter_jit(lambda model, buffer, task: model.predict(buffer, task).posterior().log_probs)
+    expert = median_seconds(lambda: infer(jr.key(0), one.scm, buffer), 3)
+    return expert / median_seconds(lambda: amortised(model, buffer, one.scm.task), 20)
+
+
+# --- training ---
+
+
+def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
+    """Train on `folder`'s demonstrations and on simulations, or go on where a checkpoint is.
+
+    Raises `ArtifactError` if demos.npz is missing or damaged.
+    """
+    demos_path, checkpoint_path = config.folder / "demos.npz", config.folder / "surrogate.ckpt"
     model_key, data_key, demo_key, validation_key = jr.split(jr.key(config.seed), 4)
 
     # --- read ---
-    trajectories, _ = load_trajectories(demos_path, "train")
+    trajectories, header = load_trajectories(demos_path, "train")
     demos = extract_surrogate_training_data(trajectories, config.design.max_obs + config.design.max_interventions)
 
     # --- build, or continue ---
     model = eqx.filter_jit(ParentSetPredictionModel)(config.model, key=model_key)
-    state = TrainState(model, make_optimiser(config).init(eqx.filter(model, eqx.is_array)))
+    optimiser_state = make_optimiser(config).init(eqx.filter(model, eqx.is_array))
+    state = TrainState(model, model, optimiser_state, jnp.array(jnp.inf), jnp.array(0))
     mark = fingerprint(config, [demos_path])
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
-    validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config))
+    flatten = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+    validation = jax.tree.map(flatten, draw_chunk(validation_key, jnp.array(0), config))
 
     # --- train ---
-    log, metrics = TrainingLog(config.folder / "logs" / "surrogate.jsonl", start), {}
+    log, history, metrics, done = TrainingLog(config.folder / "logs" / "surrogate.jsonl", start), [], {}, start
     with tqdm(total=config.steps, initial=start, desc="surrogate", unit="step", mininterval=2) as bar:
         for step in range(start, config.steps, config.chunk):
             index = jnp.array(step)
@@ -232,30 +310,45 @@ def main(config: Config) -> Path:
             done = step + config.chunk
             bar.update(config.chunk)
             record = {name: float(value) for name, value in losses._asdict().items()}
+            history.append({"step": done, **record})
+            metrics = {}
             if done % config.evaluate_every == 0 or done >= config.steps:
-                metrics = evaluate(state.model, validation)
+                metrics = evaluate(state.average, validation)
                 bar.set_postfix(f1=f"{metrics['validation_parent_f1']:.3f}", r2=f"{metrics['validation_effect_r2']:.3f}")
+                loss = config.weights.parents * metrics["validation_set_nll"] + config.weights.effects * metrics["validation_effect_nll"]
+                if loss < float(state.best_loss):
+                    state = eqx.tree_at(lambda s: (s.best_loss, s.best_step), state, (jnp.array(loss), jnp.array(done)))
             if done % config.checkpoint_every == 0:
                 save_checkpoint(checkpoint_path, state, fingerprint=mark, step=done)
-            log.write(step=done, **record, **(metrics if done % config.evaluate_every == 0 else {}))
+            log.write(step=done, **record, **metrics)
+            if metrics and config.patience and done - int(state.best_step) >= config.patience * config.evaluate_every:
+                print(f"stopped at step {done}: no lower validation loss since step {int(state.best_step)}")
+                break
 
-    # --- write ---
-    if not metrics:
-        metrics = evaluate(state.model, validation)
+    metrics = metrics or evaluate(state.average, validation)
+    speedup = estimate_speedup(state.average, trajectories, header["config"]["num_obs"])
     save_module(
-        out,
-        state.model,
+        config.folder / "surrogate.eqx",
+        state.average,
         stage="surrogate",
         config=asdict(config),
         hyperparameters=config.model.hyperparameters,
         seed=config.seed,
-        step=config.steps,
+        step=done,
         parents=[demos_path],
         metrics=metrics,
     )
     checkpoint_path.unlink(missing_ok=True)
-    print("  ".join(f"{name.removeprefix('validation_')} {value:.3f}" for name, value in metrics.items()))
-    return out
+    return SurrogateModelResult(state.average, history, metrics, speedup)
+
+
+def main(config: Config) -> SurrogateModelResult:
+    """Train the surrogate, write it, and say how good it is."""
+    use_compilation_cache(config.folder.parent / "cache")
+    result = train_surrogate_with_expert_data(config)
+    print("  ".join(f"{name.removeprefix('validation_')} {value:.3f}" for name, value in result.validation_metrics.items()))
+    print(f"a posterior takes {result.speedup_estimate:.0f} times less than our expert's; written to {config.folder / 'surrogate.eqx'}")
+    return result
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, collect_campai
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
-from lib.surrogate import ParentSetPredictionModel, surrogate_losses
+from lib.surrogate import LossWeights, update_surrogate
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 
 
@@ -192,15 +192,11 @@ def collected_examples(key: jax.Array, problems: Problem, buffers: ExperienceBuf
 
 
 @eqx.filter_jit
-def improve_surrogate(key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config):
+def train_surrogate_component(key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config):
     """`surrogate_steps` gradient steps on fresh simulations and on the collected data."""
     optimiser, _ = make_optimisers(config)
+    weights = LossWeights(effects=config.effect_weight)
     dynamic, static = eqx.partition((state.system.surrogate, state.surrogate_optimiser), eqx.is_array)
-
-    def loss_fn(surrogate: ParentSetPredictionModel, examples: Example):
-        losses = jax.vmap(lambda e: surrogate_losses(surrogate.predict(e.buffer, e.task), e.parents, e.effects))(examples)
-        losses = jax.tree.map(jnp.mean, losses)
-        return losses.parent_nll + config.effect_weight * losses.effect_nll, losses
 
     def step(dynamic, key):
         surrogate, optimiser_state = eqx.combine(dynamic, static)
@@ -210,9 +206,8 @@ def improve_surrogate(key: jax.Array, state: TrainState, problems: Problem, buff
         fresh = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fresh)
         collected = collected_examples(cut_key, problems, buffers, fresh.buffer.valid.shape[1])
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
-        (_, losses), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(surrogate, examples)
-        updates, optimiser_state = optimiser.update(gradients, optimiser_state, eqx.filter(surrogate, eqx.is_array))
-        return eqx.filter((eqx.apply_updates(surrogate, updates), optimiser_state), eqx.is_array), losses
+        surrogate, optimiser_state, losses = update_surrogate(surrogate, optimiser_state, optimiser, [examples], None, weights)
+        return eqx.filter((surrogate, optimiser_state), eqx.is_array), losses
 
     dynamic, losses = jax.lax.scan(step, dynamic, jr.split(key, config.surrogate_steps))
     surrogate, optimiser_state = eqx.combine(dynamic, static)
@@ -247,7 +242,7 @@ def main(config: Config) -> Path:
             problems = draw_problems(jr.fold_in(problem_key, step), config.problems_per_round, prior, campaign, surrogate.config.num_bins)
             groups, buffers = play(jr.fold_in(play_key, step), state.system, problems, config)
             state, metrics = improve_policy(state, policy, groups, config)
-            state, losses = improve_surrogate(jr.fold_in(surrogate_key, step), state, problems, buffers, config)
+            state, losses = train_surrogate_component(jr.fold_in(surrogate_key, step), state, problems, buffers, config)
             record = {name: float(np.asarray(value)) for name, value in (metrics._asdict() | losses._asdict()).items()}
             log.write(step=step + 1, largest=prior.max_size, **record)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.rounds:

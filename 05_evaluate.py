@@ -17,7 +17,6 @@ baselines are chosen on separate validation problems, to their advantage.
 
 import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +43,7 @@ from lib.metrics import (
     average_precision,
     best_threshold,
     expected_calibration_error,
+    median_seconds,
     normalised_regret,
     paired_difference,
     parent_f1,
@@ -395,17 +395,6 @@ def evaluate_success(
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     evaluation.add("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
-
-
-def median_seconds(call: Callable[[], jax.Array], repeats: int) -> float:
-    """Median wall-clock seconds of a call, the first (compiling) one left out."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
 
 
 def convergence_ratio(reward: np.ndarray, window: int = 10) -> float:

@@ -24,7 +24,7 @@ from lib.buffer import ExperienceBuffer
 from lib.evidence import Frame, Rows
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
-from lib.scm_prior import FAMILIES, MIN_EFFECT, SCMPrior, sample_graph
+from lib.scm_prior import FAMILIES, SCMPrior, sample_graph
 
 
 MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million
@@ -169,11 +169,11 @@ def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) 
     log_weights = jnp.asarray(log_graph_prior(num_vars, prior), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
 
     def chosen(code):
-        """Probability that the target is the one drawn among the variables that some intervention lowers by `MIN_EFFECT`."""
+        """Probability that the target is the one drawn among the variables that some intervention lowers by `min_effect`."""
         direct = mechanisms.coefficients[own, code].T  # [parent, child]
         total = jnp.linalg.inv(jnp.eye(num_vars) - direct) - jnp.eye(num_vars)
         drop = (-total[:, :, None] * frame.grid[:, None]).max((0, 2))
-        qualifies = drop >= MIN_EFFECT
+        qualifies = drop >= prior.min_effect
         return qualifies[task.target] / jnp.maximum(qualifies.sum(), 1)
 
     log_weights += jnp.log(jax.vmap(chosen)(code))

@@ -1,7 +1,8 @@
 """What plain statistics say about a data set, as sums over its rows: one more row is one more term.
 
-The surrogate's hand-made inputs: second moments and smooth correlations of every pair of variables, and several estimates of the target under every
-intervention. Everything is standardised; padding variables have zeros. One data set at a time; batch with `vmap`.
+All that the surrogate knows of a data set: for every pair of variables, products of features and what regressions and interventions say of the two;
+for every intervention, several estimates of the target. Nothing here is learned. Everything is standardised; padding variables have zeros. One data
+set at a time; batch with `vmap`.
 """
 
 from typing import NamedTuple
@@ -17,9 +18,10 @@ from lib.scm import Task, value_grid
 
 
 MAX_DEVIATIONS = 10.0  # further out, a scalar is clipped: an outlier must not swamp every moment
-FARTHEST = 5.0  # half-widths of its range from the middle of it; a sixth power of more would leave float32 no digits for the rest
-NUM_WAVES = 11  # bumps along each variable for its smooth correlation with the others
-NUM_STATISTICS = 4  # of every pair of variables
+FARTHEST = 5.0  # where powers end, in deviations or in half-widths of a range: a sixth power of more would leave float32 no digits for the rest
+FREQUENCIES = (1.2, 2.4, 3.6)  # of the waves among the features of a scalar, per deviation
+NUM_FEATURES = 14  # of a scalar
+NUM_STATISTICS = NUM_FEATURES**2 + 27  # of every pair of variables
 NUM_ESTIMATES = 7  # the first of the evidence are estimates of the effect itself, which the network may pass on
 NUM_EVIDENCE = 13
 
@@ -64,18 +66,21 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over rows. `waves[vars, 12, 12]` are second moments of bumps along each variable and of a one, `waves_with[vars, 12, vars]` their products
-    with every variable, both over observational rows; `regression` those of [1, powers of every variable, outcome] over rows where the target was not
-    set; `cubic[vars, 5, 5]` those of [1, powers of one variable, outcome] over rows where it alone may have been set, and `bumps[vars, bins, bins]`
-    those of bumps around the grid there; `seen`, `done` and `done_wide` `[vars, bins, 2]` those of a bump with [1, outcome], observed and intervened.
+    """Sums over rows.
+
+    Of pairs: `features` are products of the features of all scalars; `powers` those of one and three powers of all variables over observational
+    rows; `under_do[j]` those of all variables over the rows in which j was set.
+
+    Of the target: `regression` are products of one, powers of every variable and the outcome over rows where the target was not set; `cubic[i]`
+    those of one, powers of variable i and the outcome over rows where it alone may have been set, and `bumps[i]` those of bumps around the grid
+    there; `seen`, `done` and `done_wide` those of a bump with one and with the outcome, observed and intervened.
     """
 
     count: Float[Array, ""]
     observational: Float[Array, ""]
-    observed: Float[Array, "vars vars"]
-    everything: Float[Array, "vars vars"]
-    waves: Float[Array, "vars waves waves"]
-    waves_with: Float[Array, "vars waves vars"]
+    features: Float[Array, "features features"]
+    powers: Float[Array, "powers powers"]
+    under_do: Float[Array, "vars vars vars"]
     regression: Float[Array, "columns columns"]
     cubic: Float[Array, "vars 5 5"]
     bumps: Float[Array, "vars bins bins"]
@@ -84,11 +89,25 @@ class Sums(NamedTuple):
     done_wide: Float[Array, "vars bins 2"]
 
 
+def scalar_features(values: Float[Array, "*shape"], intervened: Float[Array, "*shape"]) -> Float[Array, "*shape features"]:
+    """One, powers and waves of a standardised scalar; whether it was set, and to what."""
+    waves = [wave(w * values) for w in FREQUENCIES for wave in (jnp.sin, jnp.cos)]
+    columns = [jnp.ones_like(values), *jnp.moveaxis(hermite(values), -1, 0), *waves]
+    return jnp.stack([*columns, intervened, intervened * values, intervened * waves[0], intervened * waves[1]], -1)
+
+
+def hermite(values: Float[Array, "*shape"]) -> Float[Array, "*shape 3"]:
+    """The first three Hermite polynomials with variance one, uncorrelated for a Gaussian; the first is the value itself."""
+    u = jnp.clip(values, -FARTHEST, FARTHEST)
+    return jnp.stack([values, (u**2 - 1.0) / jnp.sqrt(2.0), (u**3 - 3.0 * u) / jnp.sqrt(6.0)], -1)
+
+
 def bumps(
     values: Float[Array, "samples vars"], centres: Float[Array, "vars bins"], width: Float[Array, " vars"]
 ) -> Float[Array, "samples vars bins"]:
-    """Gaussian bumps around the centres of each variable."""
-    return jnp.exp(-0.5 * ((values[:, :, None] - centres[None]) / width[None, :, None]) ** 2)
+    """Bumps of deviation `width` around the centres of each variable: (1 - u^2)^2, which ends and needs no exponential."""
+    u = (values[:, :, None] - centres[None]) / (jnp.sqrt(7.0) * width[None, :, None])
+    return jnp.square(jnp.maximum(1.0 - u * u, 0.0))
 
 
 def bump_width(grid: Float[Array, "vars bins"]) -> Float[Array, " vars"]:
@@ -105,9 +124,15 @@ def middle_and_half(grid: Float[Array, "vars bins"]) -> tuple[Float[Array, " var
 def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
     """The sums of some rows: those of a data set, or those of one row to be added."""
     values, outcome = rows.values, jnp.take(rows.values, task.target, axis=1)
-    num_vars, one = values.shape[1], jnp.ones_like(values)
-    centres = jnp.broadcast_to(jnp.linspace(-2.5, 2.5, NUM_WAVES)[None], (num_vars, NUM_WAVES))
-    waves = jnp.concatenate([bumps(values, centres, jnp.full(num_vars, 0.5)), one[:, :, None]], -1) * rows.observational[:, None, None]
+    num_rows, num_vars = values.shape
+    one, level = jnp.ones_like(values), jnp.stack([jnp.ones_like(outcome), outcome], -1)
+
+    def products(columns, weights):
+        return (columns * weights[:, None]).T @ columns
+
+    features = scalar_features(values, rows.intervened) * task.var_mask[None, :, None]
+    powers = jnp.concatenate([jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1)
+    set_to = (rows.intervened[:, :, None] * values[:, None]).reshape(num_rows, -1)
 
     usable = rows.valid * (1.0 - jnp.take(rows.intervened, task.target, axis=1))
     observed, done = rows.observational * usable, rows.intervened * usable[:, None]
@@ -117,14 +142,12 @@ def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
     cubic = jnp.concatenate([one[:, :, None], powers_of(u, 3), jnp.broadcast_to(outcome[:, None, None], (*values.shape, 1))], -1)
     width = bump_width(frame.grid)
     near, wide = bumps(values, frame.grid, width), bumps(values, frame.grid, 3.0 * width)
-    level = jnp.stack([jnp.ones_like(outcome), outcome], -1)
     return Sums(
         rows.valid.sum(),
         rows.observational.sum(),
-        (values * rows.observational[:, None]).T @ values,
-        (values * rows.valid[:, None]).T @ values,
-        jnp.einsum("nvp,nvq->vpq", waves, waves),
-        jnp.einsum("nvp,nw->vpw", waves, values),
+        products(features.reshape(num_rows, -1), rows.valid),
+        products(powers, rows.observational),
+        (set_to.T @ values).reshape(num_vars, num_vars, num_vars),
         regression_moments(u, outcome, usable > 0, 3),
         jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
         jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
@@ -137,31 +160,138 @@ def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
 # --- of every pair of variables ---
 
 
-def pair_statistics(sums: Sums, present: Bool[Array, " vars"]) -> Float[Array, "vars vars statistics"]:
-    """Observational covariance; partial correlation over observational and over all rows; smooth correlation."""
-    observed, everything = covariance(sums.observed, sums.observational, present), covariance(sums.everything, sums.count, present)
-    return jnp.stack([observed, partial_correlation(observed), partial_correlation(everything), smooth_correlation(sums)], -1)
+def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistics"]:
+    """What the data say of each ordered pair (i, j), all of the order of one.
+
+    Mean products of features of i and j. Covariance; t-statistics of i on j alone and of i on j and all others, observational. Then, for i on j and
+    the reverse, what `regressions` and `responses` give.
+    """
+    num_vars, present = task.var_mask.shape[0], task.var_mask
+    off = ~jnp.eye(num_vars, dtype=bool)
+    moments = (sums.features / jnp.maximum(sums.count, 1.0)).reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)
+    moments = moments.transpose(0, 2, 1, 3).reshape(num_vars, num_vars, -1)
+    moments = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
+
+    linear = 1 + 3 * jnp.arange(num_vars)
+    observed = sums.powers[linear][:, linear] + jnp.eye(num_vars)  # one row's worth of independence
+    precision = positive_inverse(observed)
+    freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
+    symmetric = [
+        observed / (sums.observational + 1.0),
+        t_statistic(cosine(observed), sums.observational),
+        t_statistic(-cosine(precision), freedom),
+    ]
+    directed = jnp.stack([*regressions(sums, precision, task), *responses(sums, observed, precision, freedom)], -1)
+    statistics = jnp.concatenate([jnp.stack(symmetric, -1), directed, directed.swapaxes(0, 1)], -1)
+    kept = (off & present[:, None] & present[None])[..., None]
+    own = (jnp.eye(num_vars, dtype=bool) & present[:, None])[..., None]
+    return jnp.concatenate([moments, jnp.where(kept | own, jnp.clip(statistics, -FARTHEST, FARTHEST), 0.0)], -1)
 
 
-def covariance(products: Float[Array, "vars vars"], count: Float[Array, ""], present: Bool[Array, " vars"]) -> Float[Array, "vars vars"]:
-    """Second moments plus a ridge; the identity on padded variables, so that inverting it leaves the others alone."""
-    return products / (count + 1.0) + jnp.diag(jnp.where(present, 0.05, 1.0))
+def cosine(matrix: Float[Array, "vars vars"]) -> Float[Array, "vars vars"]:
+    """A symmetric positive matrix scaled to a diagonal of one, which is then left out."""
+    scale = jnp.sqrt(jnp.diag(matrix))
+    return matrix / scale[:, None] / scale[None] * (1.0 - jnp.eye(matrix.shape[0]))
 
 
-def partial_correlation(moments: Float[Array, "vars vars"]) -> Float[Array, "vars vars"]:
-    """Partial correlations from a regularised covariance."""
-    precision = positive_inverse(moments)
-    scale = jnp.sqrt(jnp.diag(precision))
-    return -precision / scale[:, None] / scale[None]
+def t_statistic(correlation: Float[Array, "*shape"], freedom: Float[Array, "*other"]) -> Float[Array, "*shape"]:
+    """Of a (partial) correlation, on a logarithmic scale: its tens, not its hundreds, decide who is a parent."""
+    t = correlation * jnp.sqrt(freedom) / jnp.sqrt(jnp.maximum(1.0 - correlation**2, 1e-3))
+    return jnp.arcsinh(t) / 3.0
 
 
-def smooth_correlation(sums: Sums) -> Float[Array, "vars vars"]:
-    """Correlation `[i, j]` of variable j with the best smooth function of variable i over the observational rows: it sees waves that moments miss."""
-    mean = sums.waves[:, :-1, -1] / jnp.maximum(sums.observational, 1.0)
-    moments = sums.waves[:, :-1, :-1] - sums.waves[:, :-1, -1:] * mean[:, None] + jnp.eye(NUM_WAVES)[None]
-    against = sums.waves_with[:, :-1] - mean[:, :, None] * sums.waves_with[:, -1:]
-    explained = jnp.einsum("vpw,vpq,vqw->vw", against, jax.vmap(positive_inverse)(moments), against)
-    return jnp.sqrt(jnp.clip(explained / jnp.maximum(jnp.diag(sums.observed), 1.0)[None], 0.0, 1.0))
+def f_statistic(reduction: Float[Array, "*shape"], residual: Float[Array, "*other"], freedom: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """Of three powers of a variable, by what leaving them out adds to a residual sum of squares; on a logarithmic scale."""
+    return jnp.log1p(jnp.maximum(reduction, 0.0) / residual * freedom / 3.0) / 2.0
+
+
+def regressions(sums: Sums, precision: Float[Array, "vars vars"], task: Task) -> list[Float[Array, "vars vars"]]:
+    """Of the regression of i on all others, and of the share of j in it, `[i, j]`.
+
+    Linear, over all rows in which i was not set: t-statistic, coefficient, log of the residual variance. Linear, observational: the log. With three
+    powers of the others, observational: F-statistic and log. With three powers, over all rows in which the target was not set, for i the target:
+    F-statistic.
+    """
+    num_vars, present = task.var_mask.shape[0], task.var_mask
+    own, one = jnp.arange(num_vars), jnp.ones((num_vars, num_vars))
+    everything = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, 1, :, 1]
+    count = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, -4, :, -4].diagonal()
+    number = present.sum()
+
+    inverse = jax.vmap(positive_inverse)(everything[None] - sums.under_do + jnp.eye(num_vars)[None])
+    row, scale = inverse[own, own], jax.vmap(jnp.diag)(inverse)
+    freedom = jnp.maximum(sums.count - count - number, 1.0)
+    correlation = jnp.where(jnp.eye(num_vars) > 0, 0.0, -row / jnp.sqrt(scale.diagonal()[:, None] * scale))
+    coefficient = jnp.where(jnp.eye(num_vars) > 0, 0.0, -row / scale.diagonal()[:, None])
+    linear = [
+        t_statistic(correlation, freedom[:, None]),
+        jnp.arcsinh(coefficient) / 3.0,
+        jnp.log(1.0 / scale.diagonal() / freedom + 1e-4)[:, None] * one,
+        jnp.log(1.0 / jnp.diag(precision) / jnp.maximum(sums.observational - number, 1.0) + 1e-4)[:, None] * one,
+    ]
+
+    cubic_freedom = jnp.maximum(sums.observational - 3.0 * number, 5.0)
+    mean = sums.powers[0, 1:] / jnp.maximum(sums.observational, 1.0)
+    gram = sums.powers[1:, 1:] - sums.observational * mean[:, None] * mean[None] + jnp.eye(3 * num_vars)
+    joint = positive_inverse(gram).reshape(num_vars, 3, num_vars, 3).transpose(0, 2, 1, 3)  # [i, j, power, power]
+    residual = jax.vmap(positive_inverse)(joint[own, own])  # of the three powers of i, given all others'
+    slopes = -jnp.einsum("ip,ijpq->ijq", residual[:, 0], joint)
+    rest = joint[own, own][None] - jnp.einsum("jiap,ipq,ijqb->ijab", joint, residual, joint)  # of j given all but i; its inverse without i
+    unit = jnp.eye(3)[None, None]
+    rest = jnp.where(jnp.eye(num_vars)[..., None, None] > 0, unit, rest + 1e-6 * unit)
+    reduction = jnp.einsum("ijp,ijpq,ijq->ij", slopes, jax.vmap(jax.vmap(positive_inverse))(rest), slopes)
+    left = jnp.maximum(residual[:, 0, 0], 1e-3)
+    cubic = [
+        f_statistic(reduction, left[:, None], cubic_freedom) * (1.0 - jnp.eye(num_vars)),
+        jnp.log(left / cubic_freedom + 1e-4)[:, None] * one,
+    ]
+    is_target = (own == task.target)[:, None]
+    return [*linear, *cubic, jnp.where(is_target, target_test(sums.regression, task)[None], 0.0)]
+
+
+def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[Array, " vars"]:
+    """F-statistic of the three powers of every variable in the regression of the target on all of them."""
+    num_vars, count = task.var_mask.shape[0], jnp.maximum(moments[0, 0], 1.0)
+    mean = moments[0] / count
+    centred = moments - count * mean[:, None] * mean[None]
+    norm = jnp.diag(centred)[1:-1]
+    used = jnp.repeat(task.possible_parents, 3) & (norm > 1e-4)
+    scale = jnp.where(used, 1.0 / jnp.sqrt(jnp.where(used, norm, 1.0)), 0.0)
+    inverse = positive_inverse(centred[1:-1, 1:-1] * scale[:, None] * scale[None] + jnp.diag(jnp.where(used, 1e-3, 1.0)))
+    along, total = centred[1:-1, -1] * scale, jnp.maximum(centred[-1, -1], 1e-3)
+    slopes = (inverse @ along).reshape(num_vars, 3)
+    residual = jnp.maximum(total - along @ slopes.reshape(-1), 1e-3 * total)
+    own = jnp.arange(num_vars)
+    blocks = jax.vmap(positive_inverse)(inverse.reshape(num_vars, 3, num_vars, 3)[own, :, own])
+    reduction = jnp.einsum("ip,ipq,iq->i", slopes, blocks, slopes)
+    return f_statistic(reduction, residual, jnp.maximum(count - 3.0 * task.var_mask.sum(), 1.0))
+
+
+def responses(
+    sums: Sums, observed: Float[Array, "vars vars"], precision: Float[Array, "vars vars"], freedom: Float[Array, ""]
+) -> list[Float[Array, "vars vars"]]:
+    """How variable i answered when j was set, `[i, j]`: a parent's regression carries over to do(j), a child's breaks.
+
+    Squared residual of i on all others, and of i on j alone, by the observational regressions and in their units; square of i; slope of i on j; how
+    many rows.
+    """
+    num_vars = observed.shape[0]
+    count = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, -4, :, -4].diagonal()
+    rows, off = jnp.maximum(count, 1.0)[None], 1.0 - jnp.eye(num_vars)
+    of_i = jnp.einsum("jii->ij", sums.under_do) / rows
+    together = jnp.einsum("jij->ij", sums.under_do) / rows
+    of_j = jnp.einsum("jjj->j", sums.under_do)[None] / rows
+    residual = jnp.einsum("ia,jab,ib->ij", precision, sums.under_do, precision) / jnp.diag(precision)[:, None] * freedom / rows
+    slope = observed / jnp.diag(observed)[None]
+    unexplained = jnp.maximum(1.0 - slope * slope.T, 0.01)
+    alone = (of_i - 2.0 * slope * together + slope**2 * of_j) / unexplained
+    return [
+        jnp.log1p(jnp.maximum(residual, 0.0)) / 3.0 * off,
+        jnp.log1p(jnp.maximum(alone, 0.0)) / 2.0 * off,
+        jnp.log1p(of_i) * off,
+        jnp.arcsinh(together / (of_j + 0.1)) * off,
+        jnp.log1p(count)[None] * jnp.ones_like(off),
+    ]
 
 
 # --- of every variable and value ---

@@ -5,11 +5,13 @@ Every interval is over independent problems (SCMs), never over steps or variable
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import scipy.stats
 import tabulate
@@ -20,7 +22,7 @@ HostArray = np.ndarray | Array
 Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
-TABLES = ("success", "surrogate", "fidelity", "optimisation", "literature", "transfer", "ablation")
+TABLES = ("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation")
 FORMATS = {"md": "github", "tex": "latex"}
 
 
@@ -211,6 +213,20 @@ def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[n
     share = np.clip((best - initial) / (optimum - initial), 0.0, 1.0)
     reached = np.where(share > 0, outcomes.argmin(-1) + 1, steps)
     return np.asarray((share + (steps - reached) / steps) / (1.0 + (steps - 1) / steps))
+
+
+# --- time ---
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median wall-clock seconds of a call, the first (compiling) one left out."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
 
 
 # --- tables ---

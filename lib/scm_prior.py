@@ -20,7 +20,6 @@ NUM_FEATURES = 16  # hidden units per mechanism: enough for a varied function of
 REWIRING = 0.3  # chance of an edge of the ring lattice to get a new end (Watts & Strogatz 1998)
 GENTLE = 5.0  # lengthscale of a polynomial's squared forms: of ten variables, 99 % of models then keep |E[Y | do]| below 7 deviations
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
-MIN_EFFECT = 0.5  # standard deviations by which some intervention must lower the target: no problem is without something to gain
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class SCMPrior:
     """Shortest distance from the observational mean to an end of a variable's range of intervention."""
     max_range: float = 4.0
     """Longest distance from the observational mean to an end of a variable's range of intervention."""
+    min_effect: float = 0.5
+    """Standard deviations by which some intervention must lower the target, so that there is something to gain; 0 admits every variable as target."""
 
     def __post_init__(self):
         for field, known in (("families", FAMILIES), ("mechanisms", MECHANISMS), ("noises", NOISES)):
@@ -185,7 +186,7 @@ def sample_graph(key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, s
 
 
 def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
-    """A random model whose target has an ancestor that can lower it by at least `MIN_EFFECT` standard deviations (redrawn until it does)."""
+    """A random model whose target has an ancestor that can lower it by at least `min_effect` standard deviations (redrawn until it does)."""
     return sample_scm_and_family(key, prior)[0]
 
 
@@ -243,7 +244,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, In
     else:
         centre, unit = mean[scm.position], deviation[scm.position]
         scm = _replace(scm, low=jnp.where(scm.var_mask, centre + unit * scm.low, 0.0), high=jnp.where(scm.var_mask, centre + unit * scm.high, 0.0))
-    qualifies = scm.var_mask & (_largest_drops(scm) >= MIN_EFFECT * unit)
+    qualifies = scm.var_mask & (_largest_drops(scm) >= prior.min_effect * unit)
     return _replace(scm, target=pick(u["target"], qualifies)), family, qualifies.any()
 
 

@@ -1,14 +1,13 @@
 """The surrogate: one network that maps any data set to the posterior over the target's parent sets and to every intervention's effect.
 
-Rows are exchangeable, so they are not carried through the network: learned features of every scalar and its intervention flag are summed into
-cross-moments between every pair of variables (one more row is one more term of a sum), and pair tokens go through row and column attention.
+Rows are exchangeable, so they are not carried through the network: it reads sums over them (lib/evidence.py; one more row is one more term), embeds
+what they say of every ordered pair of variables, and lets the matrix of pairs multiply itself, as elimination and the algebra of covariances do.
 One example at a time; batch with `vmap`.
 
-Cost: about 39 MFLOP forward (XLA's count) for 8 variables and 120 rows at width 64 and 4 blocks. Stage 2 at `small`, three times that per example and
-36 examples in each of 7.8 steps a second on two CPU cores, runs at 33 GFLOP/s, a sixth of a large matmul there (197): small batched attention and
-elementwise work dominate.
+Cost: TODO
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -17,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_STATISTICS, Frame, Rows, Sums, effect_evidence, pair_statistics, sum_rows
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task, value_grid
+from lib.scm_prior import Example
 
 
-NUM_PLAIN = 4  # features of a scalar beside the learned ones: itself, itself where it was set, whether it was set, one
 NUM_MARKS = 5  # of a pair beside its statistics: which are the target, whether it is a variable with itself, how many rows there are
 
 
@@ -37,14 +37,14 @@ class SurrogateConfig:
     """Width of a pair token."""
     model_n_layers: int = 4
     """Number of blocks."""
-    num_heads: int = 4
-    """Attention heads."""
-    num_moments: int = 10
-    """Learned features of each scalar, whose pairwise moments are the network's input."""
+    num_products: int = 32
+    """Channels of each of a block's three matrix products."""
     num_components: int = 6
     """Product-Bernoulli components of the parent-set head; 1 gives independent marginals."""
     num_bins: int = 16
     """Values per variable at which effects are predicted, both ends of the range included."""
+    mixed_precision: bool = False
+    """Blocks in bfloat16: for a GPU, where it is faster; parameters and heads stay in float32."""
 
     @property
     def hyperparameters(self) -> dict:
@@ -75,42 +75,31 @@ def rms_norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
 
-class Attention(eqx.Module):
-    """Multi-head self-attention along the second axis of pair tokens."""
+class Block(eqx.Module):
+    """Products of the pair matrix with itself, sum_k a[i, k] b[k, j], a[i, k] b[j, k] and a[k, i] b[k, j] per channel, beside a feed-forward layer.
+
+    These are the triangle updates of AlphaFold 2 (Jumper et al. 2021, supplement, algorithms 11 and 12), without gates, and in parallel with the
+    feed-forward layer: one projection in, one out. Attention along rows and columns of the matrix sees no (k, j) from (i, j).
+    """
 
     project: eqx.nn.Linear
     out: eqx.nn.Linear
-    num_heads: int = eqx.field(static=True)
+    num_products: int = eqx.field(static=True)
 
-    def __init__(self, dim: int, num_heads: int, *, key: Key[Array, ""]):
+    def __init__(self, dim: int, num_products: int, *, key: Key[Array, ""]):
         project_key, out_key = jr.split(key)
-        self.project = eqx.nn.Linear(dim, 3 * dim, key=project_key)
-        self.out = eqx.nn.Linear(dim, dim, key=out_key)
-        self.num_heads = num_heads
+        self.project = eqx.nn.Linear(dim, 6 * num_products + 2 * dim, key=project_key)
+        self.out = eqx.nn.Linear(3 * num_products + 2 * dim, dim, key=out_key)
+        self.num_products = num_products
 
     def __call__(self, pairs: Float[Array, "vars vars dim"], var_mask: Bool[Array, " vars"]) -> Float[Array, "vars vars dim"]:
-        packed = linear(self.project, rms_norm(pairs)).reshape(*pairs.shape[:-1], 3 * self.num_heads, -1)
-        query, key, value = jnp.split(packed, 3, axis=-2)
-        attended = jax.nn.dot_product_attention(query, key, value, mask=var_mask[None, None, None])
-        return linear(self.out, attended.reshape(pairs.shape))
-
-
-class Block(eqx.Module):
-    """Attention along the rows of the pair matrix, then along its columns, then a feed-forward layer."""
-
-    rows: Attention
-    columns: Attention
-    feed_forward: tuple[eqx.nn.Linear, ...]
-
-    def __init__(self, dim: int, num_heads: int, *, key: Key[Array, ""]):
-        row_key, column_key, forward_key = jr.split(key, 3)
-        self.rows, self.columns = Attention(dim, num_heads, key=row_key), Attention(dim, num_heads, key=column_key)
-        self.feed_forward = make_mlp((dim, 2 * dim, dim), key=forward_key)
-
-    def __call__(self, pairs: Float[Array, "vars vars dim"], var_mask: Bool[Array, " vars"]) -> Float[Array, "vars vars dim"]:
-        pairs = pairs + self.rows(pairs, var_mask)
-        pairs = pairs + self.columns(pairs.swapaxes(0, 1), var_mask).swapaxes(0, 1)
-        return pairs + mlp(self.feed_forward, rms_norm(pairs))
+        present = (var_mask[:, None] & var_mask[None])[..., None]
+        hidden = linear(self.project, rms_norm(pairs))
+        factors = jnp.where(present, hidden[..., : 6 * self.num_products], 0.0)
+        a, b, c, d, e, f = jnp.split(factors, 6, -1)
+        products = [jnp.einsum("ikc,kjc->ijc", a, b), jnp.einsum("ikc,jkc->ijc", c, d), jnp.einsum("kic,kjc->ijc", e, f)]
+        forward = jax.nn.relu(hidden[..., 6 * self.num_products :])
+        return pairs + linear(self.out, jnp.concatenate([rms_norm(jnp.concatenate(products, -1)), forward], -1))
 
 
 class SurrogateOutput(eqx.Module):
@@ -161,21 +150,18 @@ class SurrogateOutput(eqx.Module):
 class ParentSetPredictionModel(eqx.Module):
     """The surrogate network; see the module's docstring."""
 
-    scalar: tuple[eqx.nn.Linear, ...]
     embed: tuple[eqx.nn.Linear, ...]
-    blocks: Block  # stacked along a leading axis: scanned over, so that depth does not lengthen compilation
+    blocks: tuple[Block, ...]
     parent_head: tuple[eqx.nn.Linear, ...]
     weight_head: eqx.nn.Linear
     effect_head: tuple[eqx.nn.Linear, ...]
     config: SurrogateConfig = eqx.field(static=True)
 
     def __init__(self, config: SurrogateConfig, *, key: Key[Array, ""]):
-        scalar_key, embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 6)
+        embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 5)
         dim, bins = config.model_hidden_dim, config.num_bins
-        self.scalar = make_mlp((2, 32, config.num_moments), key=scalar_key)
-        self.embed = make_mlp(((config.num_moments + NUM_PLAIN) ** 2 + NUM_STATISTICS + NUM_MARKS, 2 * dim, dim), key=embed_key)
-        make_block = eqx.filter_vmap(lambda k: Block(dim, config.num_heads, key=k))
-        self.blocks = make_block(jr.split(block_key, config.model_n_layers))
+        self.embed = make_mlp((NUM_STATISTICS + NUM_MARKS, 2 * dim, dim), key=embed_key)
+        self.blocks = tuple(Block(dim, config.num_products, key=k) for k in jr.split(block_key, config.model_n_layers))
         self.parent_head = make_mlp((3 * dim, dim, config.num_components), key=parent_key)
         self.weight_head = eqx.nn.Linear(dim, config.num_components, key=weight_key)
         self.effect_head = make_mlp((3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, (2 + NUM_ESTIMATES) * bins), key=effect_key)
@@ -186,9 +172,9 @@ class ParentSetPredictionModel(eqx.Module):
         return self.decode(self.encode(buffer, task), task)
 
     def encode(self, buffer: ExperienceBuffer, task: Task) -> "EncoderState":
-        """Everything that the network keeps of a data set: sums over its rows."""
+        """Everything that the network sees of a data set: sums over its rows. No weights are involved."""
         frame = Frame.of(buffer, task, self.config.num_bins)
-        return self._sum(Rows.of(buffer, frame, task.var_mask), frame, task)
+        return EncoderState(frame, sum_rows(Rows.of(buffer, frame, task.var_mask), frame, task))
 
     def update(self, state: "EncoderState", task: Task, values: Float[Array, " vars"], intervened: Bool[Array, " vars"]) -> "EncoderState":
         """One more row, at one row's share of the cost of `encode`.
@@ -197,16 +183,18 @@ class ParentSetPredictionModel(eqx.Module):
         moved the units a little.
         """
         row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
-        more = self._sum(Rows.of(row, state.frame, task.var_mask), state.frame, task)
-        return EncoderState(state.frame, *jax.tree.map(jnp.add, (state.moments, state.sums), (more.moments, more.sums)))
+        more = sum_rows(Rows.of(row, state.frame, task.var_mask), state.frame, task)
+        return EncoderState(state.frame, jax.tree.map(jnp.add, state.sums, more))
 
     def decode(self, state: "EncoderState", task: Task) -> SurrogateOutput:
         """Posterior and effects from the sums."""
         frame = state.frame
-        pairs = self._embed(state, task)
-        arrays, static = eqx.partition(self.blocks, eqx.is_array)
-        pairs, _ = jax.lax.scan(lambda p, block: (eqx.combine(block, static)(p, task.var_mask), None), pairs, arrays)
-        pairs = rms_norm(pairs)
+        pairs = mlp(self.embed, jnp.concatenate([pair_statistics(state.sums, task), marks(state.sums, task)], -1))
+        dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
+        blocks, pairs = jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, (self.blocks, pairs))
+        for block in blocks:
+            pairs = block(pairs, task.var_mask)
+        pairs = rms_norm(pairs.astype(frame.shift.dtype))
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate([pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1)
         evidence = effect_evidence(state.sums, frame, task)
@@ -227,30 +215,6 @@ class ParentSetPredictionModel(eqx.Module):
             spread,
         )
 
-    def _sum(self, rows: Rows, frame: Frame, task: Task) -> "EncoderState":
-        learned = mlp(self.scalar, jnp.stack([rows.values, rows.intervened], -1))
-        plain = jnp.stack([rows.values, rows.values * rows.intervened, rows.intervened, jnp.ones_like(rows.values)], -1)
-        features = jnp.concatenate([learned, plain], -1) * (rows.valid[:, None, None] * task.var_mask[None, :, None])
-        flat = features.reshape(rows.values.shape[0], -1)
-        return EncoderState(frame, flat.T @ flat, sum_rows(rows, frame, task))
-
-    def _embed(self, state: "EncoderState", task: Task) -> Float[Array, "vars vars dim"]:
-        sums, num_vars = state.sums, task.var_mask.shape[0]
-        count = jnp.maximum(sums.count, 1.0)
-        moments = (state.moments / count).reshape(num_vars, -1, num_vars, state.moments.shape[0] // num_vars)
-        moments = moments.transpose(0, 2, 1, 3).reshape(num_vars, num_vars, -1)
-        is_target = (jnp.arange(num_vars) == task.target).astype(moments.dtype)
-        one = jnp.ones((num_vars, num_vars))
-        marks = [
-            is_target[:, None] * one,
-            is_target[None] * one,
-            jnp.eye(num_vars),
-            one * jnp.log(sums.observational + 1.0) / 5.0,
-            one * jnp.log(count - sums.observational + 1.0) / 5.0,
-        ]
-        squashed = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
-        return mlp(self.embed, jnp.concatenate([squashed, pair_statistics(sums, task.var_mask), jnp.stack(marks, -1)], -1))
-
     def __call__(self, buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ParentSetPosterior:
         """The posterior over the target's parent sets."""
         return self.predict(buffer, observed_task(buffer, target)).posterior()
@@ -262,11 +226,19 @@ class ParentSetPredictionModel(eqx.Module):
 
 
 class EncoderState(NamedTuple):
-    """A data set as the network keeps it; `moments` are sums over rows of products of learned and plain features of all variables."""
+    """A data set as the network keeps it: its units, and sums over its rows."""
 
     frame: Frame
-    moments: Float[Array, "features features"]
     sums: Sums
+
+
+def marks(sums: Sums, task: Task) -> Float[Array, "vars vars marks"]:
+    """What is known of a pair (i, j) beside its statistics: whether i, and j, is the target, whether they are the same, how many rows there are."""
+    num_vars = task.var_mask.shape[0]
+    is_target = (jnp.arange(num_vars) == task.target).astype(sums.count.dtype)
+    one = jnp.ones((num_vars, num_vars))
+    rows = [jnp.log(sums.observational + 1.0), jnp.log(sums.count - sums.observational + 1.0)]
+    return jnp.stack([is_target[:, None] * one, is_target[None] * one, jnp.eye(num_vars), *(one * n / 5.0 for n in rows)], -1)
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
@@ -276,22 +248,78 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
     return Task(jnp.asarray(target), low, high, jnp.ones(buffer.values.shape[1], bool))
 
 
+class ExpertExamples(NamedTuple):
+    """States of the expert with what it believed there (leading axis `batch`)."""
+
+    buffer: ExperienceBuffer
+    task: Task
+    posterior: ParentSetPosterior
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the surrogate learns from; every term is in nats."""
+
+    parents: float = 1.0
+    """Of the NLL of the true parent set."""
+    effects: float = 1.0
+    """Of the effect head's NLL."""
+    expert: float = 0.1
+    """Of KL(expert || surrogate)."""
+
+
 class SurrogateLosses(NamedTuple):
-    """Terms of the surrogate's loss for one example, in nats."""
+    """Terms of the surrogate's loss, in nats."""
 
-    parent_nll: Float[Array, ""]
-    effect_nll: Float[Array, ""]
+    parent_nll: Float[Array, "*batch"]
+    effect_nll: Float[Array, "*batch"]
+    expert_kl: Float[Array, "*batch"]
 
 
-def surrogate_losses(output: SurrogateOutput, parents: Bool[Array, " vars"], effects: Float[Array, "vars bins"]) -> SurrogateLosses:
+def surrogate_losses(
+    output: SurrogateOutput, parents: Bool[Array, " vars"], effects: Float[Array, "vars bins"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """NLL of the true parent set, and mean Gaussian NLL of the true effects (in deviations of the target) over candidate variables and values."""
     usable = output.task.candidates[:, None] & jnp.isfinite(effects)
     error = jnp.where(usable, effects, output.effect_mean) - output.effect_mean
     nll = 0.5 * (error / output.effect_std) ** 2 + jnp.log(output.effect_std / output.spread)
-    return SurrogateLosses(-output.log_prob(parents), jnp.where(usable, nll, 0.0).sum() / jnp.maximum(usable.sum(), 1))
+    return -output.log_prob(parents), jnp.where(usable, nll, 0.0).sum() / jnp.maximum(usable.sum(), 1)
 
 
 def expert_kl(output: SurrogateOutput, expert: ParentSetPosterior) -> Float[Array, ""]:
     """KL(expert || surrogate) over the expert's sets, in nats."""
     ours = jax.vmap(output.log_prob)(expert.sets)
     return (expert.probs * jnp.where(expert.probs > 0, expert.log_probs - ours, 0.0)).sum()
+
+
+def mean_losses(model: ParentSetPredictionModel, batches: Sequence[Example], demos: ExpertExamples | None) -> SurrogateLosses:
+    """Means over all simulated examples, in batches each of its own number of slots, and over the expert's states."""
+
+    def simulated(example):
+        return surrogate_losses(model.predict(example.buffer, example.task), example.parents, example.effects)
+
+    parts = [jax.vmap(simulated)(batch) for batch in batches]
+    parent_nll, effect_nll = (jnp.concatenate(terms).mean() for terms in zip(*parts, strict=True))
+    if demos is None:
+        return SurrogateLosses(parent_nll, effect_nll, jnp.zeros(()))
+    kl = jax.vmap(lambda demo: expert_kl(model.predict(demo.buffer, demo.task), demo.posterior))(demos)
+    return SurrogateLosses(parent_nll, effect_nll, kl.mean())
+
+
+def update_surrogate(
+    model: ParentSetPredictionModel,
+    optimiser_state: optax.OptState,
+    optimiser: optax.GradientTransformation,
+    batches: Sequence[Example],
+    demos: ExpertExamples | None,
+    weights: LossWeights,
+) -> tuple[ParentSetPredictionModel, optax.OptState, SurrogateLosses]:
+    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth beside the expert's posterior)."""
+
+    def loss_fn(model):
+        losses = mean_losses(model, batches, demos)
+        return weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + weights.expert * losses.expert_kl, losses
+
+    (_, losses), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
+    updates, optimiser_state = optimiser.update(gradients, optimiser_state, eqx.filter(model, eqx.is_array))
+    return eqx.apply_updates(model, updates), optimiser_state, losses

@@ -21,8 +21,8 @@ from lib.buffer import ExperienceBuffer
 from lib.parent_scale import ExpertRun, ParentScaleConfig, replay_posterior, run_parent_scale
 from lib.policy import AcquisitionState, make_state
 from lib.posterior import ParentSetPosterior
-from lib.scm import AbstractSCM, SyntheticSCM, Task
-from lib.surrogate import ParentSetPredictionModel
+from lib.scm import AbstractSCM, SyntheticSCM
+from lib.surrogate import ExpertExamples, ParentSetPredictionModel
 
 
 class TrajectoryStep(NamedTuple):
@@ -474,14 +474,6 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
 
 
 # --- what students learn from ---
-
-
-class ExpertExamples(NamedTuple):
-    """Pairs (data, the expert's belief), leading axis over all steps of all demonstrations."""
-
-    buffer: ExperienceBuffer
-    task: Task
-    posterior: ParentSetPosterior
 
 
 @eqx.filter_jit

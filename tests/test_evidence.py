@@ -7,7 +7,7 @@ import pytest
 
 from lib.baselines import additive_ridge_surface, least_squares_surface
 from lib.buffer import ExperienceBuffer
-from lib.evidence import MAX_DEVIATIONS, NUM_WAVES, Frame, Rows, effect_evidence, pair_statistics, regression_surfaces, sum_rows
+from lib.evidence import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, Rows, effect_evidence, pair_statistics, regression_surfaces, sum_rows
 from lib.scm import Task
 
 
@@ -38,7 +38,7 @@ def test_sums_are_additive(problem):
     frame, rows, whole = summed(buffer, task)
     parts = [sum_rows(jax.tree.map(lambda leaf, part=part: leaf[part], rows), frame, task) for part in (slice(0, 37), slice(37, ROWS))]
     for name, total, one, other in zip(whole._fields, whole, *parts, strict=True):
-        np.testing.assert_allclose(total, one + other, rtol=1e-4, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(total, one + other, rtol=1e-4, atol=5e-3, err_msg=name)
 
 
 def test_regressions_are_those_of_the_baselines(problem):
@@ -52,17 +52,81 @@ def test_regressions_are_those_of_the_baselines(problem):
     np.testing.assert_allclose(cubic[ranged], additive_ridge_surface(standardised, task.target, low, high, BINS)[ranged], atol=2e-2)
 
 
-def test_smooth_correlation_sees_a_wave(problem):
+def test_scalar_features_and_their_mean_products(problem):
     buffer, task = problem
     _, rows, sums = summed(buffer, task)
-    statistics = np.asarray(pair_statistics(sums, task.var_mask))
+    x, set_ = np.asarray(rows.values, float), np.asarray(rows.intervened, float)
+    h = [x, (x**2 - 1) / np.sqrt(2), (x**3 - 3 * x) / np.sqrt(6)]
+    waves = [f(w * x) for w in (1.2, 2.4, 3.6) for f in (np.sin, np.cos)]
+    features = np.stack([np.ones_like(x), *h, *waves, set_, set_ * x, set_ * waves[0], set_ * waves[1]], -1)
+    assert np.abs(x).max() < FARTHEST and features.shape[-1] == NUM_FEATURES
+    expected = np.einsum("na,nb->ab", features[:, 0], features[:, TARGET]).reshape(-1) / ROWS
+    statistics = np.asarray(pair_statistics(sums, task))[0, TARGET, : NUM_FEATURES**2]
+    np.testing.assert_allclose(statistics, np.sign(expected) * np.log1p(5 * np.abs(expected)), atol=2e-3)
+
+
+def statistic(problem, name):
+    """One of the statistics of pairs, `[i, j]`."""
+    buffer, task = problem
+    _, _, sums = summed(buffer, task)
+    return np.asarray(pair_statistics(sums, task))[:, :, NUM_FEATURES**2 + STATISTICS.index(name)]
+
+
+STATISTICS = ("covariance", "t alone", "t observed", "t", "coefficient", "variance", "variance observed", "F", "variance cubic", "F of target")
+STATISTICS += ("residual", "residual alone", "square", "slope", "rows")
+
+
+def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
+    """Variable 0, which is set in ten rows; one row's worth of independence is a ridge of one."""
+    buffer, task = problem
+    _, rows, _ = summed(buffer, task)
+    x = np.asarray(rows.values, float)[~np.asarray(buffer.intervened[:, 0])]
+    others = x[:, 1:]
+    inverse = np.linalg.inv(x.T @ x + np.eye(VARS))
+    slopes = np.linalg.solve(others.T @ others + np.eye(VARS - 1), others.T @ x[:, 0])
+    np.testing.assert_allclose(np.sinh(3 * statistic(problem, "coefficient")[0, 1:]), slopes, atol=1e-3)
+    partial = -inverse[0, 1:] / np.sqrt(inverse[0, 0] * np.diag(inverse)[1:])
+    freedom = len(x) - VARS
+    np.testing.assert_allclose(np.sinh(3 * statistic(problem, "t")[0, 1:]), partial * np.sqrt(freedom / (1 - partial**2)), rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(np.exp(statistic(problem, "variance")[0]), 1 / inverse[0, 0] / freedom, rtol=1e-2)
+
+
+def test_the_cubic_test_sees_a_wave_that_correlation_misses(problem):
+    """Variable 1 is a wave of variable 0: an F-test of three powers, by least squares in numpy."""
+    buffer, task = problem
+    _, rows, _ = summed(buffer, task)
     x = np.asarray(rows.values[:OBSERVED], float)
-    features = np.exp(-0.5 * ((x[:, :1] - np.linspace(-2.5, 2.5, NUM_WAVES)) / 0.5) ** 2)
-    features -= features.mean(0)
-    against = features.T @ x[:, 1]
-    expected = np.sqrt(against @ np.linalg.solve(features.T @ features + np.eye(NUM_WAVES), against) / (x[:, 1] ** 2).sum())
-    assert abs(statistics[0, 1, 3] - expected) < 1e-3 and expected > 0.7
-    assert abs(statistics[0, 1, 0]) < 0.4  # what the covariance sees of it
+    powers = np.stack([x, (x**2 - 1) / np.sqrt(2), (x**3 - 3 * x) / np.sqrt(6)], -1)
+    powers -= powers.mean(0)
+
+    def residual(regressors):
+        design = powers[:, regressors].reshape(OBSERVED, -1)
+        y = powers[:, 1, 0]
+        gram = design.T @ design + np.eye(design.shape[1])
+        return y @ y + 1.0 - y @ design @ np.linalg.solve(gram, design.T @ y)
+
+    full, without = residual([0, 2, 3]), residual([2, 3])
+    expected = np.log1p((without - full) / full * (OBSERVED - 3 * VARS) / 3) / 2
+    found = statistic(problem, "F")
+    assert abs(found[1, 0] - expected) < 0.02 * expected
+    assert found[1, 0] > 1.0 > max(found[1, 2], found[1, 3])
+
+
+def test_a_parents_regression_carries_over_and_a_childs_breaks():
+    """0 -> 1 -> 2: when 0 is set, 1 is what its regression says; when 2 is set, it is not."""
+    rng = np.random.default_rng(3)
+    values, intervened = rng.normal(size=(200, 3)), np.zeros((200, 3), bool)
+    intervened[180:190, 0], intervened[190:, 2] = True, True
+    values[180:190, 0], end = rng.uniform(2, 3, 10), rng.uniform(2, 3, 10)
+    values[:, 1] = values[:, 0] + 0.5 * values[:, 1]
+    values[:, 2] = values[:, 1] + 0.5 * values[:, 2]
+    values[190:, 2] = end
+    buffer = ExperienceBuffer(jnp.asarray(values, jnp.float32), jnp.asarray(intervened), jnp.ones(200, bool))
+    problem = buffer, Task(jnp.array(1), jnp.full(3, -3.0), jnp.full(3, 3.0), jnp.ones(3, bool))
+    broken = statistic(problem, "residual")
+    assert broken[1, 2] > 2 * broken[1, 0]
+    assert statistic(problem, "slope")[1, 0] > 5 * abs(statistic(problem, "slope")[1, 2])
+    np.testing.assert_allclose(statistic(problem, "rows"), np.log1p([[10, 0, 10]] * 3), atol=1e-5)
 
 
 def test_counts_and_means_of_what_was_done(problem):
@@ -72,7 +136,7 @@ def test_counts_and_means_of_what_was_done(problem):
     evidence = np.asarray(effect_evidence(sums, frame, task))
     x, y, done = (np.asarray(a, float) for a in (rows.values[:, 0], rows.values[:, TARGET], rows.intervened[:, 0]))
     width = 0.5 * float(frame.grid[0, 1] - frame.grid[0, 0]) + 0.15
-    near = np.exp(-0.5 * ((x[:, None] - np.asarray(frame.grid[0])[None]) / width) ** 2) * done[:, None]
+    near = np.maximum(1 - ((x[:, None] - np.asarray(frame.grid[0])[None]) / width) ** 2 / 7, 0) ** 2 * done[:, None]
     np.testing.assert_allclose(evidence[0, :, 1], near.T @ y / (near.sum(0) + 0.3), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(evidence[0, :, 8], np.log1p(near.sum(0)), rtol=1e-3, atol=1e-4)
 
@@ -82,5 +146,5 @@ def test_outliers_and_constant_columns(problem):
     wild = ExperienceBuffer(buffer.values.at[5, 0].set(1e6).at[:, 3].set(4.0), buffer.intervened, buffer.valid)
     frame, rows, sums = summed(wild, task)
     assert float(jnp.abs(rows.values).max()) <= MAX_DEVIATIONS and float(jnp.abs(rows.values[:, 3]).max()) == 0.0
-    for part in (pair_statistics(sums, task.var_mask), effect_evidence(sums, frame, task)):
+    for part in (pair_statistics(sums, task), effect_evidence(sums, frame, task)):
         assert bool(jnp.isfinite(part).all())

@@ -19,7 +19,7 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 BINS, STEPS, GROUP, MIN_SPREAD = 5, 3, 6, 1e-4
 PRIOR = SCMPrior(max_vars=5, min_size=4, max_size=4)
 DESIGN = CampaignDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
-SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_heads=2, num_moments=3, num_components=2, num_bins=BINS)
+SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS)
 CONFIG = GRPOConfig(entropy_weight=0.0, learning_rate=1e-2, min_spread=MIN_SPREAD)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PRIOR = SCMPrior(max_vars=3, max_size=3)
 DESIGN = DataDesign(min_obs=20, max_obs=24, max_interventions=8)
 CAMPAIGN = CampaignDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
-SURROGATE = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_heads=2, num_moments=3, num_components=2, num_bins=6)
+SURROGATE = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6)
 GRPO = GRPOConfig(group_size=3)
 
 
@@ -57,7 +57,8 @@ def configs(folder: Path) -> list:
             model=SURROGATE,
             steps=6,
             warmup_steps=1,
-            models_per_step=2,
+            buckets=(STAGES[1].Bucket(3, 2),),
+            buffers_per_model=2,
             demos_per_step=2,
             chunk=2,
             evaluate_every=4,

@@ -15,7 +15,6 @@ from lib.scm import MECHANISMS, NOISES, Intervention, check_scm
 from lib.scm_prior import (
     DIFFICULTY,
     FAMILIES,
-    MIN_EFFECT,
     DataDesign,
     SCMPrior,
     initial_buffer,
@@ -215,7 +214,7 @@ def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied
     table = jax.jit(jax.vmap(lambda scm: scm.effect_table(scm.low[:, None] + (scm.high - scm.low)[:, None] * jnp.linspace(0, 1, 5)[None])))(scms)
     everyone, target = np.arange(NUM_MODELS), np.asarray(scms.target)
     drops = (mean[everyone, target] - np.asarray(table).min((1, 2))) / deviation[everyone, target]
-    assert (drops > MIN_EFFECT - 0.3).all() and (drops >= MIN_EFFECT).mean() > 0.9
+    assert (drops > SCMPrior().min_effect - 0.3).all() and (drops >= SCMPrior().min_effect).mean() > 0.9
     assert not np.asarray(scms.low)[~there].any() and not np.asarray(scms.high)[~there].any()
 
 
@@ -270,7 +269,7 @@ def test_every_target_can_be_lowered(scms):
 
     drops = np.asarray(jax.jit(jax.vmap(drop))(scms))
     # qualification looked at 32 rows of noise, so single models may fall short by its standard error
-    assert (drops > MIN_EFFECT - 0.25).all() and (drops >= MIN_EFFECT).mean() > 0.9
+    assert (drops > SCMPrior().min_effect - 0.25).all() and (drops >= SCMPrior().min_effect).mean() > 0.9
 
 
 def test_initial_buffer_counts_rows(scms):

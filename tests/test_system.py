@@ -19,7 +19,7 @@ from lib.system import OnlineConfig, TrainedACBOSystem, flip_target, load_policy
 
 
 NUM_VARS, STEPS = 5, 3
-SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_heads=2, num_moments=3, num_components=2, num_bins=5)
+SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5)
 
 
 @pytest.fixture(scope="module")

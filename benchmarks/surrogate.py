@@ -1,0 +1,517 @@
+"""How good a trained surrogate is: parents, calibration, effects, transfer, against the expert and against the exact posterior.
+
+    python benchmarks/surrogate.py --weights artifacts/small/surrogate.eqx --parts accuracy effects transfer expert
+    python benchmarks/surrogate.py --weights artifacts/exact/surrogate.eqx --parts exact
+
+Held-out problems of `SCMPrior`: `num_obs` observational rows and `per_variable` interventions on each variable, families Erdős–Rényi and scale-free,
+half of them linear, unless a row says otherwise. Intervals are 95 %, over problems. Thresholds of the baselines are chosen on as many separate
+problems, to their advantage. Writes tables (.md, .csv, .tex), metrics.json and figures to `--folder`.
+
+`exact` wants weights trained on the enumerated prior itself (the command is in the README): linear, Gaussian, 2 to 4 variables, any target.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from lib import baselines
+from lib.artifacts import read_header
+from lib.buffer import DataError, ExperienceBuffer
+from lib.config import errors_for_people, use_compilation_cache
+from lib.enumeration import enumerated_posterior
+from lib.metrics import (
+    Record,
+    auroc,
+    average_precision,
+    best_threshold,
+    expected_calibration_error,
+    median_seconds,
+    paired_difference,
+    parent_f1,
+    render,
+    summarise,
+    write_results,
+)
+from lib.parent_scale import ParentScaleConfig, prior_over_sets, replay_posterior
+from lib.posterior import ParentSetPosterior
+from lib.scm import Intervention, SyntheticSCM, Task, value_grid
+from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
+from lib.surrogate import ParentSetPredictionModel
+from lib.system import TrainedACBOSystem, load_surrogate
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the comparison."""
+
+    weights: Path = Path("artifacts/small/surrogate.eqx")
+    """A surrogate of stage 2, or a system of stage 4."""
+    parts: tuple[str, ...] = ("accuracy", "effects", "transfer", "expert")
+    """What is measured: any of accuracy, effects, transfer, expert, exact, rivals."""
+    rivals: tuple[Path, ...] = ()
+    """Other surrogates that `rivals` compares with, on the same problems."""
+    sizes: tuple[int, ...] = (5, 8, 10)
+    """Numbers of variables."""
+    transfer_sizes: tuple[int, ...] = (5, 8, 10, 15, 20, 30, 50)
+    """Numbers of variables of the curves."""
+    num_problems: int = 500
+    """Held-out problems per cell."""
+    num_obs: int = 200
+    """Observational rows."""
+    few_obs: int = 48
+    """Observational rows where the effects are asked for."""
+    per_variable: int = 2
+    """Interventions per variable."""
+    seed: int = 4_000_003
+    """Seed of the problems; unlike any training seed."""
+    folder: Path = Path("artifacts/surrogate")
+    """Where tables and figures go."""
+
+
+ACBO = "acbo"
+STRUCTURE = ("all_ones", "absolute_correlation", "f_test")
+RULES = {"least_squares": baselines.least_squares_surface, "additive_ridge": baselines.additive_ridge_surface}
+TRAINED = ("erdos_renyi", "scale_free")  # the mixture that sizes are compared on
+# Mean F1 of the predecessor's surrogate on 15 systems, data not recorded (its stored evaluations): family -> {variables: F1}.
+PREDECESSOR = {"chain": {3: 0.889, 8: 0.800, 15: 0.711}, "fork": {3: 0.956, 8: 0.933, 15: 0.778}, "scale_free": {3: 0.556, 8: 0.474, 15: 0.268}}
+LEAST_LOG_PROB = -10.0  # of the true set, beside the expert: sets that its prior leaves out have none
+COLLINEAR = 0.9  # correlation from which a parent and another candidate count as substitutes
+
+
+# --- problems and scores: everything about a problem that some table needs, as arrays with leading axis `batch` ---
+
+
+class Problems(eqx.Module):
+    """Systems with their first data and their truth."""
+
+    scm: SyntheticSCM
+    buffer: ExperienceBuffer
+    family: jax.Array
+    effects: jax.Array
+    baseline: jax.Array
+
+
+def in_batches(function: Callable, inputs):
+    """`function` over the leading axis, 20 at a time."""
+    return jax.lax.map(function, inputs, batch_size=20)
+
+
+@eqx.filter_jit
+def draw(key: jax.Array, count: int, prior: SCMPrior, num_obs: int, per_variable: int, num_bins: int) -> Problems:
+    """Held-out problems."""
+
+    def one(key):
+        scm_key, data_key = jr.split(key)
+        scm, family = sample_scm_and_family(scm_key, prior)
+        buffer = initial_buffer(data_key, scm, num_obs, per_variable, num_obs + per_variable * prior.max_vars)
+        baseline = scm.mean_outcome(Intervention.none(prior.max_vars))
+        return Problems(scm, buffer, family, scm.effect_table(value_grid(scm.low, scm.high, num_bins)), baseline)
+
+    return in_batches(one, jr.split(key, count))
+
+
+@eqx.filter_jit
+def score(model: ParentSetPredictionModel, problems: Problems) -> dict[str, jax.Array]:
+    """What the surrogate and the baselines say, and the truth."""
+
+    def one(problem):
+        scm, buffer = problem.scm, problem.buffer
+        output = model.predict(buffer, scm.task)
+        posterior = output.posterior()
+        rules = {name: rule(buffer, scm.target, scm.low, scm.high, model.config.num_bins) for name, rule in RULES.items()}
+        rivals = {name: getattr(baselines, name)(buffer, scm.target, scm.var_mask) for name in STRUCTURE}
+        belief = {ACBO: output.marginals(), "log_prob": output.log_prob(scm.parents), "entropy": posterior.entropy()}
+        return (
+            rules
+            | rivals
+            | belief
+            | {"mean": output.effect_mean, "std": output.effect_std, "spread": output.spread}
+            | {"parents": scm.parents, "possible": scm.task.possible_parents, "effects": problem.effects, "baseline": problem.baseline}
+            | {"mechanism": scm.mechanism, "family": problem.family, "graph": scm.graph, "target": scm.target}
+            | {"collinear": collinearity(buffer, scm)}
+        )
+
+    return in_batches(one, problems)
+
+
+def collinearity(buffer, scm: SyntheticSCM) -> jax.Array:
+    """The largest observational |correlation| of a parent of the target with another candidate: where it is high, the two are substitutes."""
+    rows = buffer.observational
+    location, scale = baselines.column_moments(buffer.values, rows)
+    z = jnp.where(rows[:, None], (buffer.values - location[None]) / scale[None], 0.0)
+    correlation = jnp.abs(z.T @ z / jnp.maximum(rows.sum(), 1)) * (1.0 - jnp.eye(z.shape[1]))
+    return jnp.where(scm.parents[:, None] & scm.task.possible_parents[None], correlation, 0.0).max()
+
+
+def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def confounded(graphs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Whether some variable and the target have a common cause that reaches the target by a path around that variable `[batch]`."""
+    count, size = targets.shape[0], graphs.shape[1]
+    found = np.zeros(count, bool)
+    reach = np.linalg.matrix_power(graphs + np.eye(size), size) > 0
+    for i in range(size):
+        without = graphs.astype(float).copy()
+        without[:, i] = 0.0
+        around = np.linalg.matrix_power(without + np.eye(size), size)[np.arange(count), :, targets] > 0
+        others = (np.arange(size)[None] != i) & (np.arange(size)[None] != targets[:, None])
+        found |= (reach[:, :, i] & around & others).any(1) & (targets != i)
+    return found
+
+
+def share_of_improvement(surface: np.ndarray, scores: dict[str, np.ndarray]) -> np.ndarray:
+    """(E[Y] - E[Y | do at the surface's lowest point]) / (E[Y] - least on the grid) of every problem, on candidate variables."""
+    effects, count = scores["effects"].reshape(len(surface), -1), len(surface)
+    chosen = np.where(np.isfinite(effects), surface.reshape(count, -1), np.inf).argmin(1)
+    best = effects.min(1)
+    return (scores["baseline"] - effects[np.arange(count), chosen]) / (scores["baseline"] - best)
+
+
+class Report:
+    """Problems of a cell are drawn and scored once; records are collected."""
+
+    def __init__(self, config: Config, model: ParentSetPredictionModel):
+        self.config, self.model = config, model
+        self.records: list[Record] = []
+
+    def add(self, table: str, task: str, method: str, metric: str, estimate, n: int, unit: str = "") -> None:
+        value, low, high = estimate if isinstance(estimate, tuple) else (estimate, -np.inf, np.inf)
+        self.records.append(Record(table, task, method, metric, float(value), float(low), float(high), n, unit))
+
+    def problems(self, size: int, num_obs: int, stream: int = 0, count: int | None = None, **prior) -> Problems:
+        """Problems with `size` variables in a bucket of exactly that size; `stream` 1 are those that thresholds are chosen on."""
+        settings = SCMPrior(**({"max_vars": size, "min_size": size, "max_size": size, "families": TRAINED} | prior))
+        key = jr.fold_in(jr.fold_in(jr.fold_in(jr.key(self.config.seed), size), num_obs), stream)
+        return draw(key, count or self.config.num_problems, settings, num_obs, self.config.per_variable, self.model.config.num_bins)
+
+    def scores(self, size: int, num_obs: int, stream: int = 0, **prior) -> dict[str, np.ndarray]:
+        return host(score(self.model, self.problems(size, num_obs, stream, **prior)))
+
+
+# --- the parts ---
+
+
+def measure_structure(report: Report, table: str, task: str, scores: dict[str, np.ndarray], tuning: dict[str, np.ndarray]) -> None:
+    """Parents: the surrogate at probability one half, the baselines at their best thresholds."""
+    truth, possible, n = scores["parents"], scores["possible"], len(scores["parents"])
+    said = {ACBO: scores[ACBO] > 0.5}
+    said |= {name: scores[name] >= best_threshold(tuning[name], tuning["parents"], tuning["possible"]) for name in STRUCTURE}
+    ours = parent_f1(said[ACBO], truth, possible)
+    for name, guess in said.items():
+        f1 = parent_f1(guess, truth, possible)
+        report.add(table, task, name, "pooled F1", f1.pooled, n)
+        report.add(table, task, name, "parent F1", f1.mean, n)
+        report.add(table, task, name, "AUROC", auroc(scores[name], truth, possible), n)
+        report.add(table, task, name, "AUPRC", average_precision(scores[name], truth, possible), n)
+        if name != ACBO:
+            report.add(table, task, name, "F1 below acbo's, paired", paired_difference(ours.per_problem, f1.per_problem), n)
+    report.add(table, task, ACBO, "exact set", summarise(((said[ACBO] == truth) | ~possible).all(1).astype(float)), n)
+    report.add(table, task, ACBO, "set NLL", summarise(-scores["log_prob"]), n)
+    report.add(table, task, ACBO, "ECE", expected_calibration_error(scores[ACBO], truth, possible), n)
+
+
+def measure_accuracy(report: Report) -> None:
+    """By size, then by family beside the predecessor."""
+    config, pooled = report.config, []
+    for size in tqdm(config.sizes, desc="accuracy"):
+        scores, tuning = (report.scores(size, config.num_obs, stream) for stream in (0, 1))
+        measure_structure(report, "surrogate", f"d={size}", scores, tuning)
+        pooled.append((scores[ACBO][scores["possible"]], scores["parents"][scores["possible"]]))
+        for kind, rows in (("linear", scores["mechanism"] == 0), ("fourier", scores["mechanism"] == 1)):
+            part = {name: value[rows] for name, value in scores.items()}
+            f1 = parent_f1(part[ACBO] > 0.5, part["parents"], part["possible"])
+            report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "pooled F1", f1.pooled, int(rows.sum()))
+            report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "AUROC", auroc(part[ACBO], part["parents"], part["possible"]), int(rows.sum()))
+    draw_reliability(config.folder / "reliability.png", *(np.concatenate(x) for x in zip(*pooled, strict=True)))
+    for family, size in tqdm([(family, size) for family in FAMILIES for size in (3, 8, 15)], desc="families"):
+        if family in ("watts_strogatz", "layered") and size == 3:
+            continue
+        scores, tuning = (report.scores(size, config.num_obs, stream, families=(family,)) for stream in (0, 1))
+        measure_structure(report, "surrogate", f"d={size}/{family}", scores, tuning)
+        if size in PREDECESSOR.get(family, {}):
+            report.add("surrogate", f"d={size}/{family}", "predecessor", "parent F1", PREDECESSOR[family][size], 15)
+
+
+def measure_effects(report: Report) -> None:
+    """R^2, coverage, and the first experiment at the surface's best point: by size, family and kind of target."""
+    config = report.config
+
+    def add(task, scores, rows):
+        part = {name: value[rows] for name, value in scores.items()}
+        n, usable = int(rows.sum()), np.isfinite(part["effects"])
+        error = np.where(usable, part["effects"] - part["mean"], 0.0)
+        inside = (np.abs(error) < 1.645 * part["std"]) & usable
+        report.add("effects", task, ACBO, "R2", float(1 - (error[usable] ** 2).mean() / part["effects"][usable].var()), n)
+        report.add("effects", task, ACBO, "coverage of 90 % bands", summarise(inside.sum((1, 2)) / usable.sum((1, 2))), n)
+        for name in (ACBO, *RULES):
+            surface = part["mean"] if name == ACBO else part[name]
+            report.add("effects", task, name, "share of the improvement", summarise(share_of_improvement(surface, part)), n)
+
+    curve = {}
+    for size in tqdm(config.transfer_sizes, desc="effects"):
+        scores = report.scores(size, config.few_obs)
+        everyone = np.ones(len(scores["target"]), bool)
+        add(f"d={size}", scores, everyone)
+        curve[size] = {name: summarise(share_of_improvement(scores["mean" if name == ACBO else name], scores)) for name in (ACBO, *RULES)}
+        if size == 8:
+            children = scores["graph"][np.arange(len(everyone)), scores["target"]].any(1)
+            mixed = confounded(scores["graph"], scores["target"])
+            for kind, rows in (("confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
+                add(f"d=8/{kind}", scores, rows)
+                add(f"d=8/not {kind}", scores, ~rows)
+    for family in FAMILIES:
+        scores = report.scores(8, config.few_obs, families=(family,))
+        add(f"d=8/{family}", scores, np.ones(len(scores["target"]), bool))
+    draw_curve(config.folder / "effects.png", curve, "share of the possible improvement,\nfirst experiment", config.few_obs, report)
+
+
+def measure_transfer(report: Report) -> None:
+    """Sizes, graph families, mechanisms and noise that training never showed."""
+    config, curve = report.config, {}
+    for size in tqdm(config.transfer_sizes, desc="transfer"):
+        scores, tuning = (report.scores(size, config.num_obs, stream) for stream in (0, 1))
+        truth, possible = scores["parents"], scores["possible"]
+        curve[size] = {ACBO: parent_f1(scores[ACBO] > 0.5, truth, possible).pooled}
+        curve[size] |= {
+            name: parent_f1(scores[name] >= best_threshold(tuning[name], tuning["parents"], tuning["possible"]), truth, possible).pooled
+            for name in STRUCTURE
+        }
+        for name, f1 in curve[size].items():
+            report.add("transfer", f"d={size}", name, "pooled F1", f1, len(truth))
+    draw_curve(config.folder / "transfer.png", curve, "parent F1", config.num_obs, report)
+    others = {
+        "graphs: Watts–Strogatz": {"families": ("watts_strogatz",)},
+        "graphs: layered": {"families": ("layered",)},
+        "mechanisms: MLP": {"mechanisms": ("mlp",)},
+        "mechanisms: polynomial": {"mechanisms": ("polynomial",)},
+        "noise: Laplace": {"noises": ("laplace",)},
+        "noise: uniform": {"noises": ("uniform",)},
+        "noise: heteroscedastic": {"noises": ("heteroscedastic",)},
+        "not standardised": {"standardised": False},
+    }
+    for label, prior in tqdm(others.items(), desc="shifts"):
+        scores, tuning = (report.scores(8, config.num_obs, stream, **prior) for stream in (0, 1))
+        measure_structure(report, "transfer", f"d=8/{label}", scores, tuning)
+
+
+def measure_expert(report: Report) -> None:
+    """The expert's posterior on the same data, and what one posterior costs."""
+    config, settings = report.config, ParentScaleConfig(num_obs=report.config.num_obs, num_steps=0, candidate_sets="union")
+    for size in config.sizes:
+        problems = report.problems(size, config.num_obs)
+        expert = host(expert_beliefs(jr.split(jr.key(config.seed), config.num_problems), problems, settings))
+        scores = host(score(report.model, problems))
+        truth, possible, n = scores["parents"], scores["possible"], len(scores["parents"])
+        task = f"d={size}/beside the expert"
+        both = {ACBO: (scores[ACBO], scores["log_prob"]), "parent_scale": (expert["marginals"], expert["log_prob"])}
+        both = {name: (marginals, -np.maximum(log_prob, LEAST_LOG_PROB)) for name, (marginals, log_prob) in both.items()}
+        f1 = {name: parent_f1(marginals > 0.5, truth, possible) for name, (marginals, _) in both.items()}
+        for name, (marginals, nll) in both.items():
+            report.add("surrogate", task, name, "pooled F1", f1[name].pooled, n)
+            report.add("surrogate", task, name, "parent F1", f1[name].mean, n)
+            report.add("surrogate", task, name, "set NLL", summarise(nll), n)
+            report.add("surrogate", task, name, "AUROC", auroc(marginals, truth, possible), n)
+        gain = paired_difference(f1[ACBO].per_problem, f1["parent_scale"].per_problem)
+        report.add("surrogate", task, "difference", "parent F1", gain, n)
+        report.add("surrogate", task, "difference", "set NLL", paired_difference(both[ACBO][1], both["parent_scale"][1]), n)
+        one = jax.tree.map(lambda leaf: leaf[0], problems)
+        slow = median_seconds(partial(infer, jr.key(0), one.scm, one.buffer, settings), 5)
+        fast = median_seconds(partial(amortised, report.model, one.buffer, one.scm.task), 50)
+        report.add("surrogate", task, ACBO, "ms per posterior", 1000 * fast, 1)
+        report.add("surrogate", task, "parent_scale", "ms per posterior", 1000 * slow, 1)
+        report.add("surrogate", task, "difference", "ms per posterior", slow / fast, 1, "ratio")
+
+
+@eqx.filter_jit
+def infer(key: jax.Array, scm: SyntheticSCM, buffer: ExperienceBuffer, settings: ParentScaleConfig) -> jax.Array:
+    """The expert's posterior from all rows of one buffer."""
+    return replay_posterior(key, scm, buffer, buffer.size, settings)
+
+
+@eqx.filter_jit
+def amortised(model: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task) -> jax.Array:
+    """The surrogate's posterior from one buffer."""
+    return model.predict(buffer, task).posterior().log_probs
+
+
+@eqx.filter_jit
+def expert_beliefs(keys: jax.Array, problems: Problems, settings: ParentScaleConfig) -> dict[str, jax.Array]:
+    """Parent marginals of the expert, and its log-probability of the true set, -inf for a set that it does not consider."""
+
+    def one(inputs):
+        key, problem = inputs
+        scm, buffer = problem.scm, problem.buffer
+        log_probs = replay_posterior(key, scm, buffer, buffer.size, settings)[-1]
+        sets, _ = prior_over_sets(jr.split(key, 3)[0], scm, buffer.values[: settings.num_obs], settings)
+        posterior = ParentSetPosterior(scm.target, sets, log_probs)
+        return {"marginals": posterior.marginals(), "log_prob": posterior.log_prob(scm.parents)}
+
+    return in_batches(one, (keys, problems))
+
+
+def measure_exact(report: Report) -> None:
+    """Against the posterior by enumeration, under the very prior that the weights were trained on; and where two variables cannot be told apart."""
+    config, header = report.config, read_header(report.config.weights)
+    trained = {name: tuple(value) if isinstance(value, list) else value for name, value in header["config"]["prior"].items()}
+    for size in (3, 4):
+        prior = SCMPrior(**(trained | dict(max_vars=size, min_size=size, max_size=size)))
+        problems = report.problems(size, config.num_obs, **{name: value for name, value in trained.items() if not name.endswith(("_size", "_vars"))})
+        found = host(compare_with_enumeration(report.model, problems, prior))
+        n, task = config.num_problems, f"d={size}"
+        report.add("fidelity", task, ACBO, "total variation", summarise(found["distance"]), n)
+        for name, suffix in ((ACBO, ""), ("enumeration", "_exact")):
+            marginals, truth = found["marginals" + suffix], found["parents"]
+            report.add("fidelity", task, name, "set NLL", summarise(-found["log_prob" + suffix]), n)
+            report.add("fidelity", task, name, "entropy", summarise(found["entropy" + suffix]), n)
+            report.add("fidelity", task, name, "pooled F1", parent_f1(marginals > 0.5, truth, found["possible"]).pooled, n)
+            report.add("fidelity", task, name, "AUROC", auroc(marginals, truth, found["possible"]), n)
+        gap = paired_difference(-found["log_prob"], -found["log_prob_exact"])
+        report.add("fidelity", task, "difference", "set NLL", gap, n)
+    problems = report.problems(2, 2 * config.num_obs, **({n: v for n, v in trained.items() if not n.endswith(("_size", "_vars"))}))
+    blind = eqx.tree_at(lambda p: p.buffer.valid, problems, problems.buffer.valid & problems.buffer.observational)
+    said = host(score(report.model, blind))
+    parent = said[ACBO].max(1)
+    report.add("fidelity", "two variables, observations only", ACBO, "P(the other is the parent)", summarise(parent), len(parent))
+    report.add("fidelity", "two variables, observations only", ACBO, "mean distance from 1/2", summarise(np.abs(parent - 0.5)), len(parent))
+
+
+@eqx.filter_jit
+def compare_with_enumeration(model: ParentSetPredictionModel, problems: Problems, prior: SCMPrior) -> dict[str, jax.Array]:
+    """Total variation over all parent sets, and both posteriors' beliefs."""
+
+    def one(problem):
+        scm = problem.scm
+        exact, output = enumerated_posterior(problem.buffer, scm.task, prior), model.predict(problem.buffer, scm.task)
+        allowed = ~(exact.sets & ~scm.task.possible_parents[None]).any(1)
+        ours = jnp.where(allowed, jnp.exp(jax.vmap(output.log_prob)(exact.sets)), 0.0)
+        entropy = -jnp.where(ours > 0, ours * jnp.log(jnp.where(ours > 0, ours, 1.0)), 0.0).sum()
+        truth = {"parents": scm.parents, "possible": scm.task.possible_parents, "distance": 0.5 * jnp.abs(ours - exact.probs).sum()}
+        learned = {"marginals": output.marginals(), "log_prob": output.log_prob(scm.parents), "entropy": entropy}
+        return truth | learned | {
+            "marginals_exact": exact.marginals(), "log_prob_exact": exact.log_prob(scm.parents), "entropy_exact": exact.entropy()
+        }  # fmt: skip
+
+    return jax.lax.map(one, problems)  # one by one: enumeration is wide already
+
+
+def measure_rivals(report: Report) -> None:
+    """Other surrogates on the same problems, paired, and where a parent has a substitute that is nearly collinear with it."""
+    config = report.config
+    for size in config.sizes:
+        for num_obs in (config.num_obs, config.few_obs):
+            problems = report.problems(size, num_obs)
+            ours = host(score(report.model, problems))
+            task = f"d={size}, {num_obs} rows"
+            rows = {task: np.ones(len(ours["log_prob"]), bool), f"{task}, collinear parents": ours["collinear"] > COLLINEAR}
+            for path in (config.weights, *config.rivals):
+                scores = ours if path == config.weights else host(score(load(path), problems))
+                f1 = parent_f1(scores[ACBO] > 0.5, scores["parents"], scores["possible"]).per_problem
+                reached = share_of_improvement(scores["mean"], scores)
+                for kind, kept in rows.items():
+                    n, name = int(kept.sum()), path.parent.name
+                    report.add("ablation", kind, name, "set NLL", summarise(-scores["log_prob"][kept]), n)
+                    report.add("ablation", kind, name, "parent F1", summarise(f1[kept]), n)
+                    report.add("ablation", kind, name, "share of the improvement", summarise(reached[kept]), n)
+                    if path != config.weights:
+                        more = paired_difference(-scores["log_prob"][kept], -ours["log_prob"][kept])
+                        report.add("ablation", kind, name, "set NLL above the first's, paired", more, n)
+
+
+# --- figures ---
+
+
+def draw_reliability(path: Path, probability: np.ndarray, label: np.ndarray) -> None:
+    """Share of parents against the probability that the surrogate gave, all sizes together, with 95 % intervals of the shares."""
+    figure, axis = plt.subplots(figsize=(4.2, 4.0), layout="constrained")
+    index = np.minimum((probability * 10).astype(int), 9)
+    for b in range(10):
+        chosen = index == b
+        if chosen.sum() >= 10:
+            share, n = label[chosen].mean(), chosen.sum()
+            half = 1.96 * np.sqrt(max(share * (1 - share), 1e-4) / n)
+            axis.errorbar(probability[chosen].mean(), share, half, color="black", marker="o", markersize=5, capsize=3)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    axis.set(xlabel="probability that a variable is a parent", ylabel="share of parents", xlim=(0, 1), ylim=(0, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_curve(path: Path, curve: dict, label: str, num_obs: int, report: Report) -> None:
+    """A figure of every method against the number of variables; the sizes that were trained on are shaded."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    sizes = np.array(list(curve))
+    prior = read_header(report.config.weights)["config"]["prior"]
+    axis.axvspan(prior["min_size"], prior["max_size"], color="grey", alpha=0.12, linewidth=0)
+    for name in next(iter(curve.values())):
+        value, low, high = np.array([curve[size][name] for size in sizes]).T
+        colour = "black" if name == ACBO else None
+        axis.errorbar(sizes, value, [value - low, high - value], label=name, color=colour, marker="o", markersize=4, capsize=2)
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.set_xticks([], minor=True)
+    axis.set(
+        xlabel="variables (shaded: trained on)",
+        ylabel=label,
+        ylim=(0, 1),
+        title=f"{num_obs} observational rows, {report.config.per_variable} per variable",
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+PARTS = {
+    "accuracy": measure_accuracy,
+    "effects": measure_effects,
+    "transfer": measure_transfer,
+    "expert": measure_expert,
+    "exact": measure_exact,
+    "rivals": measure_rivals,
+}
+
+
+def load(path: Path) -> ParentSetPredictionModel:
+    """The surrogate of stage 2, or that of a whole system."""
+    return TrainedACBOSystem.load(path).surrogate if read_header(path)["stage"] == "acbo" else load_surrogate(path)[0]
+
+
+def main(config: Config) -> None:
+    """Measure the parts that were asked for; print and write them."""
+    unknown = [part for part in config.parts if part not in PARTS]
+    if unknown:
+        raise DataError(f"parts: unknown {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    use_compilation_cache(Path("artifacts/cache"))
+    report = Report(config, load(config.weights))
+    config.folder.mkdir(parents=True, exist_ok=True)
+    for part in config.parts:
+        PARTS[part](report)
+        write_results(config.folder, report.records)  # after every part: a stopped run keeps what it has
+    for table in dict.fromkeys(record.table for record in report.records):
+        print(f"\n## {table}\n\n{render(report.records, table)}")
+
+
+if __name__ == "__main__":
+    with errors_for_people():
+        main(tyro.cli(Config, description=__doc__))
