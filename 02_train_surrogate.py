@@ -65,7 +65,7 @@ class Config:
     """Sizes that problems are padded to, in ascending order; the last is the prior's."""
     buffers_per_model: int = 4
     """Data sets drawn from each model."""
-    design: DataDesign = field(default_factory=DataDesign)
+    design: DataDesign = field(default_factory=lambda: DataDesign(max_obs=300, max_interventions=40))
     """Distribution of data sets."""
 
     # --- network ---

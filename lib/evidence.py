@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lib.baselines import CUBIC_PENALTY, LINEAR_PENALTY, AdditiveRegression, powers_of, regression_moments
@@ -21,7 +22,8 @@ MAX_DEVIATIONS = 10.0  # further out, a scalar is clipped: an outlier must not s
 FARTHEST = 5.0  # where powers end, in deviations or in half-widths of a range: a sixth power of more would leave float32 no digits for the rest
 FREQUENCIES = (1.2, 2.4, 3.6)  # of the waves among the features of a scalar, per deviation
 NUM_FEATURES = 14  # of a scalar
-NUM_STATISTICS = NUM_FEATURES**2 + 27  # of every pair of variables
+NUM_LIKELY = 5  # candidates whose subsets are compared as the parents of a variable
+NUM_STATISTICS = NUM_FEATURES**2 + 31  # of every pair of variables
 NUM_ESTIMATES = 7  # the first of the evidence are estimates of the effect itself, which the network may pass on
 NUM_EVIDENCE = 13
 
@@ -68,8 +70,8 @@ class Rows(NamedTuple):
 class Sums(NamedTuple):
     """Sums over rows.
 
-    Of pairs: `features` are products of the features of all scalars; `powers` those of one and three powers of all variables over observational
-    rows; `under_do[j]` those of all variables over the rows in which j was set.
+    Of pairs: `features` are products of the features of all scalars; `powers` those of one and three powers of all variables, `observed` over
+    observational rows, and `under_do[j]` over the rows in which j was set.
 
     Of the target: `regression` are products of one, powers of every variable and the outcome over rows where the target was not set; `cubic[i]`
     those of one, powers of variable i and the outcome over rows where it alone may have been set, and `bumps[i]` those of bumps around the grid
@@ -80,7 +82,8 @@ class Sums(NamedTuple):
     observational: Float[Array, ""]
     features: Float[Array, "features features"]
     powers: Float[Array, "powers powers"]
-    under_do: Float[Array, "vars vars vars"]
+    observed: Float[Array, "powers powers"]
+    under_do: Float[Array, "vars powers powers"]
     regression: Float[Array, "columns columns"]
     cubic: Float[Array, "vars 5 5"]
     bumps: Float[Array, "vars bins bins"]
@@ -132,7 +135,8 @@ def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
 
     features = scalar_features(values, rows.intervened) * task.var_mask[None, :, None]
     powers = jnp.concatenate([jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1)
-    set_to = (rows.intervened[:, :, None] * values[:, None]).reshape(num_rows, -1)
+    powers = powers * rows.valid[:, None]
+    where_set = (rows.intervened[:, :, None] * powers[:, None]).reshape(num_rows, -1)
 
     usable = rows.valid * (1.0 - jnp.take(rows.intervened, task.target, axis=1))
     observed, done = rows.observational * usable, rows.intervened * usable[:, None]
@@ -146,8 +150,9 @@ def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
         rows.valid.sum(),
         rows.observational.sum(),
         products(features.reshape(num_rows, -1), rows.valid),
+        powers.T @ powers,
         products(powers, rows.observational),
-        (set_to.T @ values).reshape(num_vars, num_vars, num_vars),
+        (where_set.T @ powers).reshape(num_vars, powers.shape[1], powers.shape[1]),
         regression_moments(u, outcome, usable > 0, 3),
         jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
         jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
@@ -164,7 +169,7 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistic
     """What the data say of each ordered pair (i, j), all of the order of one.
 
     Mean products of features of i and j. Covariance; t-statistics of i on j alone and of i on j and all others, observational. Then, for i on j and
-    the reverse, what `regressions` and `responses` give.
+    the reverse, what `regressions`, `local_posteriors` and `responses` give.
     """
     num_vars, present = task.var_mask.shape[0], task.var_mask
     off = ~jnp.eye(num_vars, dtype=bool)
@@ -173,15 +178,15 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistic
     moments = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
 
     linear = 1 + 3 * jnp.arange(num_vars)
-    observed = sums.powers[linear][:, linear] + jnp.eye(num_vars)  # one row's worth of independence
+    observed = sums.observed[linear][:, linear] + jnp.eye(num_vars)  # one row's worth of independence
     precision = positive_inverse(observed)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
-    symmetric = [
-        observed / (sums.observational + 1.0),
-        t_statistic(cosine(observed), sums.observational),
-        t_statistic(-cosine(precision), freedom),
-    ]
-    directed = jnp.stack([*regressions(sums, precision, task), *responses(sums, observed, precision, freedom)], -1)
+    correlated = t_statistic(cosine(observed), sums.observational)
+    symmetric = [observed / (sums.observational + 1.0), correlated, t_statistic(-cosine(precision), freedom)]
+    of_regressions = regressions(sums, precision, task)
+    likely = jnp.where(off & present[None], jnp.abs(correlated) + jnp.abs(of_regressions[0]), -1.0)
+    directed = [*of_regressions, *local_posteriors(sums, likely), *responses(sums, observed, precision, freedom)]
+    directed = jnp.stack(directed, -1)
     statistics = jnp.concatenate([jnp.stack(symmetric, -1), directed, directed.swapaxes(0, 1)], -1)
     kept = (off & present[:, None] & present[None])[..., None]
     own = (jnp.eye(num_vars, dtype=bool) & present[:, None])[..., None]
@@ -214,11 +219,10 @@ def regressions(sums: Sums, precision: Float[Array, "vars vars"], task: Task) ->
     """
     num_vars, present = task.var_mask.shape[0], task.var_mask
     own, one = jnp.arange(num_vars), jnp.ones((num_vars, num_vars))
-    everything = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, 1, :, 1]
-    count = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, -4, :, -4].diagonal()
-    number = present.sum()
+    count, number, columns = sums.under_do[:, 0, 0], present.sum(), 1 + 3 * own
 
-    inverse = jax.vmap(positive_inverse)(everything[None] - sums.under_do + jnp.eye(num_vars)[None])
+    free = (sums.powers[None] - sums.under_do)[:, columns][:, :, columns]  # [i]: over the rows in which i was not set
+    inverse = jax.vmap(positive_inverse)(free + jnp.eye(num_vars)[None])
     row, scale = inverse[own, own], jax.vmap(jnp.diag)(inverse)
     freedom = jnp.maximum(sums.count - count - number, 1.0)
     correlation = jnp.where(jnp.eye(num_vars) > 0, 0.0, -row / jnp.sqrt(scale.diagonal()[:, None] * scale))
@@ -231,8 +235,8 @@ def regressions(sums: Sums, precision: Float[Array, "vars vars"], task: Task) ->
     ]
 
     cubic_freedom = jnp.maximum(sums.observational - 3.0 * number, 5.0)
-    mean = sums.powers[0, 1:] / jnp.maximum(sums.observational, 1.0)
-    gram = sums.powers[1:, 1:] - sums.observational * mean[:, None] * mean[None] + jnp.eye(3 * num_vars)
+    mean = sums.observed[0, 1:] / jnp.maximum(sums.observational, 1.0)
+    gram = sums.observed[1:, 1:] - sums.observational * mean[:, None] * mean[None] + jnp.eye(3 * num_vars)
     joint = positive_inverse(gram).reshape(num_vars, 3, num_vars, 3).transpose(0, 2, 1, 3)  # [i, j, power, power]
     residual = jax.vmap(positive_inverse)(joint[own, own])  # of the three powers of i, given all others'
     slopes = -jnp.einsum("ip,ijpq->ijq", residual[:, 0], joint)
@@ -247,6 +251,52 @@ def regressions(sums: Sums, precision: Float[Array, "vars vars"], task: Task) ->
     ]
     is_target = (own == task.target)[:, None]
     return [*linear, *cubic, jnp.where(is_target, target_test(sums.regression, task)[None], 0.0)]
+
+
+def local_posteriors(sums: Sums, likely: Float[Array, "vars vars"]) -> list[Float[Array, "vars vars"]]:
+    """Log-odds that j is among the parents of i `[i, j]`, were the parents of i chosen regardless of all other variables.
+
+    From the regressions of i on every subset of the `NUM_LIKELY` variables with the largest `likely[i]`, over all rows in which i was not set (Cooper
+    and Yoo, UAI 1999), compared by BIC; linear, and with three powers of each. Everyone else has the odds of a column that explains nothing.
+    """
+    num_vars = likely.shape[0]
+    num_likely = min(NUM_LIKELY, num_vars)
+    members = (np.arange(2**num_likely)[:, None] >> np.arange(num_likely) & 1).astype(bool)
+
+    def one(i, likely, powers):
+        strength, candidates = jax.lax.top_k(likely, num_likely)
+        count = jnp.maximum(powers[0, 0], 1.0)
+        mean = powers[0] / count
+        centred = powers - count * mean[:, None] * mean[None] + jnp.eye(powers.shape[0])
+        columns = (1 + 3 * candidates[:, None] + jnp.arange(3)[None]).reshape(-1)
+        found = []
+        for width, chosen in ((1, columns[::3]), (3, columns)):
+            chosen = jnp.append(chosen, 1 + 3 * i)
+            residual = subset_residuals(centred[chosen][:, chosen], width)
+            score = -0.5 * count * jnp.log(residual / count) - 0.5 * width * jnp.log(count) * jnp.asarray(members.sum(1), residual.dtype)
+            score = jnp.where((jnp.asarray(members) & (strength < 0)[None]).any(1), -jnp.inf, score)  # padding, and i itself
+            with_, without = (jax.nn.logsumexp(jnp.where(jnp.asarray(m), score[:, None], -jnp.inf), axis=0) for m in (members, ~members))
+            noise = -0.5 * width * jnp.log(count)
+            odds = jnp.full(num_vars, noise).at[candidates].set(jnp.where(strength < 0, noise, with_ - without))
+            found.append(jnp.arcsinh(odds) / 2.0)
+        return tuple(found)
+
+    return list(jax.vmap(one)(jnp.arange(num_vars), likely, sums.powers[None] - sums.under_do))
+
+
+def subset_residuals(gram: Float[Array, "columns columns"], width: int) -> Float[Array, " subsets"]:
+    """Residual sum of squares of the last column on every subset of groups of `width` columns; group k is in a subset if bit k of its index is set.
+
+    By elimination, one group after the other, each of them once with and once without.
+    """
+    matrices = gram[None]
+    for start in range(0, gram.shape[0] - 1, width):
+        eliminated = matrices
+        for column in range(start, start + width):
+            pivot = eliminated[:, column, column]
+            eliminated = eliminated - eliminated[:, :, column, None] * eliminated[:, None, column] / jnp.maximum(pivot, 1e-3)[:, None, None]
+        matrices = jnp.concatenate([matrices, eliminated])
+    return jnp.maximum(matrices[:, -1, -1], 1e-3)
 
 
 def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[Array, " vars"]:
@@ -276,12 +326,13 @@ def responses(
     many rows.
     """
     num_vars = observed.shape[0]
-    count = sums.features.reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)[:, -4, :, -4].diagonal()
+    count, columns = sums.under_do[:, 0, 0], 1 + 3 * jnp.arange(num_vars)
+    under_do = sums.under_do[:, columns][:, :, columns]
     rows, off = jnp.maximum(count, 1.0)[None], 1.0 - jnp.eye(num_vars)
-    of_i = jnp.einsum("jii->ij", sums.under_do) / rows
-    together = jnp.einsum("jij->ij", sums.under_do) / rows
-    of_j = jnp.einsum("jjj->j", sums.under_do)[None] / rows
-    residual = jnp.einsum("ia,jab,ib->ij", precision, sums.under_do, precision) / jnp.diag(precision)[:, None] * freedom / rows
+    of_i = jnp.einsum("jii->ij", under_do) / rows
+    together = jnp.einsum("jij->ij", under_do) / rows
+    of_j = jnp.einsum("jjj->j", under_do)[None] / rows
+    residual = jnp.einsum("ia,jab,ib->ij", precision, under_do, precision) / jnp.diag(precision)[:, None] * freedom / rows
     slope = observed / jnp.diag(observed)[None]
     unexplained = jnp.maximum(1.0 - slope * slope.T, 0.01)
     alone = (of_i - 2.0 * slope * together + slope**2 * of_j) / unexplained

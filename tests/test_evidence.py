@@ -1,5 +1,7 @@
 """Sums over rows: additive, and the statistics made of them as plain numpy and lib/baselines.py have them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,18 @@ import pytest
 
 from lib.baselines import additive_ridge_surface, least_squares_surface
 from lib.buffer import ExperienceBuffer
-from lib.evidence import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, Rows, effect_evidence, pair_statistics, regression_surfaces, sum_rows
+from lib.evidence import (
+    FARTHEST,
+    MAX_DEVIATIONS,
+    NUM_ESTIMATES,
+    NUM_FEATURES,
+    Frame,
+    Rows,
+    effect_evidence,
+    pair_statistics,
+    regression_surfaces,
+    sum_rows,
+)
 from lib.scm import Task
 
 
@@ -31,6 +44,16 @@ def summed(buffer, task):
     frame = Frame.of(buffer, task, BINS)
     rows = Rows.of(buffer, frame, task.var_mask)
     return frame, rows, sum_rows(rows, frame, task)
+
+
+@jax.jit
+def statistics_of(sums, task):
+    return pair_statistics(sums, task)
+
+
+@jax.jit
+def evidence_of(sums, frame, task):
+    return effect_evidence(sums, frame, task)
 
 
 def test_sums_are_additive(problem):
@@ -61,7 +84,7 @@ def test_scalar_features_and_their_mean_products(problem):
     features = np.stack([np.ones_like(x), *h, *waves, set_, set_ * x, set_ * waves[0], set_ * waves[1]], -1)
     assert np.abs(x).max() < FARTHEST and features.shape[-1] == NUM_FEATURES
     expected = np.einsum("na,nb->ab", features[:, 0], features[:, TARGET]).reshape(-1) / ROWS
-    statistics = np.asarray(pair_statistics(sums, task))[0, TARGET, : NUM_FEATURES**2]
+    statistics = np.asarray(statistics_of(sums, task))[0, TARGET, : NUM_FEATURES**2]
     np.testing.assert_allclose(statistics, np.sign(expected) * np.log1p(5 * np.abs(expected)), atol=2e-3)
 
 
@@ -69,11 +92,11 @@ def statistic(problem, name):
     """One of the statistics of pairs, `[i, j]`."""
     buffer, task = problem
     _, _, sums = summed(buffer, task)
-    return np.asarray(pair_statistics(sums, task))[:, :, NUM_FEATURES**2 + STATISTICS.index(name)]
+    return np.asarray(statistics_of(sums, task))[:, :, NUM_FEATURES**2 + STATISTICS.index(name)]
 
 
 STATISTICS = ("covariance", "t alone", "t observed", "t", "coefficient", "variance", "variance observed", "F", "variance cubic", "F of target")
-STATISTICS += ("residual", "residual alone", "square", "slope", "rows")
+STATISTICS += ("odds", "odds cubic", "residual", "residual alone", "square", "slope", "rows")
 
 
 def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
@@ -112,6 +135,23 @@ def test_the_cubic_test_sees_a_wave_that_correlation_misses(problem):
     assert found[1, 0] > 1.0 > max(found[1, 2], found[1, 3])
 
 
+def test_local_posteriors_compare_all_subsets_by_bic(problem):
+    """Variable 0 on all subsets of the other three, over the rows in which it was not set, by least squares in numpy."""
+    buffer, _ = problem
+    _, rows, _ = summed(*problem)
+    x = np.asarray(rows.values, float)[~np.asarray(buffer.intervened[:, 0])]
+    x = x - x.mean(0)
+    weight = {}
+    for chosen in itertools.chain.from_iterable(itertools.combinations((1, 2, 3), size) for size in range(4)):
+        design = x[:, list(chosen)]
+        moment = design.T @ x[:, 0]
+        residual = x[:, 0] @ x[:, 0] + 1.0 - moment @ np.linalg.solve(design.T @ design + np.eye(len(chosen)), moment)
+        weight[chosen] = (residual / len(x)) ** (-0.5 * len(x)) * len(x) ** (-0.5 * len(chosen))
+    for j in (1, 2, 3):
+        odds = sum(w for chosen, w in weight.items() if j in chosen) / sum(w for chosen, w in weight.items() if j not in chosen)
+        np.testing.assert_allclose(np.sinh(2 * statistic(problem, "odds")[0, j]), np.log(odds), rtol=2e-2, atol=2e-2)
+
+
 def test_a_parents_regression_carries_over_and_a_childs_breaks():
     """0 -> 1 -> 2: when 0 is set, 1 is what its regression says; when 2 is set, it is not."""
     rng = np.random.default_rng(3)
@@ -133,12 +173,12 @@ def test_counts_and_means_of_what_was_done(problem):
     """Far from every other value, the estimate at a grid point is that of the rows there."""
     buffer, task = problem
     frame, rows, sums = summed(buffer, task)
-    evidence = np.asarray(effect_evidence(sums, frame, task))
+    evidence = np.asarray(evidence_of(sums, frame, task))
     x, y, done = (np.asarray(a, float) for a in (rows.values[:, 0], rows.values[:, TARGET], rows.intervened[:, 0]))
     width = 0.5 * float(frame.grid[0, 1] - frame.grid[0, 0]) + 0.15
     near = np.maximum(1 - ((x[:, None] - np.asarray(frame.grid[0])[None]) / width) ** 2 / 7, 0) ** 2 * done[:, None]
     np.testing.assert_allclose(evidence[0, :, 1], near.T @ y / (near.sum(0) + 0.3), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(evidence[0, :, 8], np.log1p(near.sum(0)), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(evidence[0, :, NUM_ESTIMATES + 1], np.log1p(near.sum(0)), rtol=1e-3, atol=1e-4)
 
 
 def test_outliers_and_constant_columns(problem):
@@ -146,5 +186,5 @@ def test_outliers_and_constant_columns(problem):
     wild = ExperienceBuffer(buffer.values.at[5, 0].set(1e6).at[:, 3].set(4.0), buffer.intervened, buffer.valid)
     frame, rows, sums = summed(wild, task)
     assert float(jnp.abs(rows.values).max()) <= MAX_DEVIATIONS and float(jnp.abs(rows.values[:, 3]).max()) == 0.0
-    for part in (pair_statistics(sums, task), effect_evidence(sums, frame, task)):
+    for part in (statistics_of(sums, task), evidence_of(sums, frame, task)):
         assert bool(jnp.isfinite(part).all())
