@@ -34,7 +34,7 @@ from lib.config import errors_for_people, preset_arguments, use_compilation_cach
 from lib.metrics import auroc, expected_calibration_error, median_seconds, parent_f1
 from lib.parent_scale import ParentScaleConfig, replay_posterior
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
-from lib.surrogate import ExpertExamples, LossWeights, ParentSetPredictionModel, SurrogateConfig, update_surrogate
+from lib.surrogate import ExpertExamples, LossWeights, ParentSetPredictionModel, SurrogateConfig, surrogate_optimiser, update_surrogate
 from lib.trajectories import ExpertTrajectory, extract_surrogate_training_data, load_trajectories
 
 
@@ -79,12 +79,10 @@ class Config:
     """Expert states in a step."""
     weights: LossWeights = field(default_factory=LossWeights)
     """What the network learns from."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW, after warm-up and before cosine decay to zero."""
+    learning_rate: float = 4e-3
+    """Peak learning rate, after warm-up and before cosine decay to zero."""
     warmup_steps: int = 150
     """Steps of linear warm-up."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
     average: float = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and written; 0 is the last weights."""
     patience: int = 0
@@ -146,7 +144,7 @@ PRESETS = {
             design=DataDesign(max_obs=500, max_interventions=80),
             model=SurrogateConfig(model_hidden_dim=256, model_n_layers=8, num_products=64, mixed_precision=True),
             steps=100_000,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             patience=20,
             evaluate_every=1000,
         ),
@@ -178,8 +176,7 @@ class SurrogateModelResult:
 
 
 def make_optimiser(config: Config) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay))
+    return surrogate_optimiser(optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.steps))
 
 
 @eqx.filter_jit

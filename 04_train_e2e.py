@@ -34,7 +34,7 @@ from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, collect_campai
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
-from lib.surrogate import LossWeights, update_surrogate
+from lib.surrogate import LossWeights, surrogate_optimiser, update_surrogate
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 
 
@@ -141,7 +141,7 @@ def make_optimisers(config: Config) -> tuple[optax.GradientTransformation, optax
     surrogate = optax.cosine_decay_schedule(config.surrogate_learning_rate, config.rounds * config.surrogate_steps)
     policy = optax.cosine_decay_schedule(config.grpo.learning_rate, config.rounds * config.grpo.grpo_epochs)
     return (
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(surrogate, weight_decay=0.01)),
+        surrogate_optimiser(surrogate),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(policy)),
     )
 

@@ -12,9 +12,10 @@ problems, to their advantage. Writes tables (.md, .csv, .tex), metrics.json and 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -89,7 +90,9 @@ class Config:
 ACBO = "acbo"
 STRUCTURE = ("all_ones", "absolute_correlation", "f_test")
 RULES = {"least_squares": baselines.least_squares_surface, "additive_ridge": baselines.additive_ridge_surface}
-TRAINED = ("erdos_renyi", "scale_free")  # the mixture that sizes are compared on
+MIXED = SCMPrior(families=("erdos_renyi", "scale_free"))  # what sizes are compared on
+# Less noise, smooth mechanisms, short ranges: problems on which the figures of the design were measured.
+NARROW = SCMPrior(families=("erdos_renyi",), max_noise=1.0, min_lengthscale=1.5, max_lengthscale=1.5, min_range=2.0, max_range=2.0, min_effect=0.3)
 # Mean F1 of the predecessor's surrogate on 15 systems, data not recorded (its stored evaluations): family -> {variables: F1}.
 PREDECESSOR = {"chain": {3: 0.889, 8: 0.800, 15: 0.711}, "fork": {3: 0.956, 8: 0.933, 15: 0.778}, "scale_free": {3: 0.556, 8: 0.474, 15: 0.268}}
 LEAST_LOG_PROB = -10.0  # of the true set, beside the expert: sets that its prior leaves out have none
@@ -198,14 +201,18 @@ class Report:
         value, low, high = estimate if isinstance(estimate, tuple) else (estimate, -np.inf, np.inf)
         self.records.append(Record(table, task, method, metric, float(value), float(low), float(high), n, unit))
 
-    def problems(self, size: int, num_obs: int, stream: int = 0, count: int | None = None, **prior) -> Problems:
-        """Problems with `size` variables in a bucket of exactly that size; `stream` 1 are those that thresholds are chosen on."""
-        settings = SCMPrior(**({"max_vars": size, "min_size": size, "max_size": size, "families": TRAINED} | prior))
+    def problems(self, size: int, num_obs: int, prior: SCMPrior = MIXED, stream: int = 0) -> Problems:
+        """Problems with `size` variables, padded to no more; `stream` 1 are those that thresholds are chosen on."""
+        prior = replace(prior, max_vars=size, min_size=size, max_size=size)
         key = jr.fold_in(jr.fold_in(jr.fold_in(jr.key(self.config.seed), size), num_obs), stream)
-        return draw(key, count or self.config.num_problems, settings, num_obs, self.config.per_variable, self.model.config.num_bins)
+        return draw(key, self.config.num_problems, prior, num_obs, self.config.per_variable, self.model.config.num_bins)
 
-    def scores(self, size: int, num_obs: int, stream: int = 0, **prior) -> dict[str, np.ndarray]:
-        return host(score(self.model, self.problems(size, num_obs, stream, **prior)))
+    def scores(self, size: int, num_obs: int, prior: SCMPrior = MIXED, stream: int = 0) -> dict[str, np.ndarray]:
+        return host(score(self.model, self.problems(size, num_obs, prior, stream)))
+
+    def both(self, size: int, num_obs: int, prior: SCMPrior = MIXED) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Scores of the problems, and of those that thresholds are chosen on."""
+        return self.scores(size, num_obs, prior), self.scores(size, num_obs, prior, 1)
 
 
 # --- the parts ---
@@ -234,7 +241,7 @@ def measure_accuracy(report: Report) -> None:
     """By size, then by family beside the predecessor."""
     config, pooled = report.config, []
     for size in tqdm(config.sizes, desc="accuracy"):
-        scores, tuning = (report.scores(size, config.num_obs, stream) for stream in (0, 1))
+        scores, tuning = report.both(size, config.num_obs)
         measure_structure(report, "surrogate", f"d={size}", scores, tuning)
         pooled.append((scores[ACBO][scores["possible"]], scores["parents"][scores["possible"]]))
         for kind, rows in (("linear", scores["mechanism"] == 0), ("fourier", scores["mechanism"] == 1)):
@@ -242,11 +249,12 @@ def measure_accuracy(report: Report) -> None:
             f1 = parent_f1(part[ACBO] > 0.5, part["parents"], part["possible"])
             report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "pooled F1", f1.pooled, int(rows.sum()))
             report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "AUROC", auroc(part[ACBO], part["parents"], part["possible"]), int(rows.sum()))
+        measure_structure(report, "surrogate", f"d={size}/narrow", *report.both(size, config.num_obs, NARROW))
     draw_reliability(config.folder / "reliability.png", *(np.concatenate(x) for x in zip(*pooled, strict=True)))
     for family, size in tqdm([(family, size) for family in FAMILIES for size in (3, 8, 15)], desc="families"):
         if family in ("watts_strogatz", "layered") and size == 3:
             continue
-        scores, tuning = (report.scores(size, config.num_obs, stream, families=(family,)) for stream in (0, 1))
+        scores, tuning = report.both(size, config.num_obs, SCMPrior(families=(family,)))
         measure_structure(report, "surrogate", f"d={size}/{family}", scores, tuning)
         if size in PREDECESSOR.get(family, {}):
             report.add("surrogate", f"d={size}/{family}", "predecessor", "parent F1", PREDECESSOR[family][size], 15)
@@ -279,9 +287,10 @@ def measure_effects(report: Report) -> None:
             for kind, rows in (("confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
                 add(f"d=8/{kind}", scores, rows)
                 add(f"d=8/not {kind}", scores, ~rows)
-    for family in FAMILIES:
-        scores = report.scores(8, config.few_obs, families=(family,))
-        add(f"d=8/{family}", scores, np.ones(len(scores["target"]), bool))
+    others = {family: SCMPrior(families=(family,)) for family in FAMILIES} | {"narrow": NARROW, "all that is trained on": SCMPrior()}
+    for name, prior in others.items():
+        scores = report.scores(8, config.few_obs, prior)
+        add(f"d=8/{name}", scores, np.ones(len(scores["target"]), bool))
     draw_curve(config.folder / "effects.png", curve, "share of the possible improvement,\nfirst experiment", config.few_obs, report)
 
 
@@ -289,7 +298,7 @@ def measure_transfer(report: Report) -> None:
     """Sizes, graph families, mechanisms and noise that training never showed."""
     config, curve = report.config, {}
     for size in tqdm(config.transfer_sizes, desc="transfer"):
-        scores, tuning = (report.scores(size, config.num_obs, stream) for stream in (0, 1))
+        scores, tuning = report.both(size, config.num_obs)
         truth, possible = scores["parents"], scores["possible"]
         curve[size] = {ACBO: parent_f1(scores[ACBO] > 0.5, truth, possible).pooled}
         curve[size] |= {
@@ -300,17 +309,17 @@ def measure_transfer(report: Report) -> None:
             report.add("transfer", f"d={size}", name, "pooled F1", f1, len(truth))
     draw_curve(config.folder / "transfer.png", curve, "parent F1", config.num_obs, report)
     others = {
-        "graphs: Watts–Strogatz": {"families": ("watts_strogatz",)},
-        "graphs: layered": {"families": ("layered",)},
-        "mechanisms: MLP": {"mechanisms": ("mlp",)},
-        "mechanisms: polynomial": {"mechanisms": ("polynomial",)},
-        "noise: Laplace": {"noises": ("laplace",)},
-        "noise: uniform": {"noises": ("uniform",)},
-        "noise: heteroscedastic": {"noises": ("heteroscedastic",)},
-        "not standardised": {"standardised": False},
+        "graphs: Watts–Strogatz": SCMPrior(families=("watts_strogatz",)),
+        "graphs: layered": SCMPrior(families=("layered",)),
+        "mechanisms: MLP": replace(MIXED, mechanisms=("mlp",)),
+        "mechanisms: polynomial": replace(MIXED, mechanisms=("polynomial",)),
+        "noise: Laplace": replace(MIXED, noises=("laplace",)),
+        "noise: uniform": replace(MIXED, noises=("uniform",)),
+        "noise: heteroscedastic": replace(MIXED, noises=("heteroscedastic",)),
+        "not standardised": replace(MIXED, standardised=False),
     }
     for label, prior in tqdm(others.items(), desc="shifts"):
-        scores, tuning = (report.scores(8, config.num_obs, stream, **prior) for stream in (0, 1))
+        scores, tuning = report.both(8, config.num_obs, prior)
         measure_structure(report, "transfer", f"d=8/{label}", scores, tuning)
 
 
@@ -371,12 +380,10 @@ def expert_beliefs(keys: jax.Array, problems: Problems, settings: ParentScaleCon
 
 def measure_exact(report: Report) -> None:
     """Against the posterior by enumeration, under the very prior that the weights were trained on; and where two variables cannot be told apart."""
-    config, header = report.config, read_header(report.config.weights)
-    trained = {name: tuple(value) if isinstance(value, list) else value for name, value in header["config"]["prior"].items()}
+    config, prior = report.config, trained_prior(report.config.weights)
     for size in (3, 4):
-        prior = SCMPrior(**(trained | dict(max_vars=size, min_size=size, max_size=size)))
-        problems = report.problems(size, config.num_obs, **{name: value for name, value in trained.items() if not name.endswith(("_size", "_vars"))})
-        found = host(compare_with_enumeration(report.model, problems, prior))
+        problems = report.problems(size, config.num_obs, prior)
+        found = host(compare_with_enumeration(report.model, problems, replace(prior, max_vars=size, min_size=size, max_size=size)))
         n, task = config.num_problems, f"d={size}"
         report.add("fidelity", task, ACBO, "total variation", summarise(found["distance"]), n)
         for name, suffix in ((ACBO, ""), ("enumeration", "_exact")):
@@ -387,12 +394,19 @@ def measure_exact(report: Report) -> None:
             report.add("fidelity", task, name, "AUROC", auroc(marginals, truth, found["possible"]), n)
         gap = paired_difference(-found["log_prob"], -found["log_prob_exact"])
         report.add("fidelity", task, "difference", "set NLL", gap, n)
-    problems = report.problems(2, 2 * config.num_obs, **({n: v for n, v in trained.items() if not n.endswith(("_size", "_vars"))}))
+    problems = report.problems(2, config.num_obs, prior)
     blind = eqx.tree_at(lambda p: p.buffer.valid, problems, problems.buffer.valid & problems.buffer.observational)
     said = host(score(report.model, blind))
     parent = said[ACBO].max(1)
     report.add("fidelity", "two variables, observations only", ACBO, "P(the other is the parent)", summarise(parent), len(parent))
     report.add("fidelity", "two variables, observations only", ACBO, "mean distance from 1/2", summarise(np.abs(parent - 0.5)), len(parent))
+
+
+def trained_prior(path: Path) -> SCMPrior:
+    """What the weights were trained on."""
+    stored = read_header(path)["config"]["prior"]
+    settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    return SCMPrior(**settings)
 
 
 @eqx.filter_jit
@@ -461,8 +475,8 @@ def draw_curve(path: Path, curve: dict, label: str, num_obs: int, report: Report
     """A figure of every method against the number of variables; the sizes that were trained on are shaded."""
     figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     sizes = np.array(list(curve))
-    prior = read_header(report.config.weights)["config"]["prior"]
-    axis.axvspan(prior["min_size"], prior["max_size"], color="grey", alpha=0.12, linewidth=0)
+    prior = trained_prior(report.config.weights)
+    axis.axvspan(prior.min_size, prior.max_size, color="grey", alpha=0.12, linewidth=0)
     for name in next(iter(curve.values())):
         value, low, high = np.array([curve[size][name] for size in sizes]).T
         colour = "black" if name == ACBO else None
