@@ -49,7 +49,7 @@ from lib.metrics import (
 )
 from lib.parent_scale import ParentScaleConfig, prior_over_sets, replay_posterior
 from lib.posterior import ParentSetPosterior
-from lib.scm import Intervention, SyntheticSCM, Task, value_grid
+from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, Task, value_grid
 from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_surrogate
@@ -148,7 +148,7 @@ def score(model: ParentSetPredictionModel, problems: Problems) -> dict[str, jax.
             | belief
             | {"mean": output.effect_mean, "std": output.effect_std, "spread": output.spread}
             | {"parents": scm.parents, "possible": scm.task.possible_parents, "effects": problem.effects, "baseline": problem.baseline}
-            | {"mechanism": scm.mechanism, "family": problem.family, "graph": scm.graph, "target": scm.target}
+            | {"mechanism": scm.mechanism, "noise": scm.noise_kind, "family": problem.family, "graph": scm.graph, "target": scm.target}
             | {"collinear": collinearity(buffer, scm)}
         )
 
@@ -214,6 +214,17 @@ class Report:
         """Scores of the problems, and of those that thresholds are chosen on."""
         return self.scores(size, num_obs, prior), self.scores(size, num_obs, prior, 1)
 
+    def by_kind(self, size: int, num_obs: int, prior: SCMPrior, kind: str, values: range, stream: int = 0) -> dict[int, dict[str, np.ndarray]]:
+        """Scores of `num_problems` problems of each of the `values` of `kind`, a name among the scores, that the prior mixes evenly."""
+        found: dict[int, list[dict[str, np.ndarray]]] = {value: [] for value in values}
+        wanted, part = self.config.num_problems, 0
+        while min(sum(len(s["target"]) for s in scores) for scores in found.values()) < wanted:
+            scores = self.scores(size, num_obs, prior, stream + 2 * part)
+            for value, kept in found.items():
+                kept.append({name: array[scores[kind] == value] for name, array in scores.items()})
+            part += 1
+        return {v: {name: np.concatenate([s[name] for s in kept])[:wanted] for name in kept[0]} for v, kept in found.items()}
+
 
 # --- the parts ---
 
@@ -251,13 +262,13 @@ def measure_accuracy(report: Report) -> None:
             report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "AUROC", auroc(part[ACBO], part["parents"], part["possible"]), int(rows.sum()))
         measure_structure(report, "surrogate", f"d={size}/narrow", *report.both(size, config.num_obs, NARROW))
     draw_reliability(config.folder / "reliability.png", *(np.concatenate(x) for x in zip(*pooled, strict=True)))
-    for family, size in tqdm([(family, size) for family in FAMILIES for size in (3, 8, 15)], desc="families"):
-        if family in ("watts_strogatz", "layered") and size == 3:
-            continue
-        scores, tuning = report.both(size, config.num_obs, SCMPrior(families=(family,)))
-        measure_structure(report, "surrogate", f"d={size}/{family}", scores, tuning)
-        if size in PREDECESSOR.get(family, {}):
-            report.add("surrogate", f"d={size}/{family}", "predecessor", "parent F1", PREDECESSOR[family][size], 15)
+    families = range(len(FAMILIES))
+    for size in tqdm((3, 8, 15), desc="families"):
+        scores, tuning = (report.by_kind(size, config.num_obs, SCMPrior(families=FAMILIES), "family", families, stream) for stream in (0, 1))
+        for index, family in enumerate(FAMILIES):
+            measure_structure(report, "surrogate", f"d={size}/{family}", scores[index], tuning[index])
+            if size in PREDECESSOR.get(family, {}):
+                report.add("surrogate", f"d={size}/{family}", "predecessor", "parent F1", PREDECESSOR[family][size], 15)
 
 
 def measure_effects(report: Report) -> None:
@@ -287,15 +298,16 @@ def measure_effects(report: Report) -> None:
             for kind, rows in (("confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
                 add(f"d=8/{kind}", scores, rows)
                 add(f"d=8/not {kind}", scores, ~rows)
-    others = {family: SCMPrior(families=(family,)) for family in FAMILIES} | {"narrow": NARROW, "all that is trained on": SCMPrior()}
-    for name, prior in others.items():
+    for index, scores in report.by_kind(8, config.few_obs, SCMPrior(families=FAMILIES), "family", range(len(FAMILIES))).items():
+        add(f"d=8/{FAMILIES[index]}", scores, np.ones(len(scores["target"]), bool))
+    for name, prior in {"narrow": NARROW, "all families trained on": SCMPrior()}.items():
         scores = report.scores(8, config.few_obs, prior)
         add(f"d=8/{name}", scores, np.ones(len(scores["target"]), bool))
     draw_curve(config.folder / "effects.png", curve, "share of the possible improvement,\nfirst experiment", config.few_obs, report)
 
 
 def measure_transfer(report: Report) -> None:
-    """Sizes, graph families, mechanisms and noise that training never showed."""
+    """Sizes, mechanisms and noise that training never showed; families are among those of `accuracy`."""
     config, curve = report.config, {}
     for size in tqdm(config.transfer_sizes, desc="transfer"):
         scores, tuning = report.both(size, config.num_obs)
@@ -308,19 +320,16 @@ def measure_transfer(report: Report) -> None:
         for name, f1 in curve[size].items():
             report.add("transfer", f"d={size}", name, "pooled F1", f1, len(truth))
     draw_curve(config.folder / "transfer.png", curve, "parent F1", config.num_obs, report)
-    others = {
-        "graphs: Watts–Strogatz": SCMPrior(families=("watts_strogatz",)),
-        "graphs: layered": SCMPrior(families=("layered",)),
-        "mechanisms: MLP": replace(MIXED, mechanisms=("mlp",)),
-        "mechanisms: polynomial": replace(MIXED, mechanisms=("polynomial",)),
-        "noise: Laplace": replace(MIXED, noises=("laplace",)),
-        "noise: uniform": replace(MIXED, noises=("uniform",)),
-        "noise: heteroscedastic": replace(MIXED, noises=("heteroscedastic",)),
-        "not standardised": replace(MIXED, standardised=False),
+    new_mechanisms, new_noises = MECHANISMS[2:], NOISES[1:]
+    shifts = {
+        "mechanisms: ": (new_mechanisms, "mechanism", range(2, len(MECHANISMS)), replace(MIXED, mechanisms=new_mechanisms)),
+        "noise: ": (new_noises, "noise", range(1, len(NOISES)), replace(MIXED, noises=new_noises)),
     }
-    for label, prior in tqdm(others.items(), desc="shifts"):
-        scores, tuning = report.both(8, config.num_obs, prior)
-        measure_structure(report, "transfer", f"d=8/{label}", scores, tuning)
+    for label, (names, kind, values, prior) in tqdm(shifts.items(), desc="shifts"):
+        scores, tuning = (report.by_kind(8, config.num_obs, prior, kind, values, stream) for stream in (0, 1))
+        for name, value in zip(names, values, strict=True):
+            measure_structure(report, "transfer", f"d=8/{label}{name}", scores[value], tuning[value])
+    measure_structure(report, "transfer", "d=8/not standardised", *report.both(8, config.num_obs, replace(MIXED, standardised=False)))
 
 
 def measure_expert(report: Report) -> None:
