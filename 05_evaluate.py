@@ -322,7 +322,7 @@ def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, 
     return marginals
 
 
-def evaluate_structure(evaluation: Evaluation, size: int, problems: Problem, validation: Problem) -> dict[str, np.ndarray]:
+def evaluate_surrogate_accuracy(evaluation: Evaluation, size: int, problems: Problem, validation: Problem) -> dict[str, np.ndarray]:
     """Parent accuracy of the surrogate against baselines whose thresholds are chosen on validation problems; effects and calibration.
 
     Returns the scores of `structure_scores`.
@@ -473,7 +473,7 @@ def main(config: Config) -> Path:
         slots = max(bucket, size)
         problems, optima = held_out(config, size, slots, num_bins, config.num_problems, problem_key)
         validation, _ = held_out(config, size, slots, num_bins, config.num_problems, validation_key)
-        scores = evaluate_structure(evaluation, size, problems, validation)
+        scores = evaluate_surrogate_accuracy(evaluation, size, problems, validation)
         f1[size] = next(r.value for r in evaluation.records if (r.task, r.method, r.metric) == (f"d={size}", "acbo", "parent F1"))
         if size != config.transfer_size:
             played[size] = problems, scores, evaluate_optimisation(evaluation, size, problems, optima)
