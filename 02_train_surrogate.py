@@ -2,12 +2,11 @@
 
 - Reads   artifacts/<preset>/demos.npz
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 5 minutes on 2 CPU cores, `hour` about 60.
+- Time    `small` about 5 minutes on 2 CPU cores; `hour` is meant for 60 and was not run yet.
 
     python 02_train_surrogate.py small --steps 2000
 
-Every step has problems of every size: they are padded to a few buckets, whose losses share one program. What each ingredient buys at equal compute is
-in reference/surrogate/ablation.md (`python benchmarks/surrogate.py ablation`).
+Every step has problems of every size: they are padded to a few buckets, whose losses share one program.
 
 Deviations from phase4_training_infrastructure.md, section 2:
 1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents by NLL on fresh draws of the simulator: the expert
@@ -124,7 +123,7 @@ PRESETS = {
     ),
     "small": ("about 5 minutes on 2 CPU cores", Config()),
     "hour": (
-        "about 60 minutes on 2 CPU cores",
+        "larger, meant for 60 minutes on 2 CPU cores",
         Config(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=20, max_size=20),
@@ -295,8 +294,7 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
     mark = fingerprint(config, [demos_path])
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
-    flatten = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
-    validation = jax.tree.map(flatten, draw_chunk(validation_key, jnp.array(0), config))
+    validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config))
 
     # --- train ---
     log, history, metrics, done = TrainingLog(config.folder / "logs" / "surrogate.jsonl", start), [], {}, start

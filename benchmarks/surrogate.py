@@ -7,7 +7,7 @@ Held-out problems of `SCMPrior`: `num_obs` observational rows and `per_variable`
 half of them linear, unless a row says otherwise. Intervals are 95 %, over problems. Thresholds of the baselines are chosen on as many separate
 problems, to their advantage. Writes tables (.md, .csv, .tex), metrics.json and figures to `--folder`.
 
-`exact` wants weights trained on the enumerated prior itself (the command is in the README): linear, Gaussian, 2 to 4 variables, any target.
+`exact` wants weights trained on the enumerated prior itself: linear, Gaussian, 2 to 4 variables, any target (`min_effect` 0).
 """
 
 import sys
