@@ -1,6 +1,6 @@
 """Stage 2: train the surrogate, which gives the posterior over parent sets and every intervention's effect from any data set.
 
-- Reads   artifacts/<preset>/demos.npz
+- Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
 - Time    `small` about 5 minutes on 2 CPU cores; `hour` is meant for 60 and was not run yet.
 
@@ -32,9 +32,9 @@ from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkp
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
 from lib.metrics import auroc, expected_calibration_error, median_seconds, parent_f1
 from lib.parent_scale import ParentScaleConfig, replay_posterior
-from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
+from lib.scm_prior import DataDesign, Example, SCMPrior, initial_buffer, sample_examples, sample_scm
 from lib.surrogate import ExpertExamples, LossWeights, ParentSetPredictionModel, SurrogateConfig, surrogate_optimiser, update_surrogate
-from lib.trajectories import ExpertTrajectory, extract_surrogate_training_data, load_trajectories
+from lib.trajectories import extract_surrogate_training_data, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Config:
 
     # --- files ---
     folder: Path = Path("artifacts/small")
-    """Where demos.npz is read and surrogate.eqx is written."""
+    """Where demos.npz is read, unless `weights.expert` is 0, and surrogate.eqx is written."""
     seed: int = 0
     """Seed of everything random here."""
 
@@ -129,8 +129,9 @@ PRESETS = {
             prior=SCMPrior(max_vars=20, max_size=20),
             buckets=(Bucket(6, 4), Bucket(10, 4), Bucket(20, 1)),
             design=DataDesign(max_obs=500, max_interventions=80),
-            model=SurrogateConfig(model_n_layers=6),
-            steps=24_000,
+            model=SurrogateConfig(model_hidden_dim=96, model_n_layers=6),
+            steps=12_000,
+            learning_rate=3e-3,
             evaluate_every=1000,
         ),
     ),
@@ -262,14 +263,17 @@ def evaluate(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -
     }
 
 
-def estimate_speedup(model: ParentSetPredictionModel, trajectories: ExpertTrajectory, num_obs: int) -> float:
-    """The expert's seconds per posterior over the surrogate's, on the first data of one demonstration, measured one after the other."""
-    one = jax.tree.map(lambda leaf: leaf[0], trajectories)
-    buffer, settings = one.buffer_before(0), ParentScaleConfig(num_obs=num_obs, num_steps=0, candidate_sets="union")
+def estimate_speedup(key: jax.Array, model: ParentSetPredictionModel, config: Config) -> float:
+    """The expert's seconds per posterior over the surrogate's, on one problem of the largest bucket, measured one after the other."""
+    scm_key, data_key, expert_key = jr.split(key, 3)
+    num_obs, prior = config.design.max_obs, config.priors[-1]
+    scm = eqx.filter_jit(sample_scm)(scm_key, prior)
+    buffer = initial_buffer(data_key, scm, num_obs, 2, num_obs + 2 * prior.max_vars)
+    settings = ParentScaleConfig(num_obs=num_obs, num_steps=0, candidate_sets="union")
     infer = eqx.filter_jit(lambda key, scm, buffer: replay_posterior(key, scm, buffer, buffer.size, settings))
     amortised = eqx.filter_jit(lambda model, buffer, task: model.predict(buffer, task).posterior().log_probs)
-    expert = median_seconds(lambda: infer(jr.key(0), one.scm, buffer), 3)
-    return expert / median_seconds(lambda: amortised(model, buffer, one.scm.task), 20)
+    expert = median_seconds(lambda: infer(expert_key, scm, buffer), 3)
+    return expert / median_seconds(lambda: amortised(model, buffer, scm.task), 20)
 
 
 # --- training ---
@@ -278,20 +282,21 @@ def estimate_speedup(model: ParentSetPredictionModel, trajectories: ExpertTrajec
 def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
     """Train on `folder`'s demonstrations and on simulations, or go on where a checkpoint is.
 
-    Raises `ArtifactError` if demos.npz is missing or damaged.
+    Raises `ArtifactError` if demos.npz is missing or damaged, unless the expert's term has no weight.
     """
-    demos_path, checkpoint_path = config.folder / "demos.npz", config.folder / "surrogate.ckpt"
+    checkpoint_path = config.folder / "surrogate.ckpt"
     model_key, data_key, demo_key, validation_key = jr.split(jr.key(config.seed), 4)
 
     # --- read ---
-    trajectories, header = load_trajectories(demos_path, "train")
-    demos = extract_surrogate_training_data(trajectories, config.design.max_obs + config.design.max_interventions)
+    demo_paths, demos = [config.folder / "demos.npz"] if config.weights.expert else [], None
+    for path in demo_paths:
+        demos = extract_surrogate_training_data(load_trajectories(path, "train")[0], config.design.max_obs + config.design.max_interventions)
 
     # --- build, or continue ---
     model = eqx.filter_jit(ParentSetPredictionModel)(config.model, key=model_key)
     optimiser_state = make_optimiser(config).init(eqx.filter(model, eqx.is_array))
     state = TrainState(model, model, optimiser_state, jnp.array(jnp.inf), jnp.array(0))
-    mark = fingerprint(config, [demos_path])
+    mark = fingerprint(config, demo_paths)
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
     validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config))
@@ -321,7 +326,7 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
                 break
 
     metrics = metrics or evaluate(state.average, validation)
-    speedup = estimate_speedup(state.average, trajectories, header["config"]["num_obs"])
+    speedup = estimate_speedup(jr.fold_in(validation_key, 1), state.average, config)
     save_module(
         config.folder / "surrogate.eqx",
         state.average,
@@ -330,7 +335,7 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
         hyperparameters=config.model.hyperparameters,
         seed=config.seed,
         step=done,
-        parents=[demos_path],
+        parents=demo_paths,
         metrics=metrics,
     )
     checkpoint_path.unlink(missing_ok=True)

@@ -66,9 +66,7 @@ class Config:
     weights: Path = Path("artifacts/small/surrogate.eqx")
     """A surrogate of stage 2, or a system of stage 4."""
     parts: tuple[str, ...] = ("accuracy", "effects", "transfer", "expert")
-    """What is measured: any of accuracy, effects, transfer, expert, exact, rivals."""
-    rivals: tuple[Path, ...] = ()
-    """Other surrogates that `rivals` compares with, on the same problems."""
+    """What is measured: any of accuracy, effects, transfer, expert, exact."""
     sizes: tuple[int, ...] = (5, 8, 10)
     """Numbers of variables."""
     transfer_sizes: tuple[int, ...] = (5, 8, 10, 15, 20, 30, 50)
@@ -96,7 +94,6 @@ NARROW = SCMPrior(families=("erdos_renyi",), max_noise=1.0, min_lengthscale=1.5,
 # Mean F1 of the predecessor's surrogate on 15 systems, data not recorded (its stored evaluations): family -> {variables: F1}.
 PREDECESSOR = {"chain": {3: 0.889, 8: 0.800, 15: 0.711}, "fork": {3: 0.956, 8: 0.933, 15: 0.778}, "scale_free": {3: 0.556, 8: 0.474, 15: 0.268}}
 LEAST_LOG_PROB = -10.0  # of the true set, beside the expert: sets that its prior leaves out have none
-COLLINEAR = 0.9  # correlation from which a parent and another candidate count as substitutes
 
 
 # --- problems and scores: everything about a problem that some table needs, as arrays with leading axis `batch` ---
@@ -404,11 +401,13 @@ def measure_exact(report: Report) -> None:
         gap = paired_difference(-found["log_prob"], -found["log_prob_exact"])
         report.add("fidelity", task, "difference", "set NLL", gap, n)
     problems = report.problems(2, config.num_obs, prior)
-    blind = eqx.tree_at(lambda p: p.buffer.valid, problems, problems.buffer.valid & problems.buffer.observational)
+    blind = eqx.tree_at(lambda p: p.buffer.valid, problems, jax.vmap(lambda buffer: buffer.observational)(problems.buffer))
     said = host(score(report.model, blind))
     parent = said[ACBO].max(1)
     report.add("fidelity", "two variables, observations only", ACBO, "P(the other is the parent)", summarise(parent), len(parent))
     report.add("fidelity", "two variables, observations only", ACBO, "mean distance from 1/2", summarise(np.abs(parent - 0.5)), len(parent))
+    within = summarise((np.abs(parent - 0.5) <= 0.05).astype(float))
+    report.add("fidelity", "two variables, observations only", ACBO, "share within .05 of 1/2", within, len(parent))
 
 
 def trained_prior(path: Path) -> SCMPrior:
@@ -435,29 +434,6 @@ def compare_with_enumeration(model: ParentSetPredictionModel, problems: Problems
         }  # fmt: skip
 
     return jax.lax.map(one, problems)  # one by one: enumeration is wide already
-
-
-def measure_rivals(report: Report) -> None:
-    """Other surrogates on the same problems, paired, and where a parent has a substitute that is nearly collinear with it."""
-    config = report.config
-    for size in config.sizes:
-        for num_obs in (config.num_obs, config.few_obs):
-            problems = report.problems(size, num_obs)
-            ours = host(score(report.model, problems))
-            task = f"d={size}, {num_obs} rows"
-            rows = {task: np.ones(len(ours["log_prob"]), bool), f"{task}, collinear parents": ours["collinear"] > COLLINEAR}
-            for path in (config.weights, *config.rivals):
-                scores = ours if path == config.weights else host(score(load(path), problems))
-                f1 = parent_f1(scores[ACBO] > 0.5, scores["parents"], scores["possible"]).per_problem
-                reached = share_of_improvement(scores["mean"], scores)
-                for kind, kept in rows.items():
-                    n, name = int(kept.sum()), path.parent.name
-                    report.add("ablation", kind, name, "set NLL", summarise(-scores["log_prob"][kept]), n)
-                    report.add("ablation", kind, name, "parent F1", summarise(f1[kept]), n)
-                    report.add("ablation", kind, name, "share of the improvement", summarise(reached[kept]), n)
-                    if path != config.weights:
-                        more = paired_difference(-scores["log_prob"][kept], -ours["log_prob"][kept])
-                        report.add("ablation", kind, name, "set NLL above the first's, paired", more, n)
 
 
 # --- figures ---
@@ -511,7 +487,6 @@ PARTS = {
     "transfer": measure_transfer,
     "expert": measure_expert,
     "exact": measure_exact,
-    "rivals": measure_rivals,
 }
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -14,7 +15,7 @@ import pytest
 from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
-from lib.scm_prior import Example
+from lib.scm_prior import Example, SCMPrior, initial_buffer, sample_scm
 from lib.surrogate import (
     ExpertExamples,
     LossWeights,
@@ -26,8 +27,10 @@ from lib.surrogate import (
     surrogate_losses,
     update_surrogate,
 )
+from lib.system import TrainedACBOSystem
 
 
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained" / "acbo.eqx"
 CONFIG = SurrogateConfig(model_hidden_dim=16, model_n_layers=2, num_products=4, num_components=2, num_bins=5)
 REAL, SLOTS, ROWS, VALID, TARGET = 6, 8, 32, 26, 2  # six variables in eight slots, six rows free
 SETS = np.array([[m[0], m[1], 0, m[2], m[3], m[4], 0, 0] for m in itertools.product((0, 1), repeat=5)], bool)  # every parent set of variable 2
@@ -324,3 +327,85 @@ def test_mean_losses_are_over_examples_not_over_buckets(model):
     np.testing.assert_allclose(together.effect_nll, apart.effect_nll, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(apart.expert_kl, 0.0, atol=1e-4)
     assert float(together.expert_kl) == 0.0
+
+
+# --- the weights that ship ---
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return TrainedACBOSystem.load(PRETRAINED).surrogate
+
+
+@pytest.fixture(scope="module")
+def systems():
+    """32 problems of eight variables: 200 observational rows and two interventions per variable."""
+    prior = SCMPrior(min_size=8)
+
+    def one(key):
+        scm = sample_scm(key, prior)
+        return initial_buffer(jr.fold_in(key, 1), scm, 200, 2, 216), scm.task
+
+    return jax.device_get(eqx.filter_jit(lambda keys: jax.lax.map(one, keys))(jr.split(jr.key(5), 32)))
+
+
+@pytest.fixture(scope="module")
+def answers(shipped):
+    """`(buffers, tasks) -> marginals, entropy, standardised effects`, batched."""
+
+    def one(buffer, task):
+        output = shipped.predict(buffer, task)
+        effects = jnp.where(task.candidates[:, None], (output.effect_mean - output.shift) / output.spread, 0.0)
+        return output.marginals(), output.posterior().entropy(), effects
+
+    every = eqx.filter_jit(jax.vmap(one))
+    return lambda buffers, tasks: jax.device_get(every(buffers, tasks))
+
+
+def test_shipped_weights_do_not_care_for_order_or_padding(answers, systems):
+    """To 1e-5 in probabilities and in deviations of the target."""
+    buffers, tasks = systems
+    order = np.random.default_rng(0).permutation(8)
+    shuffled = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (buffers.values[..., order], buffers.intervened[..., order]))
+    columns = [tasks.low, tasks.high, tasks.var_mask]
+    moved = eqx.tree_at(lambda t: (t.target, t.low, t.high, t.var_mask), tasks, [np.argsort(order)[tasks.target], *(c[:, order] for c in columns)])
+
+    def wide(leaf):
+        return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 4)])
+
+    more = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (wide(buffers.values), wide(buffers.intervened)))
+    padding = answers(more, eqx.tree_at(lambda t: (t.low, t.high, t.var_mask), tasks, [wide(c) for c in columns]))
+    base, other = answers(*systems), answers(shuffled, moved)
+    for index in (0, 2):
+        np.testing.assert_allclose(base[index][:, order], other[index], atol=1e-5)
+        np.testing.assert_allclose(base[index], padding[index][:, :8], atol=1e-5)
+
+
+def test_more_rows_of_the_same_system_lower_the_entropy(answers, systems):
+    buffers, tasks = systems
+    entropy = {}
+    for count in (20, 60, 200):
+        valid = buffers.valid & ((np.arange(216) < count) | (np.arange(216) >= 200))[None]  # the same interventions every time
+        entropy[count] = answers(eqx.tree_at(lambda b: b.valid, buffers, valid), tasks)[1]
+    for fewer, more in ((20, 60), (60, 200)):
+        fall = entropy[fewer] - entropy[more]
+        assert fall.mean() > 2 * fall.std(ddof=1) / np.sqrt(len(fall))
+
+
+@pytest.mark.parametrize("num_vars", [2, 50])
+def test_shipped_weights_take_any_size_and_awkward_values(answers, num_vars):
+    """From two rows on, with constant columns and with values of 1e6."""
+    values = np.random.default_rng(num_vars).normal(size=(64, num_vars))
+    constant = np.where(np.arange(num_vars) == 1, 3.0, values)
+    cases = [(values, 2.0, 64), (constant, 2.0, 64), (values * 1e6, 2e6, 64), (values, 2.0, 2)]
+    ends = jnp.ones(num_vars)
+    problems = [
+        (
+            ExperienceBuffer(jnp.asarray(rows, jnp.float32), jnp.zeros(rows.shape, bool), jnp.arange(64) < count),
+            Task(jnp.array(0), -end * ends, end * ends, jnp.ones(num_vars, bool)),
+        )
+        for rows, end, count in cases
+    ]
+    marginals, entropy, effects = answers(*stack(problems))
+    assert np.isfinite(entropy).all() and np.isfinite(effects).all()
+    assert ((marginals >= 0) & (marginals <= 1)).all()
