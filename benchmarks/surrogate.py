@@ -171,18 +171,15 @@ def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 
-def confounded(graphs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Whether some variable and the target have a common cause that reaches the target by a path around that variable `[batch]`."""
-    count, size = targets.shape[0], graphs.shape[1]
-    found = np.zeros(count, bool)
-    reach = np.linalg.matrix_power(graphs + np.eye(size), size) > 0
-    for i in range(size):
-        without = graphs.astype(float).copy()
-        without[:, i] = 0.0
-        around = np.linalg.matrix_power(without + np.eye(size), size)[np.arange(count), :, targets] > 0
-        others = (np.arange(size)[None] != i) & (np.arange(size)[None] != targets[:, None])
-        found |= (reach[:, :, i] & around & others).any(1) & (targets != i)
-    return found
+def confounded(graphs: np.ndarray, targets: np.ndarray, variables: np.ndarray) -> np.ndarray:
+    """Whether a variable of each problem and the target have a common cause that reaches the target by a path around that variable `[batch]`."""
+    rows, size = np.arange(len(targets)), graphs.shape[1]
+    around = graphs.astype(float)
+    causes = np.linalg.matrix_power(around + np.eye(size), size)[rows, :, variables] > 0
+    around[rows, variables] = 0.0  # no way out of the variable
+    reaches = np.linalg.matrix_power(around + np.eye(size), size)[rows, :, targets] > 0
+    others = np.arange(size)[None] != variables[:, None]
+    return (causes & reaches & others).any(1)
 
 
 def share_of_improvement(surface: np.ndarray, scores: dict[str, np.ndarray]) -> np.ndarray:
@@ -275,7 +272,7 @@ def measure_accuracy(report: Report) -> None:
 
 
 def measure_effects(report: Report) -> None:
-    """R^2, coverage, and the first experiment at the surface's best point: by size, family and kind of target."""
+    """R^2, coverage, and the first experiment at the surface's best point: by size, by family and by what makes a problem hard."""
     config = report.config
 
     def add(task, scores, rows):
@@ -297,8 +294,9 @@ def measure_effects(report: Report) -> None:
         curve[size] = {name: summarise(share_of_improvement(scores["mean" if name == ACBO else name], scores)) for name in (ACBO, *RULES)}
         if size == 8:
             children = scores["graph"][np.arange(len(everyone)), scores["target"]].any(1)
-            mixed = confounded(scores["graph"], scores["target"])
-            for kind, rows in (("confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
+            best = scores["effects"].min(2).argmin(1)
+            mixed = confounded(scores["graph"], scores["target"], best)
+            for kind, rows in (("best variable confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
                 add(f"d=8/{kind}", scores, rows)
                 add(f"d=8/not {kind}", scores, ~rows)
     for index, scores in report.by_kind(8, config.few_obs, SCMPrior(families=FAMILIES), "family", range(len(FAMILIES))).items():
