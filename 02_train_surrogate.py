@@ -10,7 +10,9 @@ Every step has problems of every size: they are padded to a few buckets, whose l
 
 Deviations from phase4_training_infrastructure.md, section 2:
 1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents by NLL on fresh draws of the simulator: the expert
-   sees only the target's regression on a set, so imitating it alone would cap the student at its teacher;
+   sees only the target's regression on a set, so imitating it alone would cap the student at its teacher. And the expert is listened to early on only
+   (`expert_until`): all demonstrations start from equally many rows, and a network that hears it to the end learns to recognise such data and to
+   answer as the expert does there, worse than it knows;
 2. the same trunk learns the whole effect surface E[Y | do(X_i = v)], which the simulator knows exactly;
 3. there are no epochs: simulated data never repeat, so that early stopping (`patience`) is for runs whose length nobody has tried.
 """
@@ -78,6 +80,8 @@ class Config:
     """Expert states in a step."""
     weights: LossWeights = field(default_factory=LossWeights)
     """What the network learns from."""
+    expert_until: float = 0.5
+    """Share of the steps over which the weight of the expert's term falls to zero."""
     learning_rate: float = 4e-3
     """Peak learning rate, after warm-up and before cosine decay to zero."""
     warmup_steps: int = 150
@@ -99,6 +103,8 @@ class Config:
         sizes = [bucket.max_size for bucket in self.buckets]
         if sizes != sorted(set(sizes)) or not sizes or sizes[-1] != self.prior.max_size or sizes[0] < self.prior.min_size:
             raise ValueError(f"buckets: sizes {sizes} must ascend from at least {self.prior.min_size} to the prior's largest, {self.prior.max_size}")
+        if self.expert_until <= 0:
+            raise ValueError(f"expert_until = {self.expert_until} must be positive; --weights.expert 0 leaves the expert out")
 
     @property
     def priors(self) -> tuple[SCMPrior, ...]:
@@ -172,7 +178,7 @@ class SurrogateModelResult:
     validation_metrics: dict[str, float]
     """On held-out problems, at the end."""
     speedup_estimate: float
-    """The expert's seconds per posterior over the surrogate's, for the data of one demonstration, after compilation."""
+    """The expert's seconds per posterior over the surrogate's, on one problem, after compilation."""
 
 
 def make_optimiser(config: Config) -> optax.GradientTransformation:
@@ -206,7 +212,8 @@ def train_chunk(state: TrainState, batches: tuple[Example, ...], demos: ExpertEx
         if demos is not None:
             rows = jr.randint(jr.fold_in(key, index), (config.demos_per_step,), 0, demos.task.target.shape[0])
             chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
-        model, optimiser_state, losses = update_surrogate(model, optimiser_state, optimiser, examples, chosen, config.weights)
+        share = jnp.clip(1.0 - index / (config.expert_until * config.steps), 0.0, 1.0)
+        model, optimiser_state, losses = update_surrogate(model, optimiser_state, optimiser, examples, chosen, config.weights, share)
         average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, average, model)
         return eqx.filter((model, average, optimiser_state), eqx.is_array), losses
 

@@ -3,9 +3,10 @@
     python benchmarks/ablation.py --steps 1000
 
 Each variant is a call of 02_train_surrogate.py with the flags in `VARIANTS`; one that is trained already, for as many steps, is not trained again.
-Then all are held against the first on the same held-out problems, 200 and 48 observational rows with two interventions per variable, at 5, 8 and 10
-variables together, and where a parent of the target has a substitute that is nearly collinear with it. Differences are paired, with 95 % intervals
-over problems; what training with another seed changes is a variant of its own. Reads artifacts/small/demos.npz.
+Then all are held against the first on the same held-out problems, with 200, 100 (which is what the demonstrations start from) and 48 observational
+rows and two interventions per variable, at 5, 8 and 10 variables together, and where a parent of the target has a substitute that is nearly
+collinear with it. Differences are paired, with 95 % intervals over problems; what training with another seed changes is a variant of its own.
+Reads artifacts/small/demos.npz.
 """
 
 import subprocess
@@ -48,12 +49,14 @@ VARIANTS = {
     "parents alone": ("--weights.effects", "0"),
     "effects alone": ("--weights.parents", "0", "--weights.expert", "0"),
     "no expert": ("--weights.expert", "0"),
+    "the expert to the end": ("--expert-until", "1e9"),
     "200 rows always": ("--design.min-obs", "200", "--design.max-obs", "200"),
     "sizes 8 to 10": ("--prior.min-size", "8", "--buckets.0.max-size", "8"),
     "Erdős–Rényi alone": ("--prior.families", "erdos_renyi"),
     "last weights": ("--average", "0"),
     "no warm-up": ("--warmup-steps", "1"),
 }
+DEMONSTRATED = 100  # observational rows of `small`'s demonstrations
 COLLINEAR = 0.9  # correlation from which a parent and another candidate count as substitutes
 
 
@@ -97,7 +100,7 @@ def main(config: Config) -> None:
     models = {name: load_surrogate(path) for name, path in weights.items()}
     settings = benchmark.Config(num_problems=config.num_problems)
     report = benchmark.Report(settings, models["as it is"][0])
-    for num_obs in (settings.num_obs, settings.few_obs):
+    for num_obs in (settings.num_obs, DEMONSTRATED, settings.few_obs):
         problems = [report.problems(size, num_obs) for size in settings.sizes]
         first, _ = qualities(*models["as it is"], problems)
         for name, model in tqdm(models.items(), desc=f"{num_obs} rows"):

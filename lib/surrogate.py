@@ -269,7 +269,7 @@ class LossWeights:
     effects: float = 1.0
     """Of the effect head's NLL."""
     expert: float = 0.1
-    """Of KL(expert || surrogate)."""
+    """Of KL(expert || surrogate), at the start."""
 
 
 class SurrogateLosses(NamedTuple):
@@ -322,12 +322,17 @@ def update_surrogate(
     batches: Sequence[Example],
     demos: ExpertExamples | None,
     weights: LossWeights,
+    expert_share: Float[Array, ""] | float = 1.0,
 ) -> tuple[ParentSetPredictionModel, optax.OptState, SurrogateLosses]:
-    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth beside the expert's posterior)."""
+    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth beside the expert's posterior).
+
+    `expert_share` is the part of its weight that the expert's term still has.
+    """
 
     def loss_fn(model):
         losses = mean_losses(model, batches, demos)
-        return weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + weights.expert * losses.expert_kl, losses
+        expert = expert_share * weights.expert * losses.expert_kl
+        return weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + expert, losses
 
     (_, losses), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
     updates, optimiser_state = optimiser.update(gradients, optimiser_state, eqx.filter(model, eqx.is_array))
