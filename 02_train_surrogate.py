@@ -2,7 +2,7 @@
 
 - Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 5 minutes on 2 CPU cores, `hour` about 55: 12,000 steps of .25 s.
+- Time    `small` about 5 minutes on 2 CPU cores, `hour` 12,000 steps of .25 s, so about 55 by estimate.
 
     python 02_train_surrogate.py small --steps 2000
 
