@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import Frame, Rows
@@ -32,6 +32,7 @@ NUM_GRAPHS = 400_000  # that the prior over graphs is simulated with
 NUM_DRAWS = 2048  # of the importance sampler, per variable and parent set
 FREEDOM = 4.0  # of its t distribution: the prior keeps coefficients away from zero, so the tails count
 WIDTH = 1.5  # by which it is wider than the likelihood
+LEAST_CHOSEN = 1e-6  # probability of a target that has too little to gain at the mean coefficients: they err
 
 
 @lru_cache
@@ -143,19 +144,31 @@ def fit_mechanism(x, y, used, members, prior: SCMPrior) -> tuple[Float[Array, ""
     return evidence, share @ coefficients
 
 
-def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) -> ParentSetPosterior:
-    """P(parents of the target | data), over all `2^vars` sets, those with the target included at probability zero.
+class GraphPosterior(NamedTuple):
+    """P(graph | data) over `enumerate_dags`, the number in `subsets` of the target's parents in each, and the mean total effects of every variable.
 
-    The buffer has no padding variables. Pure: `jit` and `vmap` over the first two arguments. Raises `ValueError` for a prior that is not linear,
-    Gaussian and standardised, and for more than `MAX_ENUMERATED` variables.
+    Coefficients of different mechanisms are independent given the data, and no path meets a mechanism twice: the total effect of mean coefficients is
+    the mean total effect.
+    """
+
+    frame: Frame
+    probs: Float[Array, " dags"]
+    parent_set: Int[Array, " dags"]
+    total: Float[Array, "dags vars vars"]
+
+
+def graph_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior, num_bins: int = 2) -> GraphPosterior:
+    """Weigh every graph over the buffer's variables, of which none is padding.
+
+    Pure: `jit` and `vmap` over the first two arguments. Raises `ValueError` for a prior that is not linear, Gaussian and standardised, and for more
+    than `MAX_ENUMERATED` variables.
     """
     kinds = (prior.mechanisms, prior.noises, prior.standardised)
     if kinds != (("linear",), ("gaussian",), True):
         raise ValueError(f"only standardised linear Gaussian systems can be enumerated, not {kinds}")
     num_vars = buffer.values.shape[1]
-    graphs = jnp.asarray(enumerate_dags(num_vars))
-    sets = jnp.asarray(subsets(num_vars))
-    frame = Frame.of(buffer, task, 2)  # its grid: the two ends of every range
+    graphs, sets = jnp.asarray(enumerate_dags(num_vars)), jnp.asarray(subsets(num_vars))
+    frame = Frame.of(buffer, task, num_bins)
     x = Rows.of(buffer, frame, task.var_mask).values
 
     def variable(i):
@@ -166,18 +179,31 @@ def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) 
     mechanisms = Mechanisms(*jax.lax.map(variable, jnp.arange(num_vars)))
     code = jnp.tensordot(2 ** jnp.arange(num_vars), graphs.astype(int), axes=(0, 1))  # [dags, vars]: which set each variable's parents are
     own = jnp.arange(num_vars)
-    log_weights = jnp.asarray(log_graph_prior(num_vars, prior), x.dtype) + mechanisms.evidence[own[None], code].sum(1)
+    direct = mechanisms.coefficients[own[None], code].swapaxes(1, 2)  # [dags, parent, child]
+    total = jnp.linalg.inv(jnp.eye(num_vars)[None] - direct) - jnp.eye(num_vars)[None]
+    # the target is one of the variables that some intervention lowers by `min_effect`
+    ends = frame.grid[:, jnp.array([0, -1])]
+    drop = (-total[..., None] * ends[None, :, None]).max((1, 3))
+    qualifies = drop >= prior.min_effect
+    chosen = jnp.maximum(qualifies[:, task.target] / jnp.maximum(qualifies.sum(1), 1), LEAST_CHOSEN * (drop[:, task.target] > 1e-3))
+    log_weights = jnp.asarray(log_graph_prior(num_vars, prior), x.dtype) + mechanisms.evidence[own[None], code].sum(1) + jnp.log(chosen)
+    return GraphPosterior(frame, jax.nn.softmax(log_weights), code[:, task.target], total)
 
-    def chosen(code):
-        """Probability that the target is the one drawn among the variables that some intervention lowers by `min_effect`."""
-        direct = mechanisms.coefficients[own, code].T  # [parent, child]
-        total = jnp.linalg.inv(jnp.eye(num_vars) - direct) - jnp.eye(num_vars)
-        drop = (-total[:, :, None] * frame.grid[:, None]).max((0, 2))
-        qualifies = drop >= prior.min_effect
-        return qualifies[task.target] / jnp.maximum(qualifies.sum(), 1)
 
-    log_weights += jnp.log(jax.vmap(chosen)(code))
-    of_target = code[:, task.target]
-    top = log_weights.max()
-    mass = jnp.zeros(len(sets)).at[of_target].add(jnp.exp(log_weights - top))
-    return ParentSetPosterior(task.target, sets, jnp.log(mass / mass.sum()))
+def enumerated_posterior(buffer: ExperienceBuffer, task: Task, prior: SCMPrior) -> ParentSetPosterior:
+    """P(parents of the target | data), over all `2^vars` sets, those with the target included at probability zero.
+
+    As pure as `graph_posterior`, and with its errors.
+    """
+    found, sets = graph_posterior(buffer, task, prior), jnp.asarray(subsets(buffer.values.shape[1]))
+    return ParentSetPosterior(task.target, sets, jnp.log(jnp.zeros(len(sets)).at[found.parent_set].add(found.probs)))
+
+
+def enumerated_effects(buffer: ExperienceBuffer, task: Task, prior: SCMPrior, num_bins: int) -> Float[Array, "vars bins"]:
+    """The posterior mean of E[Y | do(X_i = v)] on each variable's range, in the target's own units: its lowest point is the best first experiment.
+
+    Means without intervention are those of the observational rows. As pure as `graph_posterior`, and with its errors.
+    """
+    frame, probs, _, total = graph_posterior(buffer, task, prior, num_bins)
+    slope = jnp.einsum("g,gi->i", probs, jnp.take(total, task.target, axis=2))
+    return frame.shift[task.target] + frame.spread[task.target] * slope[:, None] * frame.grid

@@ -9,7 +9,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.enumeration import enumerate_dags, enumerated_posterior, fit_mechanism, log_graph_prior, subsets
+from lib.enumeration import enumerate_dags, enumerated_effects, enumerated_posterior, fit_mechanism, log_graph_prior, subsets
+from lib.scm import value_grid
 from lib.scm_prior import SCMPrior, sample_problem
 
 
@@ -94,6 +95,24 @@ def test_posterior_is_calibrated(posteriors):
         expected, spread = probs[inside].sum(), np.sqrt((probs * (1 - probs))[inside].sum())
         assert abs(true[inside].sum() - expected) < 4 * spread + 1, (low, high, true[inside].sum(), expected)
     assert -np.log(np.maximum(probs[true], 1e-6)).mean() < 0.6
+
+
+def test_mean_effects_are_unbiased_and_approach_the_truth():
+    """Over systems from the prior, the error of a posterior mean is uncorrelated with it, and shrinks with more rows: slopes, from end to end."""
+
+    def one(num_obs, key):
+        scm, buffer = sample_problem(key, PRIOR, num_obs, 2, num_obs + 6)
+        said, truth = enumerated_effects(buffer, scm.task, PRIOR, 2), scm.effect_table(value_grid(scm.low, scm.high, 2))
+        return said[:, 1] - said[:, 0], truth[:, 1] - truth[:, 0], scm.candidates
+
+    errors = {}
+    for num_obs in (30, 400):
+        said, truth, usable = jax.device_get(jax.jit(lambda keys, n=num_obs: jax.lax.map(lambda k: one(n, k), keys))(jr.split(jr.key(6), 200)))
+        said, truth = said[usable].reshape(200, 2), truth[usable].reshape(200, 2)
+        against = ((truth - said) * said).mean(1)
+        assert abs(against.mean()) < 3 * against.std() / np.sqrt(200)
+        errors[num_obs] = np.sqrt(((truth - said) ** 2).mean())
+    assert errors[400] < 0.6 * errors[30] < 0.6 * 0.5 * truth.std()
 
 
 def test_errors():
