@@ -1,13 +1,10 @@
-"""How good a trained surrogate is: parents, calibration, effects, transfer, against the expert and against the exact posterior.
+"""How good a trained surrogate is: parents, calibration, effects, transfer, and beside the expert.
 
     python benchmarks/surrogate.py --weights artifacts/small/surrogate.eqx --parts accuracy effects transfer expert
-    python benchmarks/surrogate.py --weights artifacts/exact/surrogate.eqx --parts exact
 
 Held-out problems of `SCMPrior`: `num_obs` observational rows and `per_variable` interventions on each variable, families Erdős–Rényi and scale-free,
 half of them linear, unless a row says otherwise. Intervals are 95 %, over problems. Thresholds of the baselines are chosen on as many separate
 problems, to their advantage. Writes tables (.md, .csv, .tex), metrics.json and figures to `--folder`.
-
-`exact` wants weights trained on the enumerated prior itself: linear, Gaussian, 2 to 4 variables, any target (`min_effect` 0).
 """
 
 import sys
@@ -33,7 +30,6 @@ from lib import baselines
 from lib.artifacts import read_header
 from lib.buffer import DataError, ExperienceBuffer
 from lib.config import errors_for_people, use_compilation_cache
-from lib.enumeration import enumerated_effects, enumerated_posterior
 from lib.metrics import (
     Record,
     auroc,
@@ -66,7 +62,7 @@ class Config:
     weights: Path = Path("artifacts/small/surrogate.eqx")
     """A surrogate of stage 2, or a system of stage 4."""
     parts: tuple[str, ...] = ("accuracy", "effects", "transfer", "expert")
-    """What is measured: any of accuracy, effects, transfer, expert, exact."""
+    """What is measured: any of accuracy, effects, transfer, expert."""
     sizes: tuple[int, ...] = (5, 8, 10)
     """Numbers of variables."""
     transfer_sizes: tuple[int, ...] = (5, 8, 10, 15, 20, 30, 50)
@@ -392,78 +388,11 @@ def expert_beliefs(keys: jax.Array, problems: Problems, settings: ParentScaleCon
     return in_batches(one, (keys, problems))
 
 
-def measure_exact(report: Report) -> None:
-    """Against the posterior by enumeration, under the very prior that the weights were trained on; and where two variables cannot be told apart."""
-    config, prior = report.config, trained_prior(report.config.weights)
-    for size in (3, 4):
-        problems = report.problems(size, config.num_obs, prior)
-        found = host(compare_with_enumeration(report.model, problems, replace(prior, max_vars=size, min_size=size, max_size=size)))
-        n, task = config.num_problems, f"d={size}"
-        report.add("fidelity", task, ACBO, "total variation", summarise(found["distance"]), n)
-        for name, suffix in ((ACBO, ""), ("enumeration", "_exact")):
-            marginals, truth = found["marginals" + suffix], found["parents"]
-            report.add("fidelity", task, name, "set NLL", summarise(-found["log_prob" + suffix]), n)
-            report.add("fidelity", task, name, "entropy", summarise(found["entropy" + suffix]), n)
-            report.add("fidelity", task, name, "pooled F1", parent_f1(marginals > 0.5, truth, found["possible"]).pooled, n)
-            report.add("fidelity", task, name, "AUROC", auroc(marginals, truth, found["possible"]), n)
-        gap = paired_difference(-found["log_prob"], -found["log_prob_exact"])
-        report.add("fidelity", task, "difference", "set NLL", gap, n)
-        measure_exact_effects(report, size, prior)
-    problems = report.problems(2, config.num_obs, prior)
-    blind = eqx.tree_at(lambda p: p.buffer.valid, problems, jax.vmap(lambda buffer: buffer.observational)(problems.buffer))
-    said = host(score(report.model, blind))
-    parent = said[ACBO].max(1)
-    report.add("fidelity", "two variables, observations only", ACBO, "P(the other is the parent)", summarise(parent), len(parent))
-    report.add("fidelity", "two variables, observations only", ACBO, "mean distance from 1/2", summarise(np.abs(parent - 0.5)), len(parent))
-    within = summarise((np.abs(parent - 0.5) <= 0.05).astype(float))
-    report.add("fidelity", "two variables, observations only", ACBO, "share within .05 of 1/2", within, len(parent))
-
-
-def measure_exact_effects(report: Report, size: int, prior: SCMPrior) -> None:
-    """The first experiment with few rows, beside the Bayes-optimal one, where there is half a deviation to gain."""
-    config = report.config
-    problems = report.problems(size, config.few_obs, prior)
-    exact_prior = replace(prior, max_vars=size, min_size=size, max_size=size)
-    scores, exact = host(score(report.model, problems)), np.asarray(best_effects(problems, exact_prior, report.model.config.num_bins))
-    gain = scores["baseline"] - scores["effects"].min((1, 2)) >= MIXED.min_effect
-    shares = {ACBO: scores["mean"], "enumeration": exact}
-    shares = {name: share_of_improvement(surface, scores)[gain] for name, surface in shares.items()}
-    task, n = f"d={size}, {config.few_obs} rows", int(gain.sum())
-    for name, share in shares.items():
-        report.add("fidelity", task, name, "share of the improvement", summarise(share), n)
-    report.add("fidelity", task, "difference", "share of the improvement", paired_difference(shares[ACBO], shares["enumeration"]), n)
-
-
-@eqx.filter_jit
-def best_effects(problems: Problems, prior: SCMPrior, num_bins: int) -> jax.Array:
-    """Mean effects under the posterior over all graphs."""
-    return jax.lax.map(lambda problem: enumerated_effects(problem.buffer, problem.scm.task, prior, num_bins), problems)
-
-
 def trained_prior(path: Path) -> SCMPrior:
     """What the weights were trained on."""
     stored = read_header(path)["config"]["prior"]
     settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     return SCMPrior(**settings)
-
-
-@eqx.filter_jit
-def compare_with_enumeration(model: ParentSetPredictionModel, problems: Problems, prior: SCMPrior) -> dict[str, jax.Array]:
-    """Total variation over all parent sets, and both posteriors' beliefs."""
-
-    def one(problem):
-        scm = problem.scm
-        exact, output = enumerated_posterior(problem.buffer, scm.task, prior), model.predict(problem.buffer, scm.task)
-        allowed = ~(exact.sets & ~scm.task.possible_parents[None]).any(1)
-        ours = jnp.where(allowed, jnp.exp(jax.vmap(output.log_prob)(exact.sets)), 0.0)
-        entropy = -jnp.where(ours > 0, ours * jnp.log(jnp.where(ours > 0, ours, 1.0)), 0.0).sum()
-        truth = {"parents": scm.parents, "possible": scm.task.possible_parents, "distance": 0.5 * jnp.abs(ours - exact.probs).sum()}
-        learned = {"marginals": output.marginals(), "log_prob": output.log_prob(scm.parents), "entropy": entropy}
-        return truth | learned | {
-            "marginals_exact": exact.marginals(), "log_prob_exact": exact.log_prob(scm.parents), "entropy_exact": exact.entropy()
-        }  # fmt: skip
-
-    return jax.lax.map(one, problems)  # one by one: enumeration is wide already
 
 
 # --- figures ---
@@ -516,7 +445,6 @@ PARTS = {
     "effects": measure_effects,
     "transfer": measure_transfer,
     "expert": measure_expert,
-    "exact": measure_exact,
 }
 
 
