@@ -22,7 +22,7 @@ HostArray = np.ndarray | Array
 Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
-TABLES = ("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation")
+TABLES = ("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling")
 FORMATS = {"md": "github", "tex": "latex"}
 
 
