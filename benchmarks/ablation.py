@@ -22,6 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import surrogate as benchmark
+from lib.buffer import DataError
 from lib.config import errors_for_people, use_compilation_cache
 from lib.metrics import paired_difference, parent_f1, render, summarise, write_results
 from lib.system import load_surrogate
@@ -35,6 +36,8 @@ class Config:
     """Gradient steps of every variant."""
     demos: Path = Path("artifacts/small/demos.npz")
     """The expert's demonstrations."""
+    variants: tuple[str, ...] = ()
+    """Variants to compare with the default; all if none is named."""
     num_problems: int = 500
     """Held-out problems per number of variables."""
     folder: Path = Path("artifacts/ablation")
@@ -50,6 +53,7 @@ VARIANTS = {
     "effects alone": ("--weights.parents", "0", "--weights.expert", "0"),
     "no expert": ("--weights.expert", "0"),
     "the expert to the end": ("--expert-until", "1e9"),
+    "100 rows at most": ("--design.max-obs", "100"),
     "200 rows always": ("--design.min-obs", "200", "--design.max-obs", "200"),
     "sizes 8 to 10": ("--prior.min-size", "8", "--buckets.0.max-size", "8"),
     "Erdős–Rényi alone": ("--prior.families", "erdos_renyi"),
@@ -95,8 +99,12 @@ def qualities(model, header: dict, problems: list[benchmark.Problems]) -> tuple[
 
 def main(config: Config) -> None:
     """Train what is missing, measure all, print and write the table."""
+    unknown = [name for name in config.variants if name not in VARIANTS]
+    if unknown:
+        raise DataError(f"variants: unknown {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
     use_compilation_cache(Path("artifacts/cache"))
-    weights = {name: train(config, name) for name in tqdm(VARIANTS, desc="training")}
+    wanted = dict.fromkeys(("as it is", *(config.variants or VARIANTS)))
+    weights = {name: train(config, name) for name in tqdm(wanted, desc="training")}
     models = {name: load_surrogate(path) for name, path in weights.items()}
     settings = benchmark.Config(num_problems=config.num_problems)
     report = benchmark.Report(settings, models["as it is"][0])
