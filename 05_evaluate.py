@@ -52,6 +52,7 @@ from lib.metrics import (
     write_results,
 )
 from lib.parent_scale import ParentScaleConfig, replay_posterior, run_gp_ei, run_parent_scale
+from lib.policy import expected_improvement_choice, thompson_choice
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior, initial_buffer
 from lib.surrogate import ParentSetPredictionModel
@@ -150,6 +151,14 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         choice = system.surrogate.predict(buffer, scm.task).best()
         return choice, choice
 
+    def improvement(scm, key, buffer, step):
+        output = system.surrogate.predict(buffer, scm.task)
+        return expected_improvement_choice(output), output.best()
+
+    def thompson(scm, key, buffer, step):
+        output = system.surrogate.predict(buffer, scm.task)
+        return thompson_choice(key, output), output.best()
+
     def amortized(key, scm, buffer):
         first = system.surrogate.predict(buffer, scm.task).posterior().top_k(16)
 
@@ -171,6 +180,8 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
         "parent_scale_amortized": amortized,
         "surrogate_greedy": campaign(greedy),
+        "surrogate_ei": campaign(improvement),
+        "surrogate_thompson": campaign(thompson),
         "acbo": lambda key, scm, buffer: system.play(key, scm, buffer, num_steps),
     }
     if name not in methods:
@@ -187,6 +198,8 @@ METHODS = (
     "parent_scale",
     "parent_scale_amortized",
     "surrogate_greedy",
+    "surrogate_ei",
+    "surrogate_thompson",
     "bc_policy",
     "grpo_policy",
     "acbo",
@@ -436,7 +449,7 @@ def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    colours = dict(zip(regret, matplotlib.color_sequences["tab10"], strict=False)) | {"acbo": "black"}
+    colours = dict(zip(regret, matplotlib.color_sequences["tab20"], strict=False)) | {"acbo": "black"}
     for name, values in regret.items():
         steps, mean, ours = np.arange(values.shape[1]), values.mean(0), name == "acbo"
         axes.plot(steps, mean, label=f"{name} (n={len(values)})", color=colours[name], linewidth=2.5 if ours else 1.3, zorder=3 if ours else 2)

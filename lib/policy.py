@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
+from lib.causal_gp import expected_improvement, log_expected_improvement
 from lib.evidence import NUM_EVIDENCE
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
@@ -126,10 +126,33 @@ class InterventionDistribution(eqx.Module):
         return jnp.where(self.task.candidates[:, None], self.logits, 0.0)
 
 
-def expected_improvement(mean: Float[Array, "..."], std: Float[Array, "..."], best: Float[Array, "..."]) -> Float[Array, "..."]:
-    """E[max(best - N(mean, std^2), 0)]."""
-    z = (best - mean) / std
-    return std * (z * norm.cdf(z) + norm.pdf(z))
+# --- rules on the effect surface: what a policy has to beat ---
+
+
+def expected_improvement_choice(output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The variable and value whose expected improvement on the lowest predicted mean is largest."""
+    best = jnp.where(output.task.candidates[:, None], output.effect_mean, jnp.inf).min()
+    return best_cell(output, log_expected_improvement(output.effect_mean, output.effect_std, best))
+
+
+def thompson_choice(key: Key[Array, ""], output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The lowest point of a surface drawn from the predicted one (Thompson sampling).
+
+    The surrogate gives a deviation for every cell but no correlations. Errors along a variable's range share their cause, so they are drawn together,
+    those of different variables apart.
+    """
+    error = jr.normal(key, (output.effect_mean.shape[0], 1))
+    return best_cell(output, -(output.effect_mean + output.effect_std * error))
+
+
+def best_cell(output: SurrogateOutput, score: Float[Array, "vars bins"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Variable and value of the candidates' highest score."""
+    score = jnp.where(output.task.candidates[:, None], score, -jnp.inf)
+    variable, index = jnp.unravel_index(jnp.argmax(score), score.shape)
+    return variable, output.grid[variable, index]
+
+
+# --- the policy ---
 
 
 NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
@@ -140,7 +163,7 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
     output = state.output
     std = output.effect_std / output.spread
     gap = (output.effect_mean - state.best_value) / output.spread
-    improvement = expected_improvement(gap, std, jnp.zeros_like(gap))
+    improvement = expected_improvement(gap, std, 0.0)
     everywhere = jnp.ones_like(gap)
     left = state.steps_left.astype(gap.dtype)
     features = [

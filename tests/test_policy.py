@@ -10,7 +10,14 @@ import scipy.stats
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_EVIDENCE
-from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, PolicyConfig, expected_improvement
+from lib.policy import (
+    AcquisitionPolicyNetwork,
+    AcquisitionState,
+    InterventionDistribution,
+    PolicyConfig,
+    expected_improvement_choice,
+    thompson_choice,
+)
 from lib.scm import Task, value_grid
 from lib.surrogate import SurrogateOutput
 
@@ -132,11 +139,18 @@ def test_kl_is_zero_to_itself_and_positive_otherwise():
     assert jnp.isfinite(gradient).all()
 
 
-def test_expected_improvement_agrees_with_samples():
-    draws = 0.3 + 0.8 * np.random.default_rng(0).standard_normal(200_000)
-    gains = np.maximum(0.1 - draws, 0.0)
-    exact = expected_improvement(jnp.array(0.3), jnp.array(0.8), jnp.array(0.1))
-    assert abs(gains.mean() - exact) < 5 * gains.std() / np.sqrt(len(gains))
+def test_rules_choose_candidates_and_weigh_uncertainty():
+    """Expected improvement prefers the uncertain cell where means are equal; Thompson sampling follows the mean where it is certain."""
+    output = make_state(0).output
+    flat = eqx.tree_at(lambda o: (o.effect_mean, o.effect_std), output, (jnp.zeros((SLOTS, BINS)), jnp.ones((SLOTS, BINS)).at[4, 2].set(2.0)))
+    variable, value = expected_improvement_choice(flat)
+    assert (int(variable), float(value)) == (4, float(output.grid[4, 2]))
+    sure = eqx.tree_at(lambda o: o.effect_std, output, jnp.full((SLOTS, BINS), 1e-6))
+    assert jnp.array_equal(jnp.stack(thompson_choice(jr.key(0), sure)), jnp.stack(sure.best()))
+    assert jnp.array_equal(jnp.stack(expected_improvement_choice(sure)), jnp.stack(sure.best()))
+    drawn = jax.vmap(lambda k: thompson_choice(k, flat)[0])(jr.split(jr.key(1), 400))
+    assert set(np.unique(drawn)) == set(CANDIDATES)
+    assert (drawn == 4).mean() > 0.4  # of three candidates the uncertain one is lowest more often than not
 
 
 def test_policy_gives_a_distribution_over_candidates(act):
