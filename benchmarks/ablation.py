@@ -80,7 +80,7 @@ def qualities(model, header: dict, problems: list[benchmark.Problems]) -> tuple[
     """Per problem, whatever the weights were trained for; and how collinear a parent and another candidate are."""
     found, weights = [], header["config"]["weights"]
     for batch in problems:
-        scores = benchmark.host(benchmark.score(model, batch))
+        scores = benchmark.host(benchmark.score_parents(model, batch) | benchmark.score_effects(model, batch))
         usable = np.isfinite(scores["effects"])
         error = np.where(usable, scores["effects"] - scores["mean"], 0.0)
         parents = {

@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     for suffix, prior in (("", benchmark.MIXED), ("/narrow", benchmark.NARROW)):
         for size in tqdm(config.sizes, desc="narrow" if suffix else "mixed"):
             problems = report.problems(size, settings.few_obs, prior)
-            all_scores = {name: benchmark.host(benchmark.score(model, problems)) for name, model in models.items()}
+            all_scores = {name: benchmark.host(benchmark.score_effects(model, problems)) for name, model in models.items()}
             scores = next(iter(all_scores.values()))
             surfaces = {name: one["mean"] for name, one in all_scores.items()} | {name: scores[name] for name in benchmark.RULES}
             surfaces["known graph"] = np.asarray(known_graph_surfaces(problems, report.model.config.num_bins))

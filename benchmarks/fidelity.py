@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.surrogate import ACBO, MIXED, Problems, Report, host, score, share_of_improvement, trained_prior
+from benchmarks.surrogate import ACBO, MIXED, Problems, Report, host, score_effects, score_parents, share_of_improvement, trained_prior
 from benchmarks.surrogate import Config as ReportConfig
 from lib.config import errors_for_people, use_compilation_cache
 from lib.enumeration import enumerated_effects, enumerated_posterior
@@ -99,7 +99,7 @@ def measure_first_experiment(report: Report, size: int, prior: SCMPrior) -> None
     config = report.config
     problems = report.problems(size, config.few_obs, prior)
     exact_prior = replace(prior, max_vars=size, min_size=size, max_size=size)
-    scores = host(score(report.model, problems))
+    scores = host(score_effects(report.model, problems))
     scores["exact"] = np.asarray(best_effects(problems, exact_prior, report.model.config.num_bins))
     gain = scores["baseline"] - scores["effects"].min((1, 2)) >= MIXED.min_effect
     scores = {name: value[gain] for name, value in scores.items()}
@@ -121,7 +121,7 @@ def measure_two_variables(report: Report, prior: SCMPrior) -> None:
     config = report.config
     problems = report.problems(2, config.num_obs, prior)
     blind = eqx.tree_at(lambda p: p.buffer.valid, problems, jax.vmap(lambda buffer: buffer.observational)(problems.buffer))
-    said = host(score(report.model, blind))
+    said = host(score_parents(report.model, blind))
     parent = said[ACBO].max(1)
     report.add("fidelity", "two variables, observations only", ACBO, "P(the other is the parent)", summarise(parent), len(parent))
     report.add("fidelity", "two variables, observations only", ACBO, "mean distance from 1/2", summarise(np.abs(parent - 0.5)), len(parent))

@@ -92,17 +92,17 @@ PREDECESSOR = {"chain": {3: 0.889, 8: 0.800, 15: 0.711}, "fork": {3: 0.956, 8: 0
 LEAST_LOG_PROB = -10.0  # of the true set, beside the expert: sets that its prior leaves out have none
 
 
-# --- problems and scores: everything about a problem that some table needs, as arrays with leading axis `batch` ---
+# --- problems and scores ---
+
+Scores = dict[str, np.ndarray]  # everything about problems that some table needs, leading axis `batch`
 
 
 class Problems(eqx.Module):
-    """Systems with their first data and their truth."""
+    """Systems with their first data, and the index of each one's family."""
 
     scm: SyntheticSCM
     buffer: ExperienceBuffer
     family: jax.Array
-    effects: jax.Array
-    baseline: jax.Array
 
 
 def in_batches(function: Callable, inputs):
@@ -111,39 +111,51 @@ def in_batches(function: Callable, inputs):
 
 
 @eqx.filter_jit
-def draw(key: jax.Array, count: int, prior: SCMPrior, num_obs: int, per_variable: int, num_bins: int) -> Problems:
+def draw(key: jax.Array, count: int, prior: SCMPrior, num_obs: int, per_variable: int) -> Problems:
     """Held-out problems."""
 
     def one(key):
         scm_key, data_key = jr.split(key)
         scm, family = sample_scm_and_family(scm_key, prior)
         buffer = initial_buffer(data_key, scm, num_obs, per_variable, num_obs + per_variable * prior.max_vars)
-        baseline = scm.mean_outcome(Intervention.none(prior.max_vars))
-        return Problems(scm, buffer, family, scm.effect_table(value_grid(scm.low, scm.high, num_bins)), baseline)
+        return Problems(scm, buffer, family)
 
     return in_batches(one, jr.split(key, count))
 
 
+def kinds(problem: Problems) -> dict[str, jax.Array]:
+    """What problems are told apart by."""
+    scm = problem.scm
+    return {"mechanism": scm.mechanism, "noise": scm.noise_kind, "family": problem.family, "graph": scm.graph, "target": scm.target}
+
+
 @eqx.filter_jit
-def score(model: ParentSetPredictionModel, problems: Problems) -> dict[str, jax.Array]:
-    """What the surrogate and the baselines say, and the truth."""
+def score_parents(model: ParentSetPredictionModel, problems: Problems) -> dict[str, jax.Array]:
+    """What the surrogate and the baselines say of the parents, and the truth."""
 
     def one(problem):
         scm, buffer = problem.scm, problem.buffer
         output = model.predict(buffer, scm.task)
-        posterior = output.posterior()
-        rules = {name: rule(buffer, scm.target, scm.low, scm.high, model.config.num_bins) for name, rule in RULES.items()}
         rivals = {name: getattr(baselines, name)(buffer, scm.target, scm.var_mask) for name in STRUCTURE}
-        belief = {ACBO: output.marginals(), "log_prob": output.log_prob(scm.parents), "expected_f1": expected_f1(posterior, scm.parents)}
-        return (
-            rules
-            | rivals
-            | belief
-            | {"mean": output.effect_mean, "std": output.effect_std, "spread": output.spread}
-            | {"parents": scm.parents, "possible": scm.task.possible_parents, "effects": problem.effects, "baseline": problem.baseline}
-            | {"mechanism": scm.mechanism, "noise": scm.noise_kind, "family": problem.family, "graph": scm.graph, "target": scm.target}
-            | {"collinear": collinearity(buffer, scm)}
-        )
+        belief = {ACBO: output.marginals(), "log_prob": output.log_prob(scm.parents), "expected_f1": expected_f1(output.posterior(), scm.parents)}
+        truth = {"parents": scm.parents, "possible": scm.task.possible_parents, "collinear": collinearity(buffer, scm)}
+        return rivals | belief | truth | kinds(problem)
+
+    return in_batches(one, problems)
+
+
+@eqx.filter_jit
+def score_effects(model: ParentSetPredictionModel, problems: Problems) -> dict[str, jax.Array]:
+    """What the surrogate and the regressions say of the effects, and the truth, which costs most."""
+    num_bins = model.config.num_bins
+
+    def one(problem):
+        scm, buffer = problem.scm, problem.buffer
+        output = model.predict(buffer, scm.task)
+        rules = {name: rule(buffer, scm.target, scm.low, scm.high, num_bins) for name, rule in RULES.items()}
+        effects = scm.effect_table(value_grid(scm.low, scm.high, num_bins))
+        truth = {"effects": effects, "baseline": scm.mean_outcome(Intervention.none(scm.var_mask.shape[0]))}
+        return rules | {"mean": output.effect_mean, "std": output.effect_std} | truth | kinds(problem)
 
     return in_batches(one, problems)
 
@@ -163,7 +175,7 @@ def collinearity(buffer, scm: SyntheticSCM) -> jax.Array:
     return jnp.where(scm.parents[:, None] & scm.task.possible_parents[None], correlation, 0.0).max()
 
 
-def host(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+def host(arrays: dict[str, jax.Array]) -> Scores:
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 
@@ -178,7 +190,7 @@ def confounded(graphs: np.ndarray, targets: np.ndarray, variables: np.ndarray) -
     return (causes & reaches & others).any(1)
 
 
-def share_of_improvement(surface: np.ndarray, scores: dict[str, np.ndarray]) -> np.ndarray:
+def share_of_improvement(surface: np.ndarray, scores: Scores) -> np.ndarray:
     """(E[Y] - E[Y | do at the surface's lowest point]) / (E[Y] - least on the grid) of every problem, on candidate variables."""
     effects, count = scores["effects"].reshape(len(surface), -1), len(surface)
     chosen = np.where(np.isfinite(effects), surface.reshape(count, -1), np.inf).argmin(1)
@@ -201,21 +213,23 @@ class Report:
         """Problems with `size` variables, padded to no more; `stream` 1 are those that thresholds are chosen on."""
         prior = replace(prior, max_vars=size, min_size=size, max_size=size)
         key = jr.fold_in(jr.fold_in(jr.fold_in(jr.key(self.config.seed), size), num_obs), stream)
-        return draw(key, self.config.num_problems, prior, num_obs, self.config.per_variable, self.model.config.num_bins)
+        return draw(key, self.config.num_problems, prior, num_obs, self.config.per_variable)
 
-    def scores(self, size: int, num_obs: int, prior: SCMPrior = MIXED, stream: int = 0) -> dict[str, np.ndarray]:
-        return host(score(self.model, self.problems(size, num_obs, prior, stream)))
+    def parents(self, size: int, num_obs: int, prior: SCMPrior = MIXED) -> tuple[Scores, Scores]:
+        """Scores of the parents in the problems, and in those that thresholds are chosen on."""
+        first, second = (host(score_parents(self.model, self.problems(size, num_obs, prior, stream))) for stream in (0, 1))
+        return first, second
 
-    def both(self, size: int, num_obs: int, prior: SCMPrior = MIXED) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Scores of the problems, and of those that thresholds are chosen on."""
-        return self.scores(size, num_obs, prior), self.scores(size, num_obs, prior, 1)
+    def effects(self, size: int, num_obs: int, prior: SCMPrior = MIXED) -> Scores:
+        """Scores of the effects in the problems."""
+        return host(score_effects(self.model, self.problems(size, num_obs, prior)))
 
-    def by_kind(self, size: int, num_obs: int, prior: SCMPrior, kind: str, values: range, stream: int = 0) -> dict[int, dict[str, np.ndarray]]:
+    def by_kind(self, score: Callable, size: int, num_obs: int, prior: SCMPrior, kind: str, values: range, stream: int = 0) -> dict[int, Scores]:
         """Scores of `num_problems` problems of each of the `values` of `kind`, a name among the scores, that the prior mixes evenly."""
-        found: dict[int, list[dict[str, np.ndarray]]] = {value: [] for value in values}
+        found: dict[int, list[Scores]] = {value: [] for value in values}
         wanted, part = self.config.num_problems, 0
         while min(sum(len(s["target"]) for s in scores) for scores in found.values()) < wanted:
-            scores = self.scores(size, num_obs, prior, stream + 2 * part)
+            scores = host(score(self.model, self.problems(size, num_obs, prior, stream + 2 * part)))
             for value, kept in found.items():
                 kept.append({name: array[scores[kind] == value] for name, array in scores.items()})
             part += 1
@@ -225,7 +239,7 @@ class Report:
 # --- the parts ---
 
 
-def measure_structure(report: Report, table: str, task: str, scores: dict[str, np.ndarray], tuning: dict[str, np.ndarray]) -> None:
+def measure_structure(report: Report, table: str, task: str, scores: Scores, tuning: Scores) -> None:
     """Parents: the surrogate at probability one half, the baselines at their best thresholds."""
     truth, possible, n = scores["parents"], scores["possible"], len(scores["parents"])
     said = {ACBO: scores[ACBO] > 0.5}
@@ -248,7 +262,7 @@ def measure_accuracy(report: Report) -> None:
     """By size, then by family beside the predecessor."""
     config, pooled = report.config, []
     for size in tqdm(config.sizes, desc="accuracy"):
-        scores, tuning = report.both(size, config.num_obs)
+        scores, tuning = report.parents(size, config.num_obs)
         measure_structure(report, "surrogate", f"d={size}", scores, tuning)
         pooled.append((scores[ACBO][scores["possible"]], scores["parents"][scores["possible"]]))
         for kind, rows in (("linear", scores["mechanism"] == 0), ("fourier", scores["mechanism"] == 1)):
@@ -256,11 +270,13 @@ def measure_accuracy(report: Report) -> None:
             f1 = parent_f1(part[ACBO] > 0.5, part["parents"], part["possible"])
             report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "pooled F1", f1.pooled, int(rows.sum()))
             report.add("surrogate", f"d={size}", f"{ACBO}, {kind}", "AUROC", auroc(part[ACBO], part["parents"], part["possible"]), int(rows.sum()))
-        measure_structure(report, "surrogate", f"d={size}/narrow", *report.both(size, config.num_obs, NARROW))
+        measure_structure(report, "surrogate", f"d={size}/narrow", *report.parents(size, config.num_obs, NARROW))
     draw_reliability(config.folder / "reliability.png", *(np.concatenate(x) for x in zip(*pooled, strict=True)))
     families = range(len(FAMILIES))
     for size in tqdm((3, 8, 15), desc="families"):
-        scores, tuning = (report.by_kind(size, config.num_obs, SCMPrior(families=FAMILIES), "family", families, stream) for stream in (0, 1))
+        scores, tuning = (
+            report.by_kind(score_parents, size, config.num_obs, SCMPrior(families=FAMILIES), "family", families, stream) for stream in (0, 1)
+        )
         for index, family in enumerate(FAMILIES):
             measure_structure(report, "surrogate", f"d={size}/{family}", scores[index], tuning[index])
             if size in PREDECESSOR.get(family, {}):
@@ -284,7 +300,7 @@ def measure_effects(report: Report) -> None:
 
     curve = {}
     for size in tqdm(config.transfer_sizes, desc="effects"):
-        scores = report.scores(size, config.few_obs)
+        scores = report.effects(size, config.few_obs)
         everyone = np.ones(len(scores["target"]), bool)
         add(f"d={size}", scores, everyone)
         curve[size] = {name: summarise(share_of_improvement(scores["mean" if name == ACBO else name], scores)) for name in (ACBO, *RULES)}
@@ -295,10 +311,10 @@ def measure_effects(report: Report) -> None:
             for kind, rows in (("best variable confounded", mixed), ("children", children), ("fourier", scores["mechanism"] == 1)):
                 add(f"d=8/{kind}", scores, rows)
                 add(f"d=8/not {kind}", scores, ~rows)
-    for index, scores in report.by_kind(8, config.few_obs, SCMPrior(families=FAMILIES), "family", range(len(FAMILIES))).items():
+    for index, scores in report.by_kind(score_effects, 8, config.few_obs, SCMPrior(families=FAMILIES), "family", range(len(FAMILIES))).items():
         add(f"d=8/{FAMILIES[index]}", scores, np.ones(len(scores["target"]), bool))
     for name, prior in {"narrow": NARROW, "all families trained on": SCMPrior()}.items():
-        scores = report.scores(8, config.few_obs, prior)
+        scores = report.effects(8, config.few_obs, prior)
         add(f"d=8/{name}", scores, np.ones(len(scores["target"]), bool))
     draw_curve(config.folder / "effects.png", curve, "share of the possible improvement,\nfirst experiment", config.few_obs, report)
 
@@ -307,7 +323,7 @@ def measure_transfer(report: Report) -> None:
     """Sizes, mechanisms and noise that training never showed; families are among those of `accuracy`."""
     config, curve = report.config, {}
     for size in tqdm(config.transfer_sizes, desc="transfer"):
-        scores, tuning = report.both(size, config.num_obs)
+        scores, tuning = report.parents(size, config.num_obs)
         truth, possible = scores["parents"], scores["possible"]
         curve[size] = {ACBO: parent_f1(scores[ACBO] > 0.5, truth, possible).pooled}
         curve[size] |= {
@@ -323,10 +339,10 @@ def measure_transfer(report: Report) -> None:
         "noise: ": (new_noises, "noise", range(1, len(NOISES)), replace(MIXED, noises=new_noises)),
     }
     for label, (names, kind, values, prior) in tqdm(shifts.items(), desc="shifts"):
-        scores, tuning = (report.by_kind(8, config.num_obs, prior, kind, values, stream) for stream in (0, 1))
+        scores, tuning = (report.by_kind(score_parents, 8, config.num_obs, prior, kind, values, stream) for stream in (0, 1))
         for name, value in zip(names, values, strict=True):
             measure_structure(report, "transfer", f"d=8/{label}{name}", scores[value], tuning[value])
-    measure_structure(report, "transfer", "d=8/not standardised", *report.both(8, config.num_obs, replace(MIXED, standardised=False)))
+    measure_structure(report, "transfer", "d=8/not standardised", *report.parents(8, config.num_obs, replace(MIXED, standardised=False)))
 
 
 def measure_expert(report: Report) -> None:
@@ -335,7 +351,7 @@ def measure_expert(report: Report) -> None:
     for size in config.sizes:
         problems = report.problems(size, config.num_obs)
         expert = host(expert_beliefs(jr.split(jr.key(config.seed), config.num_problems), problems, settings))
-        scores = host(score(report.model, problems))
+        scores = host(score_parents(report.model, problems))
         truth, possible, n = scores["parents"], scores["possible"], len(scores["parents"])
         task = f"d={size}/beside the expert"
         both = {ACBO: (scores[ACBO], scores["log_prob"]), "parent_scale": (expert["marginals"], expert["log_prob"])}
