@@ -147,17 +147,12 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         variable = jnp.argmax(buffer.intervened[best])
         return baselines.random_choice(key, scm.low, scm.high, scm.candidates), (variable, buffer.values[best, variable])
 
-    def greedy(scm, key, buffer, step):
-        choice = system.surrogate.predict(buffer, scm.task).best()
-        return choice, choice
+    def on_surface(choose):
+        def decide(scm, key, buffer, step):
+            output = system.surrogate.predict(buffer, scm.task)
+            return choose(key, output), output.best()
 
-    def improvement(scm, key, buffer, step):
-        output = system.surrogate.predict(buffer, scm.task)
-        return expected_improvement_choice(output), output.best()
-
-    def thompson(scm, key, buffer, step):
-        output = system.surrogate.predict(buffer, scm.task)
-        return thompson_choice(key, output), output.best()
+        return campaign(decide)
 
     def amortized(key, scm, buffer):
         first = system.surrogate.predict(buffer, scm.task).posterior().top_k(16)
@@ -179,9 +174,9 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         "cbo_known_graph": known_graph,
         "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
         "parent_scale_amortized": amortized,
-        "surrogate_greedy": campaign(greedy),
-        "surrogate_ei": campaign(improvement),
-        "surrogate_thompson": campaign(thompson),
+        "surrogate_greedy": on_surface(lambda key, output: output.best()),
+        "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
+        "surrogate_thompson": on_surface(thompson_choice),
         "acbo": lambda key, scm, buffer: system.play(key, scm, buffer, num_steps),
     }
     if name not in methods:

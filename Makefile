@@ -20,7 +20,7 @@ paper: artifacts/paper/results/metrics.json
 DATA := lib/scm.py lib/scm_prior.py lib/buffer.py lib/posterior.py lib/linalg.py
 EXPERT := $(DATA) lib/doubly_robust.py lib/causal_gp.py lib/parent_scale.py lib/trajectories.py
 NETWORK := $(DATA) lib/surrogate.py lib/evidence.py lib/baselines.py
-POLICY := $(NETWORK) lib/policy.py lib/rewards.py lib/grpo.py
+POLICY := $(NETWORK) lib/policy.py lib/causal_gp.py lib/rewards.py lib/grpo.py
 
 artifacts/%/demos.npz: 01_extract_demos.py $(EXPERT) | .venv/runtime
 	$(RUN) $< $*

@@ -132,7 +132,7 @@ class InterventionDistribution(eqx.Module):
 def expected_improvement_choice(output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The variable and value whose expected improvement on the lowest predicted mean is largest."""
     best = jnp.where(output.task.candidates[:, None], output.effect_mean, jnp.inf).min()
-    return best_cell(output, log_expected_improvement(output.effect_mean, output.effect_std, best))
+    return output.highest(log_expected_improvement(output.effect_mean, output.effect_std, best))
 
 
 def thompson_choice(key: Key[Array, ""], output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
@@ -142,14 +142,7 @@ def thompson_choice(key: Key[Array, ""], output: SurrogateOutput) -> tuple[Int[A
     those of different variables apart.
     """
     error = jr.normal(key, (output.effect_mean.shape[0], 1))
-    return best_cell(output, -(output.effect_mean + output.effect_std * error))
-
-
-def best_cell(output: SurrogateOutput, score: Float[Array, "vars bins"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Variable and value of the candidates' highest score."""
-    score = jnp.where(output.task.candidates[:, None], score, -jnp.inf)
-    variable, index = jnp.unravel_index(jnp.argmax(score), score.shape)
-    return variable, output.grid[variable, index]
+    return output.highest(-(output.effect_mean + output.effect_std * error))
 
 
 # --- the policy ---

@@ -146,8 +146,12 @@ class SurrogateOutput(eqx.Module):
 
     def best(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The recommended action: variable and value of the lowest predicted mean effect."""
-        mean = jnp.where(self.task.candidates[:, None], self.effect_mean, jnp.inf)
-        variable, index = jnp.unravel_index(jnp.argmin(mean), mean.shape)
+        return self.highest(-self.effect_mean)
+
+    def highest(self, score: Float[Array, "vars bins"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """Variable and value of the highest score of a candidate."""
+        score = jnp.where(self.task.candidates[:, None], score, -jnp.inf)
+        variable, index = jnp.unravel_index(jnp.argmax(score), score.shape)
         return variable, self.grid[variable, index]
 
 
