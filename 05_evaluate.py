@@ -59,6 +59,23 @@ from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate, run_campaign
 
 
+METHODS = (
+    "random",
+    "least_squares",
+    "additive_ridge",
+    "bo",
+    "cbo_known_graph",
+    "parent_scale",
+    "parent_scale_amortized",
+    "surrogate_greedy",
+    "surrogate_ei",
+    "surrogate_thompson",
+    "bc_policy",
+    "grpo_policy",
+    "acbo",
+)
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings of stage 5."""
@@ -67,6 +84,8 @@ class Config:
     """Where the artifacts are; results go to its subfolder `results`."""
     seed: int = 1_000_003
     """Seed of the held-out problems; unlike any training seed."""
+    methods: tuple[str, ...] = METHODS
+    """Who plays; parent_scale and acbo always must."""
     sizes: tuple[int, ...] = (5, 8)
     """Numbers of variables of the held-out problems."""
     transfer_size: int = 16
@@ -90,12 +109,17 @@ class Config:
     literature_steps: int = 15
     """Experiments on each benchmark."""
 
+    def __post_init__(self):
+        if set(self.methods) - set(METHODS) or not {"parent_scale", "acbo"} <= set(self.methods):
+            raise ValueError(f"methods: {', '.join(self.methods)} must be of {', '.join(METHODS)}, with parent_scale and acbo among them")
+
 
 PRESETS = {
     "smoke": (
         "seconds, for CI",
         Config(
             Path("artifacts/smoke"),
+            methods=tuple(name for name in METHODS if name not in ("surrogate_greedy", "surrogate_thompson")),  # the same code as surrogate_ei
             num_problems=16,
             expert_problems=4,
             num_steps=2,
@@ -182,23 +206,6 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     if name not in methods:
         raise ValueError(f"unknown method '{name}': choose from {', '.join(methods)}")
     return methods[name]
-
-
-METHODS = (
-    "random",
-    "least_squares",
-    "additive_ridge",
-    "bo",
-    "cbo_known_graph",
-    "parent_scale",
-    "parent_scale_amortized",
-    "surrogate_greedy",
-    "surrogate_ei",
-    "surrogate_thompson",
-    "bc_policy",
-    "grpo_policy",
-    "acbo",
-)
 
 
 def in_batches(function: Callable, inputs):
@@ -303,7 +310,7 @@ def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, 
     keys = jr.split(jr.fold_in(jr.key(config.seed), size), config.num_problems)
     baseline = np.asarray(problems.truth.baseline)
     regret, marginals = {}, np.zeros(0)
-    for name in tqdm(METHODS, desc=f"methods, {task}"):
+    for name in tqdm(config.methods, desc=f"methods, {task}"):
         count = min(config.expert_problems, config.num_problems) if name in EXPERT_FAMILY else config.num_problems
         part = jax.tree.map(lambda leaf, n=count: leaf[:n], (keys, problems.scm, problems.buffer))
         result = evaluation.stored(f"{name}_d{size}", partial(evaluation.play, name, *part, config.num_obs, config.num_steps))
