@@ -3,8 +3,9 @@
     python benchmarks/ceiling.py --weights artifacts/small/surrogate.eqx artifacts/hour/surrogate.eqx
 
 Whoever knows the graph regresses every variable on its true parents, by a Gaussian process whose kernel is that of the true kind of mechanism and
-whose lengthscale and noise have the largest evidence, and simulates every intervention with the fits. What is missing to 1 is what few rows leave
-open about the mechanisms; what others lack beside it is what the graph is worth. Problems and shares are those of `effects` in
+whose lengthscale and noise have the largest evidence, and simulates every intervention with the fits. What is missing to 1 is, roughly, what few
+rows leave open about the mechanisms; what others lack beside it, what the graph is worth. An estimate of the ceiling and no bound: the best fit is
+taken for the truth, where the optimum would average over fits. Problems and shares are those of `effects` in
 benchmarks/surrogate.py, and the narrow ones, on which the design's figures were measured. Intervals are 95 %, over problems.
 """
 
