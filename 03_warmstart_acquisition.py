@@ -1,14 +1,18 @@
 """Stage 3: clone the expert's choices, then improve the policy by GRPO with verifiable rewards; a cold-started twin runs beside it.
 
-- Reads   artifacts/<preset>/demos.npz, surrogate.eqx
+- Reads   artifacts/<preset>/demos.npz (not with --imitation.no-use-behavioral-cloning), surrogate.eqx
 - Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (cloned only), curves.npz, and logs/policy.jsonl beside them
-- Time    `small` about 4 minutes on 2 CPU cores.
+- Time    `small` about 5 minutes on 2 CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
 
 The cold start sees the same problems, noise and random keys as the warm start and differs in its first weights and in having no reference policy.
-What is logged per GRPO iteration, for both: `reward` (mean total), `entropy` and `kl` in nats, `dead_groups` (share without signal), `clipped` (share
-of ratios outside the clip). Deviations from textbook GRPO are numbered in lib/grpo.py.
+What is logged per GRPO iteration, for both (`lib.grpo.GRPOMetrics`): `reward`, mean total of an experiment, and its components before weighting;
+`returns`, what a candidate is credited with; `entropy` of the policy and `kl` to the cloned one in nats; `dead_groups`, the share without signal;
+`clipped`, the share of ratios outside the clip. Entropy that falls to that of a single cell, or dead groups that approach one, would be a collapse.
+
+Deviations from textbook GRPO are numbered in lib/grpo.py. Here: the policy that is written is a moving average over the iterations (`average`),
+because a reward is a rare jump of the recommendation and every gradient mostly noise.
 """
 
 import sys
@@ -27,10 +31,10 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint, save_module
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, collect_campaign, draw_problems, update_acquisition_grpo
+from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.rewards import RewardConfig
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
 from lib.trajectories import AcquisitionExamples, extract_acquisition_training_data, join, load_trajectories
@@ -38,10 +42,16 @@ from lib.trajectories import AcquisitionExamples, extract_acquisition_training_d
 
 @dataclass(frozen=True)
 class ImitationConfig:
-    """Cloning (`ImitationConfig` of phase4_training_infrastructure.md)."""
+    """Learning from the expert (`ImitationConfig` of phase4_training_infrastructure.md)."""
 
+    use_behavioral_cloning: bool = True
+    """Clone the expert before GRPO; without it the policy starts from random weights and no demonstrations are read."""
+    grpo_warmstart: bool = True
+    """Start GRPO from the clone; otherwise from random weights, as the cold twin does, with the clone written but not used."""
+    imitation_weight: float = 0.0
+    """Weight of the cloning loss beside GRPO's, on as many demonstrations as cloning takes in a step."""
     imitation_epochs: int = 20
-    """Passes over the demonstrations."""
+    """Passes over the demonstrations while cloning."""
     imitation_batch: int = 64
     """Expert states in a step."""
     surface_weight: float = 0.5
@@ -49,10 +59,14 @@ class ImitationConfig:
     learning_rate: float = 2e-3
     """Learning rate of Adam while cloning."""
 
+    def __post_init__(self):
+        if self.imitation_weight and not self.use_behavioral_cloning:
+            raise ValueError("imitation_weight needs demonstrations, and use_behavioral_cloning = False reads none")
+
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of stage 3."""
+class AcquisitionConfig:
+    """Settings of stage 3 (`AcquisitionConfig` of phase4_training_infrastructure.md)."""
 
     # --- files ---
     folder: Path = Path("artifacts/small")
@@ -63,6 +77,8 @@ class Config:
     # --- problems ---
     prior: SCMPrior = field(default_factory=SCMPrior)
     """Distribution of causal models."""
+    multimodal_share: float = 0.5
+    """Share of the problems whose ranges are wide and whose responses have several valleys, where it pays to look around."""
     campaign: CampaignDesign = field(default_factory=CampaignDesign)
     """How campaigns start and how long they are."""
 
@@ -70,25 +86,33 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """Sizes of the policy."""
     imitation: ImitationConfig = field(default_factory=ImitationConfig)
-    """Cloning."""
+    """Learning from the expert."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     """GRPO."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     """Verifiable rewards."""
-    iterations: int = 90
+    iterations: int = 110
     """GRPO iterations: one batch of campaigns and its gradient steps each."""
     problems_per_iteration: int = 16
     """Campaigns in an iteration."""
+    average: float = 0.95
+    """Decay of the moving average of the weights over iterations, which is what is written; 0 is the last weights."""
+    cold_twin: bool = True
+    """Train the cold start as well, for the same time again."""
 
     # --- bookkeeping ---
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
 
+    def __post_init__(self):
+        if not 0 <= self.multimodal_share <= 1 or not 0 <= self.average < 1:
+            raise ValueError(f"multimodal_share = {self.multimodal_share} must be in [0, 1], average = {self.average} in [0, 1)")
+
 
 PRESETS = {
     "smoke": (
         "seconds, for CI",
-        Config(
+        AcquisitionConfig(
             Path("artifacts/smoke"),
             campaign=CampaignDesign(num_steps=3),
             imitation=ImitationConfig(imitation_epochs=2),
@@ -98,14 +122,22 @@ PRESETS = {
             checkpoint_every=2,
         ),
     ),
-    "small": ("about 4 minutes on 2 CPU cores", Config()),
+    "small": ("about 5 minutes on 2 CPU cores", AcquisitionConfig()),
     "hour": (
         "at most 60 minutes on 2 CPU cores",
-        Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), grpo=GRPOConfig(group_size=16), iterations=500),
+        AcquisitionConfig(
+            Path("artifacts/hour"),
+            prior=SCMPrior(max_vars=10, max_size=10),
+            campaign=CampaignDesign(max_obs=200, num_steps=12),
+            iterations=600,
+            problems_per_iteration=24,
+            average=0.98,
+            cold_twin=False,
+        ),
     ),
     "paper": (
         "sizes of the design documents, for one GPU",
-        Config(
+        AcquisitionConfig(
             Path("artifacts/paper"),
             prior=SCMPrior(max_vars=20, max_size=20),
             policy=PolicyConfig(policy_hidden_dim=128, policy_n_layers=4),
@@ -118,12 +150,22 @@ PRESETS = {
 }
 
 
-class Twins(eqx.Module):
-    """Warm and cold policy, stacked along a leading axis of two, with their optimisers; a checkpoint holds this and the curves so far."""
+class Runs(eqx.Module):
+    """Policies in training along a leading axis, the warm start first, with their moving averages, optimisers and curves `[runs, iterations]`."""
 
     policy: AcquisitionPolicyNetwork
+    average: AcquisitionPolicyNetwork
     optimiser: optax.OptState
     curves: GRPOMetrics
+
+
+class AcquisitionModelResult(NamedTuple):
+    """What stage 3 learned: the trained and the cloned policy, every metric's curve `[runs, iterations]`, and the clone's agreement."""
+
+    policy: AcquisitionPolicyNetwork
+    cloned: AcquisitionPolicyNetwork
+    curves: dict[str, np.ndarray]
+    validation_metrics: dict[str, float]
 
 
 class CloneMetrics(NamedTuple):
@@ -182,107 +224,141 @@ def clone(key: jax.Array, policy: AcquisitionPolicyNetwork, examples: Acquisitio
 # --- GRPO ---
 
 
-def make_optimiser(config: Config) -> optax.GradientTransformation:
+def make_optimiser(config: AcquisitionConfig) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(config.grpo.learning_rate, config.iterations * config.grpo.grpo_epochs)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 @eqx.filter_jit
+def draw_batch(key: jax.Array, config: AcquisitionConfig, num_bins: int) -> Problem:
+    """The problems of an iteration, the multimodal ones last."""
+    count = round(config.multimodal_share * config.problems_per_iteration)
+    kinds = [(config.prior, config.problems_per_iteration - count), (multimodal(config.prior), count)]
+    parts = [draw_problems(jr.fold_in(key, i), n, prior, config.campaign, num_bins) for i, (prior, n) in enumerate(kinds) if n]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+@eqx.filter_jit
 def iterate(
     key: jax.Array,
-    twins: Twins,
+    runs: Runs,
     references: AcquisitionPolicyNetwork,
     surrogate: ParentSetPredictionModel,
     problems: Problem,
+    demos: AcquisitionExamples | None,
     index: jax.Array,
-    config: Config,
-) -> Twins:
-    """One GRPO iteration of both twins on the same problems with the same keys."""
-    keys = jr.split(key, config.problems_per_iteration)
+    config: AcquisitionConfig,
+) -> Runs:
+    """One GRPO iteration of every run on the same problems with the same keys; only the first, warm one is drawn to the expert."""
+    keys, optimiser = jr.split(key, config.problems_per_iteration), make_optimiser(config)
 
-    def one_twin(policy, optimiser_state, reference, kl_weight):
+    def one_run(policy, optimiser_state, reference, is_warm):
         def play(key, problem):
-            return collect_campaign(
-                key,
-                surrogate,
-                policy,
-                problem.scm,
-                problem.truth,
-                problem.buffer,
-                num_steps=config.campaign.num_steps,
-                group_size=config.grpo.group_size,
-                rewards=config.rewards,
-            )[0]
+            simulator = Simulator(surrogate, problem.scm, problem.truth, config.rewards)
+            return collect_campaign(key, simulator, policy, problem.buffer, config.campaign.num_steps, config.grpo)[0]
+
+        def imitate(policy):
+            assert demos is not None
+            return is_warm * config.imitation.imitation_weight * clone_loss(policy, demos, config.imitation.surface_weight)[0]
 
         groups = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.vmap(play)(keys, problems))
-        return update_acquisition_grpo(policy, optimiser_state, make_optimiser(config), reference, groups, config.grpo, kl_weight)
+        kl_weight, extra = is_warm * config.grpo.kl_weight, None if demos is None else imitate
+        return update_acquisition_grpo(policy, optimiser_state, optimiser, reference, groups, config.grpo, kl_weight, extra)
 
-    weights = jnp.array([config.grpo.kl_weight, 0.0])
-    policy, optimiser_state, metrics = eqx.filter_vmap(one_twin)(twins.policy, twins.optimiser, references, weights)
-    curves = jax.tree.map(lambda curve, now: curve.at[:, index].set(now), twins.curves, metrics)
-    return Twins(policy, optimiser_state, curves)
-
-
-def stack(first: AcquisitionPolicyNetwork, second: AcquisitionPolicyNetwork) -> AcquisitionPolicyNetwork:
-    """Two policies along a new leading axis."""
-    return jax.tree.map(lambda a, b: jnp.stack([a, b]) if eqx.is_array(a) else a, first, second)
+    warm = (jnp.arange(runs.curves.reward.shape[0]) == 0).astype(float)
+    policy, optimiser_state, metrics = eqx.filter_vmap(one_run)(runs.policy, runs.optimiser, references, warm)
+    average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, runs.average, policy)
+    curves = jax.tree.map(lambda curve, now: curve.at[:, index].set(now), runs.curves, metrics)
+    return Runs(policy, average, optimiser_state, curves)
 
 
-def main(config: Config) -> Path:
-    """Clone, improve, write; returns the policy's path."""
-    use_compilation_cache(config.folder.parent / "cache")
+def stack(policies: list[AcquisitionPolicyNetwork]) -> AcquisitionPolicyNetwork:
+    """Policies along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *policies)
+
+
+def train_acquisition(
+    config: AcquisitionConfig,
+    surrogate: ParentSetPredictionModel,
+    starts: list[AcquisitionPolicyNetwork],
+    demos: AcquisitionExamples | None,
+    inputs: list[Path],
+) -> Runs:
+    """GRPO from every one of `starts`, the first of which is the warm one, or on from a checkpoint; `demos` are for `imitation_weight`."""
+    _, _, _, problem_key, play_key, demo_key = jr.split(jr.key(config.seed), 6)
+    checkpoint_path, names = config.folder / "policy.ckpt", ("warm", "cold")[: len(starts)]
+    references, optimiser = stack(starts), make_optimiser(config)
+    optimiser_state = eqx.filter_vmap(lambda policy: optimiser.init(eqx.filter(policy, eqx.is_array)))(references)
+    nothing = jnp.zeros((len(starts), config.iterations))
+    runs = Runs(references, references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)))
+    mark = fingerprint(config, inputs)
+    resumed = load_checkpoint(checkpoint_path, runs, mark)
+    runs, start = resumed if resumed else (runs, 0)
+
+    log = TrainingLog(config.folder / "logs" / "policy.jsonl", start)
+    with tqdm(total=config.iterations, initial=start, desc="policy", unit="iteration", mininterval=2) as bar:
+        for step in range(start, config.iterations):
+            problems, chosen = draw_batch(jr.fold_in(problem_key, step), config, surrogate.config.num_bins), None
+            if demos is not None and config.imitation.imitation_weight:
+                rows = jr.randint(jr.fold_in(demo_key, step), (config.imitation.imitation_batch,), 0, demos.variable.shape[0])
+                chosen = jax.tree.map(lambda leaf, r=rows: leaf[r], demos)
+            runs = iterate(jr.fold_in(play_key, step), runs, references, surrogate, problems, chosen, jnp.array(step), config)
+            now = {name: np.asarray(curve[:, step]) for name, curve in runs.curves._asdict().items()}
+            log.write(step=step + 1, **{f"{run}_{name}": float(v[i]) for name, v in now.items() for i, run in enumerate(names)})
+            if (step + 1) % config.checkpoint_every == 0:
+                save_checkpoint(checkpoint_path, runs, fingerprint=mark, step=step + 1)
+            bar.update()
+            bar.set_postfix({run: f"{now['optimization'][i]:.4f}" for i, run in enumerate(names)}, entropy=f"{now['entropy'][0]:.2f}")
+    return runs
+
+
+def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> AcquisitionModelResult:
+    """Clone, improve, write (`train_acquisition_with_expert_warmstart` of phase4_training_infrastructure.md).
+
+    Raises `ArtifactError` if demos.npz or surrogate.eqx is missing or damaged.
+    """
     demos_path, surrogate_path = config.folder / "demos.npz", config.folder / "surrogate.eqx"
-    out, checkpoint_path = config.folder / "policy.eqx", config.folder / "policy.ckpt"
-    warm_key, cold_key, clone_key, problem_key, play_key = jr.split(jr.key(config.seed), 5)
-
-    # --- read ---
+    inputs = [demos_path, surrogate_path] if config.imitation.use_behavioral_cloning else [surrogate_path]
+    warm_key, cold_key, clone_key, *_ = jr.split(jr.key(config.seed), 6)
     surrogate, _ = load_surrogate(surrogate_path)
-    parts = [load_trajectories(demos_path, part)[0] for part in ("train", "validation")]
-    examples = extract_acquisition_training_data(join(parts), surrogate)
-    count = parts[0].variable.size
-    train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
 
     # --- clone (deterministic and short, so a resumed run repeats it) ---
     token_dim, build = 3 * surrogate.config.model_hidden_dim, eqx.filter_jit(AcquisitionPolicyNetwork)
-    cloned = clone(clone_key, build(config.policy, token_dim, key=warm_key), train, config.imitation)
-    _, agreement = eqx.filter_jit(clone_loss)(cloned, validation, config.imitation.surface_weight)
-    agreement = {name: float(value) for name, value in agreement._asdict().items()} | {"validation_states": len(validation.variable)}
-    print("cloned: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
-
-    # --- build, or continue ---
-    references = stack(cloned, build(config.policy, token_dim, key=cold_key))
-    optimiser_state = eqx.filter_vmap(lambda policy: make_optimiser(config).init(eqx.filter(policy, eqx.is_array)))(references)
-    nothing = jnp.zeros((2, config.iterations))
-    twins = Twins(references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)))
-    mark = fingerprint(config, [demos_path, surrogate_path])
-    resumed = load_checkpoint(checkpoint_path, twins, mark)
-    twins, start = resumed if resumed else (twins, 0)
+    cloned, train, agreement = build(config.policy, token_dim, key=warm_key), None, {}
+    if config.imitation.use_behavioral_cloning:
+        parts = [load_trajectories(demos_path, part)[0] for part in ("train", "validation")]
+        examples = extract_acquisition_training_data(join(parts), surrogate)
+        count = parts[0].variable.size
+        train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
+        cloned = clone(clone_key, cloned, train, config.imitation)
+        _, measured = eqx.filter_jit(clone_loss)(cloned, validation, config.imitation.surface_weight)
+        agreement = {name: float(value) for name, value in measured._asdict().items()} | {"validation_states": len(validation.variable)}
+        print("cloned: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
 
     # --- improve ---
-    log = TrainingLog(config.folder / "logs" / "policy.jsonl", start)
-    num_bins = surrogate.config.num_bins
-    with tqdm(total=config.iterations, initial=start, desc="policy", unit="iteration", mininterval=2) as bar:
-        for step in range(start, config.iterations):
-            problems = draw_problems(jr.fold_in(problem_key, step), config.problems_per_iteration, config.prior, config.campaign, num_bins)
-            twins = iterate(jr.fold_in(play_key, step), twins, references, surrogate, problems, jnp.array(step), config)
-            now = {name: np.asarray(curve[:, step]) for name, curve in twins.curves._asdict().items()}
-            log.write(step=step + 1, **{f"{twin}_{name}": float(v[i]) for name, v in now.items() for i, twin in enumerate(("warm", "cold"))})
-            if (step + 1) % config.checkpoint_every == 0:
-                save_checkpoint(checkpoint_path, twins, fingerprint=mark, step=step + 1)
-            bar.update()
-            bar.set_postfix(warm=f"{now['reward'][0]:.3f}", cold=f"{now['reward'][1]:.3f}", entropy=f"{now['entropy'][0]:.2f}")
+    fresh = build(config.policy, token_dim, key=cold_key)
+    runs = train_acquisition(config, surrogate, [cloned if config.imitation.grpo_warmstart else fresh, *[fresh] * config.cold_twin], train, inputs)
+    trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, runs.average)
 
     # --- write ---
-    header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, step=config.iterations, parents=[demos_path, surrogate_path])
+    header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, step=config.iterations, parents=inputs)
     shape = dict(policy=config.policy.hyperparameters, token_dim=token_dim)
-    curves = {name: np.asarray(curve) for name, curve in twins.curves._asdict().items()}
-    save_arrays(config.folder / "curves.npz", curves, stage="curves", hyperparameters={"twins": ["warm", "cold"]}, metrics={}, **header)
+    curves = {name: np.asarray(curve) for name, curve in runs.curves._asdict().items()}
+    names = ["warm", "cold"][: 1 + config.cold_twin]
+    save_arrays(config.folder / "curves.npz", curves, stage="curves", hyperparameters={"runs": names}, metrics={}, **header)
     save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **header)
-    trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, twins.policy)
     last = {f"last_{name}": float(curve[0, -10:].mean()) for name, curve in curves.items()}
-    save_module(out, trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **header)
-    checkpoint_path.unlink(missing_ok=True)
-    return out
+    save_module(config.folder / "policy.eqx", trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **header)
+    (config.folder / "policy.ckpt").unlink(missing_ok=True)
+    return AcquisitionModelResult(trained, cloned, curves, agreement)
+
+
+def main(config: AcquisitionConfig) -> AcquisitionModelResult:
+    """Train the policy and say how it ended."""
+    use_compilation_cache(config.folder.parent / "cache")
+    result = train_acquisition_with_expert_warmstart(config)
+    print("last ten iterations: " + "  ".join(f"{name} {curve[0, -10:].mean():.4f}" for name, curve in result.curves.items()))
+    return result
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
 from lib.buffer import ExperienceBuffer
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, collect_campaign, draw_problems, update_acquisition_grpo
+from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
@@ -151,25 +151,16 @@ def play(key: jax.Array, system: TrainedACBOSystem, problems: Problem, config: C
     """Campaigns with the present policy: groups `[problems * steps]`, final buffers `[problems]`."""
 
     def one(key, problem):
-        return collect_campaign(
-            key,
-            system.surrogate,
-            system.policy,
-            problem.scm,
-            problem.truth,
-            problem.buffer,
-            num_steps=config.campaign.num_steps,
-            group_size=config.grpo.group_size,
-            rewards=config.rewards,
-        )
+        simulator = Simulator(system.surrogate, problem.scm, problem.truth, config.rewards)
+        return collect_campaign(key, simulator, system.policy, problem.buffer, config.campaign.num_steps, config.grpo)
 
     groups, buffers = jax.vmap(one)(jr.split(key, config.problems_per_round), problems)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups), buffers
 
 
 @eqx.filter_jit
-def improve_policy(state: TrainState, reference: AcquisitionPolicyNetwork, groups: Groups, config: Config):
-    """GRPO steps on the groups of a round."""
+def train_acquisition_component(state: TrainState, reference: AcquisitionPolicyNetwork, groups: Groups, config: Config):
+    """GRPO steps of the policy on the groups of a round."""
     _, optimiser = make_optimisers(config)
     policy, optimiser_state, metrics = update_acquisition_grpo(
         state.system.policy, state.policy_optimiser, optimiser, reference, groups, config.grpo, config.grpo.kl_weight
@@ -241,7 +232,7 @@ def main(config: Config) -> Path:
             prior, campaign = adjust_difficulty(step, config)
             problems = draw_problems(jr.fold_in(problem_key, step), config.problems_per_round, prior, campaign, surrogate.config.num_bins)
             groups, buffers = play(jr.fold_in(play_key, step), state.system, problems, config)
-            state, metrics = improve_policy(state, policy, groups, config)
+            state, metrics = train_acquisition_component(state, policy, groups, config)
             state, losses = train_surrogate_component(jr.fold_in(surrogate_key, step), state, problems, buffers, config)
             record = {name: float(np.asarray(value)) for name, value in (metrics._asdict() | losses._asdict()).items()}
             log.write(step=step + 1, largest=prior.max_size, **record)

@@ -35,7 +35,8 @@ from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, 
 from lib.benchmarks import make_benchmark
 from lib.buffer import ExperienceBuffer
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
-from lib.grpo import CampaignDesign, Problem, draw_problem
+from lib.grpo import CampaignDesign, Problem
+from lib.methods import EXPERT_FAMILY, METHODS, held_out_problems, in_batches, play
 from lib.metrics import (
     Estimate,
     Record,
@@ -51,29 +52,11 @@ from lib.metrics import (
     summarise,
     write_results,
 )
-from lib.parent_scale import ParentScaleConfig, replay_posterior, run_gp_ei, run_parent_scale
-from lib.policy import expected_improvement_choice, thompson_choice
+from lib.parent_scale import ParentScaleConfig, replay_posterior
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior, initial_buffer
 from lib.surrogate import ParentSetPredictionModel
-from lib.system import TrainedACBOSystem, load_policy, load_surrogate, run_campaign
-
-
-METHODS = (
-    "random",
-    "least_squares",
-    "additive_ridge",
-    "bo",
-    "cbo_known_graph",
-    "parent_scale",
-    "parent_scale_amortized",
-    "surrogate_greedy",
-    "surrogate_ei",
-    "surrogate_thompson",
-    "bc_policy",
-    "grpo_policy",
-    "acbo",
-)
+from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 
 
 @dataclass(frozen=True)
@@ -143,102 +126,11 @@ PRESETS = {
 
 REGRET_STEPS = (1, 3, 5, 10)
 STRUCTURE_BASELINES = ("all_ones", "absolute_correlation", "f_test")
-EXPERT_FAMILY = ("parent_scale", "parent_scale_amortized", "cbo_known_graph", "bo")
 # Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of 1,000 samples): result files of the original code.
 PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 
 
-# --- methods: (key, scm, buffer) -> recommended variables and values [steps + 1] ---
-
-
-def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
-    """The method called `name` as a function of (key, scm, buffer); `system` is what the learned ones use."""
-    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps, candidate_sets="union")  # the one that teaches
-
-    def campaign(decide):
-        return lambda key, scm, buffer: run_campaign(key, scm, buffer, num_steps, lambda k, b, t: decide(scm, k, b, t))
-
-    def regression(choose):
-        def decide(scm, key, buffer, step):
-            choice = choose(buffer, scm.target, scm.low, scm.high, scm.candidates)
-            return choice, choice
-
-        return campaign(decide)
-
-    def random(scm, key, buffer, step):
-        outcome = jnp.take(buffer.values, scm.target, axis=1)
-        best = jnp.argmin(jnp.where((buffer.intervened & scm.candidates[None]).any(1) & buffer.valid, outcome, jnp.inf))
-        variable = jnp.argmax(buffer.intervened[best])
-        return baselines.random_choice(key, scm.low, scm.high, scm.candidates), (variable, buffer.values[best, variable])
-
-    def on_surface(choose):
-        def decide(scm, key, buffer, step):
-            output = system.surrogate.predict(buffer, scm.task)
-            return choose(key, output), output.best()
-
-        return campaign(decide)
-
-    def amortized(key, scm, buffer):
-        first = system.surrogate.predict(buffer, scm.task).posterior().top_k(16)
-
-        def believe(buffer):
-            output = system.surrogate.predict(buffer, scm.task)
-            return jax.nn.log_softmax(jax.vmap(output.log_prob)(first.sets))
-
-        return run_parent_scale(key, scm, buffer, expert, candidate_sets=(first.sets, jax.nn.log_softmax(first.log_probs)), predict=believe)
-
-    def known_graph(key, scm, buffer):
-        return run_parent_scale(key, scm, buffer, expert, candidate_sets=(scm.parents[None], jnp.zeros(1)))
-
-    methods = {
-        "random": campaign(random),
-        "least_squares": regression(baselines.least_squares),
-        "additive_ridge": regression(baselines.additive_ridge),
-        "bo": lambda key, scm, buffer: run_gp_ei(key, scm, buffer, expert),
-        "cbo_known_graph": known_graph,
-        "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
-        "parent_scale_amortized": amortized,
-        "surrogate_greedy": on_surface(lambda key, output: output.best()),
-        "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
-        "surrogate_thompson": on_surface(thompson_choice),
-        "acbo": lambda key, scm, buffer: system.play(key, scm, buffer, num_steps),
-    }
-    if name not in methods:
-        raise ValueError(f"unknown method '{name}': choose from {', '.join(methods)}")
-    return methods[name]
-
-
-def in_batches(function: Callable, inputs):
-    """`function` over the leading axis, some at a time: equal batches, because a remainder would compile `function` once more."""
-    count = jax.tree.leaves(inputs)[0].shape[0]
-    return jax.lax.map(function, inputs, batch_size=max(size for size in range(1, 31) if count % size == 0))
-
-
-@eqx.filter_jit
-def run_method(name: str, system: TrainedACBOSystem, keys: jax.Array, scms: AbstractSCM, buffers, num_obs: int, num_steps: int):
-    """Play `name` on a batch of problems: noise-free E[Y | do(recommended)] `[batch, steps + 1]`, and the expert's first parent marginals."""
-    method = make_method(name, system, num_obs, num_steps)
-
-    def one(inputs):
-        key, scm, buffer = inputs
-        run = method(key, scm, buffer)
-        num_vars = scm.var_mask.shape[0]
-        means = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, num_vars)))(run.recommended_variable, run.recommended_value)
-        marginals = run.posterior(scm.target, 0).marginals() if name == "parent_scale" else jnp.zeros(num_vars)
-        return {"recommended": means, "marginals": marginals}
-
-    return in_batches(one, (keys, scms, buffers))
-
-
-@eqx.filter_jit
-def draw_problems(key: jax.Array, count: int, prior: SCMPrior, campaign: CampaignDesign, num_bins: int) -> tuple[Problem, jax.Array]:
-    """Held-out problems and the optimum of each."""
-
-    def one(key):
-        problem = draw_problem(key, prior, campaign, num_bins)
-        return problem, problem.scm.optimum().mean
-
-    return in_batches(one, jr.split(key, count))
+# --- scores ---
 
 
 @eqx.filter_jit
@@ -272,9 +164,8 @@ class Evaluation:
         self.records.append(Record(table, task, method, metric, value, low, high, n, unit))
 
     def play(self, name: str, keys: jax.Array, scms: AbstractSCM, buffers: ExperienceBuffer, num_obs: int, num_steps: int) -> dict[str, jax.Array]:
-        """Results of `run_method`; the learned policies are one program with different weights."""
-        program = "acbo" if name in self.systems else name
-        return run_method(program, self.systems.get(name, self.systems["acbo"]), keys, scms, buffers, num_obs, num_steps)
+        """Results of `lib.methods.play`, with the system that `name` is about."""
+        return play(name, self.systems.get(name, self.systems["acbo"]), keys, scms, buffers, num_obs=num_obs, num_steps=num_steps)
 
     def stored(self, name: str, compute: Callable[[], dict[str, jax.Array]]) -> dict[str, np.ndarray]:
         """`compute()`, unless the file of an earlier run with the same settings and inputs holds it."""
@@ -300,7 +191,7 @@ def held_out(config: Config, size: int, bucket: int, num_bins: int, count: int, 
     """Problems of one size in their bucket, and their optima."""
     prior = SCMPrior(max_vars=bucket, min_size=size, max_size=size)
     campaign = CampaignDesign(config.num_obs, config.num_obs, config.per_variable, config.num_steps)
-    problems, optima = draw_problems(key, count, prior, campaign, num_bins)
+    problems, optima = held_out_problems(key, count, prior, campaign, num_bins)
     return problems, np.asarray(optima)
 
 
@@ -401,9 +292,9 @@ def evaluate_success(
         "success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range"
     )
     curves, _ = load_arrays(config.folder / "curves.npz", "curves")
-    evaluation.add(
-        "success", "training", "grpo_policy", "convergence_ratio", convergence_ratio(curves["reward"]), 1, "warm iterations / cold iterations"
-    )
+    if len(curves["optimization"]) == 2:
+        ratio = convergence_ratio(curves["optimization"])
+        evaluation.add("success", "training", "grpo_policy", "convergence_ratio", ratio, 1, "warm iterations / cold iterations")
     lost = float(1 - transfer[1] / max(transfer[0], 1e-9))
     evaluation.add(
         "success", f"d={config.transfer_size}", "acbo", "transfer_drop", lost, config.num_problems, f"share of parent F1 lost against {task}"

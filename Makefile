@@ -30,7 +30,7 @@ artifacts/%/policy.eqx: 03_warmstart_acquisition.py artifacts/%/surrogate.eqx ar
 	$(RUN) $< $*
 artifacts/%/acbo.eqx: 04_train_e2e.py artifacts/%/policy.eqx artifacts/%/surrogate.eqx $(POLICY) lib/system.py | .venv/runtime
 	$(RUN) $< $*
-artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx lib/metrics.py lib/benchmarks.py | .venv/runtime
+artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx lib/methods.py lib/metrics.py lib/benchmarks.py | .venv/runtime
 	$(RUN) $< $*
 
 test: .venv/development

@@ -30,6 +30,7 @@ from lib import baselines
 from lib.artifacts import read_header
 from lib.buffer import DataError, ExperienceBuffer
 from lib.config import errors_for_people, use_compilation_cache
+from lib.methods import in_batches
 from lib.metrics import (
     Record,
     auroc,
@@ -103,11 +104,6 @@ class Problems(eqx.Module):
     scm: SyntheticSCM
     buffer: ExperienceBuffer
     family: jax.Array
-
-
-def in_batches(function: Callable, inputs):
-    """`function` over the leading axis, 20 at a time."""
-    return jax.lax.map(function, inputs, batch_size=20)
 
 
 @eqx.filter_jit

@@ -1,12 +1,14 @@
 """Group-relative policy optimisation on simulated campaigns.
 
 Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbered where it happens:
-1. a group shares state, model and exogenous noise (common random numbers), and only its first member enters the buffer;
+1. a group shares state, model and exogenous noise (common random numbers), and only its first member enters the buffer. A candidate is credited with
+   its own reward and those of the `lookahead` experiments that the policy makes after it, again with the same noise for the whole group;
 2. advantages are centred per group but scaled by the batch's deviation, not the group's, which would blow up groups without signal (Lite-PPO);
-3. groups whose rewards do not differ are masked out and leave the denominator;
+3. groups whose returns do not differ are masked out and leave the denominator;
 4. the divergence from the reference policy is the exact KL over cells instead of a per-sample estimate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +20,11 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, make_state
+from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution
 from lib.rewards import GroundTruth, RewardComponents, RewardConfig, compute_verifiable_reward
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM
 from lib.scm_prior import SCMPrior, initial_buffer, sample_scm
-from lib.surrogate import ParentSetPredictionModel
+from lib.surrogate import EncoderState, ParentSetPredictionModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ class GRPOConfig:
 
     group_size: int = 8
     """Candidate interventions per state."""
-    grpo_epochs: int = 3
+    lookahead: int = 0
+    """Further experiments, by the policy, that each candidate is followed by: their rewards count as its own. 0 looks one step ahead only."""
+    discount: float = 1.0
+    """Of the rewards of those, per step."""
+    grpo_epochs: int = 2
     """Gradient steps on each batch of groups."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam."""
@@ -39,10 +45,16 @@ class GRPOConfig:
     """Clipping of the probability ratio."""
     kl_weight: float = 0.01
     """Weight of the exact KL to the cloned policy (a cold start has none and pays none)."""
-    entropy_weight: float = 0.01
-    """Weight of the entropy bonus."""
+    entropy_weight: float = 0.03
+    """Weight of the entropy bonus: in the long run the policy is a softmax of advantages at this temperature."""
     min_spread: float = 1e-4
-    """A group whose rewards spread less than this is dead: it carries no signal."""
+    """A group whose returns spread less than this is dead: it carries no signal."""
+
+    def __post_init__(self):
+        if self.group_size < 2 or self.lookahead < 0 or not 0 <= self.discount <= 1:
+            raise ValueError(
+                f"group_size = {self.group_size} must be at least 2, lookahead = {self.lookahead} at least 0, discount = {self.discount} in [0, 1]"
+            )
 
 
 class Groups(eqx.Module):
@@ -52,7 +64,8 @@ class Groups(eqx.Module):
     variable: Int[Array, " group"]
     value: Float[Array, " group"]
     log_prob: Float[Array, " group"]
-    reward: RewardComponents
+    reward: RewardComponents  # of the candidate's own experiment
+    returns: Float[Array, " group"]  # its total, and those of the experiments that follow: what the candidate is credited with
 
 
 def generate_group_interventions(key: Key[Array, ""], policy: InterventionDistribution, group_size: int):
@@ -60,50 +73,97 @@ def generate_group_interventions(key: Key[Array, ""], policy: InterventionDistri
     return jax.vmap(policy.sample)(jr.split(key, group_size))
 
 
+class Simulator(NamedTuple):
+    """A system whose truth is known, and what reads its data: experiments on it are scored."""
+
+    surrogate: ParentSetPredictionModel
+    scm: AbstractSCM
+    truth: GroundTruth
+    rewards: RewardConfig
+
+    def start(self, buffer: ExperienceBuffer, num_steps: int) -> tuple[AcquisitionState, EncoderState]:
+        """The state before the first of `num_steps` experiments, and the sums that it is read from."""
+        encoding = self.surrogate.encode(buffer, self.scm.task)
+        return AcquisitionState(buffer, self.surrogate.decode(encoding, self.scm.task), jnp.zeros((), int), jnp.asarray(num_steps)), encoding
+
+    def experiment(self, known, variable: Int[Array, ""], value: Float[Array, ""], noise: Float[Array, "samples vars"]):
+        """What is known after one more experiment, as `start` gives it, and its `RewardComponents`. One row is one term of the sums."""
+        state, encoding = known
+        intervention = Intervention.single(variable, value, self.scm.var_mask.shape[0])
+        row = self.scm.simulate(noise, intervention)[0]
+        encoding = self.surrogate.update(encoding, self.scm.task, row, intervention.mask)
+        buffer = state.buffer.write(state.buffer.size, intervention, row)
+        after = AcquisitionState(buffer, self.surrogate.decode(encoding, self.scm.task), state.step + 1, state.steps_left - 1)
+        return (after, encoding), compute_verifiable_reward(state, variable, after, self.rewards, self.truth)
+
+
 def collect_campaign(
-    key: Key[Array, ""],
-    surrogate: ParentSetPredictionModel,
-    policy: AcquisitionPolicyNetwork,
-    scm: AbstractSCM,
-    truth: GroundTruth,
-    buffer: ExperienceBuffer,
-    *,
-    num_steps: int,
-    group_size: int,
-    rewards: RewardConfig,
+    key: Key[Array, ""], simulator: Simulator, policy: AcquisitionPolicyNetwork, buffer: ExperienceBuffer, num_steps: int, config: GRPOConfig
 ) -> tuple[Groups, ExperienceBuffer]:
     """Play one campaign of `num_steps` experiments and score a group of candidates at every state: groups `[steps]`, and the final buffer.
 
     The buffer needs `num_steps` free places behind its valid rows.
     """
-    num_vars, start = scm.var_mask.shape[0], buffer.size
+    scm = simulator.scm
 
-    def step(carry, t):
-        state = carry
-        action_key, noise_key = jr.split(jr.fold_in(key, t))
+    def step(known, t):
+        action_key, noise_key, later_key = jr.split(jr.fold_in(key, t), 3)
+        state = known[0]
         distribution = policy(state)
-        variables, values = generate_group_interventions(action_key, distribution, group_size)
+        variables, values = generate_group_interventions(action_key, distribution, config.group_size)
         noise = scm.draw_noise(noise_key, 1)  # deviation 1: the same exogenous noise for the whole group
 
-        def simulate(variable, value):
-            intervention = Intervention.single(variable, value, num_vars)
-            extended = state.buffer.write(start + t, intervention, scm.simulate(noise, intervention)[0])
-            new_state = make_state(surrogate, extended, scm.task, t + 1, num_steps - t - 1)
-            return new_state, compute_verifiable_reward(state, variable, new_state, rewards, truth)
+        def follow(known, key):
+            policy_key, noise_key = jr.split(key)
+            weight = jnp.where(known[0].steps_left > 0, config.discount ** (known[0].step - t), 0.0)
+            known, reward = simulator.experiment(known, *policy(known[0]).sample(policy_key), scm.draw_noise(noise_key, 1))
+            return known, weight * reward.total
 
-        new_states, reward = jax.vmap(simulate)(variables, values)
+        def score(variable, value):
+            after, reward = simulator.experiment(known, variable, value, noise)
+            if config.lookahead == 0:
+                return after, reward, reward.total
+            _, later = jax.lax.scan(follow, after, jr.split(later_key, config.lookahead))
+            return after, reward, reward.total + later.sum()
+
+        after, reward, returns = jax.vmap(score)(variables, values)
         log_prob = jax.vmap(distribution.log_prob)(variables, values)
-        return jax.tree.map(lambda leaf: leaf[0], new_states), Groups(state, variables, values, log_prob, reward)
+        return jax.tree.map(lambda leaf: leaf[0], after), Groups(state, variables, values, log_prob, reward, returns)
 
-    first = make_state(surrogate, buffer, scm.task, 0, num_steps)
-    last, groups = jax.lax.scan(step, first, jnp.arange(num_steps))
+    (last, _), groups = jax.lax.scan(step, simulator.start(buffer, num_steps), jnp.arange(num_steps))
     return groups, last.buffer
 
 
+def reward_table(
+    simulator: Simulator, known: tuple[AcquisitionState, EncoderState], noise: Float[Array, "samples vars"]
+) -> Float[Array, "vars bins"]:
+    """Total reward of an experiment at every point of the action grid, with the same noise for all; 0 where nothing can be set.
+
+    With it the gradient of the policy's expected reward at a state is exact (`expected_reward`); a group of candidates is a sample of it.
+    """
+    grid, candidates = known[0].output.grid, known[0].task.candidates
+
+    def cell(variable, value):
+        return simulator.experiment(known, variable, value, noise)[1].total
+
+    table = jax.lax.map(lambda i: jax.vmap(lambda value: cell(i, value))(grid[i]), jnp.arange(grid.shape[0]))
+    return jnp.where(candidates[:, None], table, 0.0)
+
+
+def expected_reward(policy: AcquisitionPolicyNetwork, state: AcquisitionState, table: Float[Array, "vars bins"]) -> Float[Array, ""]:
+    """Mean of `table` under the policy: its gradient is the exact policy gradient of a one-step problem."""
+    return (jnp.exp(policy(state).logits) * table).sum()
+
+
 class GRPOMetrics(NamedTuple):
-    """What to watch: mean reward, policy entropy and KL to the reference in nats, share of dead groups and of clipped ratios."""
+    """What to watch of a batch: mean `reward` of an experiment and its three components before weighting, mean `returns` of a candidate, `entropy` of
+    the policy and `kl` to the reference in nats, and the shares of `dead_groups` and of `clipped` ratios."""
 
     reward: Float[Array, ""]
+    optimization: Float[Array, ""]
+    structure_discovery: Float[Array, ""]
+    parent_intervention: Float[Array, ""]
+    returns: Float[Array, ""]
     entropy: Float[Array, ""]
     kl: Float[Array, ""]
     dead_groups: Float[Array, ""]
@@ -126,7 +186,7 @@ def grpo_loss(
     kl_weight: Float[Array, ""] | float,
 ) -> tuple[Float[Array, ""], GRPOMetrics]:
     """Clipped surrogate objective plus KL and entropy terms over a batch of groups (leading axis `batch`)."""
-    advantages, live = group_advantages(groups.reward.total, config.min_spread)
+    advantages, live = group_advantages(groups.returns, config.min_spread)
 
     def per_group(group):
         distribution = policy(group.state)
@@ -139,7 +199,9 @@ def grpo_loss(
     objective = (jnp.minimum(ratio * advantages, clipped * advantages).mean(1) * live).sum() / jnp.maximum(live.sum(), 1.0)
     loss = -objective + kl_weight * kl.mean() - config.entropy_weight * entropy.mean()
     outside = (jnp.abs(ratio - 1) > config.clip).mean()
-    return loss, GRPOMetrics(groups.reward.total.mean(), entropy.mean(), kl.mean(), 1 - live.mean(), outside)
+    reward = jax.tree.map(jnp.mean, groups.reward)
+    parts = (reward.total, reward.optimization, reward.structure_discovery, reward.parent_intervention)
+    return loss, GRPOMetrics(*parts, groups.returns.mean(), entropy.mean(), kl.mean(), 1 - live.mean(), outside)
 
 
 def update_acquisition_grpo(
@@ -150,13 +212,18 @@ def update_acquisition_grpo(
     groups: Groups,
     config: GRPOConfig,
     kl_weight: Float[Array, ""] | float,
+    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""]] | None = None,
 ) -> tuple[AcquisitionPolicyNetwork, optax.OptState, GRPOMetrics]:
-    """`grpo_epochs` gradient steps on one batch of groups; the metrics are those before the last step."""
+    """`grpo_epochs` gradient steps on one batch of groups; the metrics are those before the last step. `extra_loss` is added to GRPO's."""
     dynamic, static = eqx.partition((policy, optimiser_state), eqx.is_array)
+
+    def loss_fn(policy):
+        loss, metrics = grpo_loss(policy, reference, groups, config, kl_weight)
+        return loss + (0.0 if extra_loss is None else extra_loss(policy)), metrics
 
     def epoch(dynamic, _):
         policy, optimiser_state = eqx.combine(dynamic, static)
-        (_, metrics), gradients = eqx.filter_value_and_grad(grpo_loss, has_aux=True)(policy, reference, groups, config, kl_weight)
+        (_, metrics), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(policy)
         updates, optimiser_state = optimiser.update(gradients, optimiser_state, eqx.filter(policy, eqx.is_array))
         return eqx.filter((eqx.apply_updates(policy, updates), optimiser_state), eqx.is_array), metrics
 

@@ -22,7 +22,10 @@ HostArray = np.ndarray | Array
 Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
-TABLES = ("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling")
+TABLES = (
+    *("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling"),
+    *("agreement", "regret", "exploration", "first", "time", "gradient"),
+)
 FORMATS = {"md": "github", "tex": "latex"}
 
 

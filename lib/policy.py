@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
@@ -58,6 +59,25 @@ class AcquisitionState(eqx.Module):
 def make_state(surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task, step, steps_left) -> AcquisitionState:
     """The state after `step` experiments with `steps_left` to go."""
     return AcquisitionState(buffer, surrogate.predict(buffer, task), jnp.asarray(step), jnp.asarray(steps_left))
+
+
+def check_state(state: AcquisitionState, target: Int[Array, ""] | int | None = None) -> None:
+    """Raise `ValueError` for a state that no decision can be based on; inside `jit`, where values are not known, only shapes are checked.
+
+    Its data must have the variables that the surrogate spoke of, its target must be one of them, that in `target` if given, and something must have a
+    range.
+    """
+    task, found = state.task, state.buffer.values.shape[-1]
+    if found != task.var_mask.shape[-1]:
+        raise ValueError(f"the state's buffer has {found} variables, its task {task.var_mask.shape[-1]}: predict from this buffer")
+    if isinstance(task.target, Tracer) or isinstance(target, Tracer):
+        return
+    if target is not None and int(target) != int(task.target):
+        raise ValueError(f"the state is about target {int(task.target)}, not {int(target)}: predict for this target")
+    if not 0 <= int(task.target) < found or not bool(task.var_mask[task.target]):
+        raise ValueError(f"target {int(task.target)} is not one of the {int(task.var_mask.sum())} variables of the task")
+    if not bool(task.candidates.any()):
+        raise ValueError("no variable can be set: give one besides the target a range of positive width")
 
 
 class InterventionDistribution(eqx.Module):

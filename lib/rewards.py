@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lib.policy import AcquisitionState
+from lib.policy import AcquisitionState, check_state
 from lib.scm import AbstractSCM, Intervention, value_grid
+from lib.surrogate import SurrogateOutput
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,10 @@ class RewardConfig:
 
     optimization_weight: float = 1.0
     """Noise-free improvement of the recommended action, as a share of the possible improvement."""
+    temperature: float = 0.1
+    """Recommend each action with a probability that falls by e per this many deviations of the target in its predicted mean; 0 recommends the best.
+
+    Most experiments leave the best action what it was, so that at 0 two of three groups of candidates earn nothing at all."""
     structure_weight: float = 0.05
     """Gain in the log-probability of the true parent set, in nats (clipped to +-2)."""
     parent_weight: float = 0.02
@@ -49,9 +55,13 @@ class GroundTruth(eqx.Module):
         """E[Y] minus the best E[Y | do] on the grid; at least .05 so that shares stay finite."""
         return jnp.maximum(self.baseline - self.effects.min(), 0.05)
 
-    def mean(self, state: AcquisitionState, variable: Int[Array, ""], value: Float[Array, ""]) -> Float[Array, ""]:
-        """E[Y | do(variable = value)], interpolated between grid values."""
-        return jnp.interp(value, state.output.grid[variable], self.effects[variable])
+    def recommended(self, output: SurrogateOutput, temperature: float) -> Float[Array, ""]:
+        """E[Y | do] of what is recommended on the grid; its mean over recommendations where `temperature` is positive."""
+        scores = jnp.where(output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf)
+        if temperature == 0.0:
+            return self.effects.reshape(-1)[jnp.argmax(scores)]
+        chance = jax.nn.softmax(scores / temperature, axis=(0, 1))
+        return jnp.where(output.task.candidates[:, None], chance * self.effects, 0.0).sum()
 
 
 MAX_GAIN = 2.0  # nats: one lucky jump of the posterior must not dominate a batch of advantages
@@ -70,14 +80,17 @@ def compute_verifiable_reward(
     before, as a share of the possible improvement; structure discovery is the gain in log-probability of the true set; parents are the true ones.
     Without (deployment): the predicted gain, the drop of the posterior's entropy, and the posterior marginal.
 
-    The experiment's own effect does not count: an experiment is worth what it teaches about the action to recommend.
+    The experiment's own effect does not count: an experiment is worth what it teaches about the action to recommend. Raises `ValueError` if the two
+    states are about different targets (unless traced).
     """
+    check_state(new_state, state.task.target)
     if truth is None:
         gain = (state.best_value - new_state.best_value) / state.output.spread
         structure = state.posterior.entropy() - new_state.posterior.entropy()
         parent = state.output.marginals()[variable]
     else:
-        gain = (truth.mean(state, *state.output.best()) - truth.mean(state, *new_state.output.best())) / truth.possible_improvement
+        before, after = (truth.recommended(one.output, config.temperature) for one in (state, new_state))
+        gain = (before - after) / truth.possible_improvement
         structure = new_state.output.log_prob(truth.parents) - state.output.log_prob(truth.parents)
         parent = truth.parents[variable].astype(float)
     optimization = jnp.clip(gain, -1.0, 1.0)

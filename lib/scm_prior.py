@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -72,6 +72,11 @@ class SCMPrior:
                 raise ValueError(f"min_{name} = {low} is above max_{name} = {high}")
             if low <= 0 and name != "density":
                 raise ValueError(f"min_{name} = {low} must be positive")
+
+
+def multimodal(prior: SCMPrior) -> SCMPrior:
+    """The same with wide ranges and responses that have several valleys: problems where it pays to look around."""
+    return replace(prior, mechanisms=("fourier",), min_lengthscale=0.4, max_lengthscale=1.0, min_range=3.0, max_range=4.0)
 
 
 class Level(NamedTuple):

@@ -15,7 +15,7 @@ from lib.artifacts import load_module, save_module
 from lib.buffer import ExperienceBuffer
 from lib.causal_gp import expected_improvement, fit_causal_gp
 from lib.grpo import Groups, GRPOConfig, generate_group_interventions, update_acquisition_grpo
-from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, PolicyConfig, make_state
+from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, PolicyConfig, check_state, make_state
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Intervention, Task
@@ -85,6 +85,11 @@ class TrainedACBOSystem(eqx.Module):
     surrogate: ParentSetPredictionModel
     policy: AcquisitionPolicyNetwork
 
+    def __check_init__(self):
+        given, read = 3 * self.surrogate.config.model_hidden_dim, self.policy.token.in_features
+        if given != read:
+            raise ValueError(f"the policy reads tokens of {read} numbers, the surrogate gives {given}: train the policy on this surrogate (stage 3)")
+
     def state(self, buffer: ExperienceBuffer, task: Task, step: int | Array = 0, steps_left: int | Array = 10) -> AcquisitionState:
         """What the system knows, ready for a decision."""
         return make_state(self.surrogate, buffer, task, step, steps_left)
@@ -102,7 +107,11 @@ class TrainedACBOSystem(eqx.Module):
         return InterventionDistribution(state.task, jnp.where(allowed, mixed, -jnp.inf))
 
     def select_intervention(self, state: AcquisitionState, exploration_rate: float = 0.0, *, key: Key[Array, ""] | None = None) -> Choice:
-        """The next experiment: the policy's mode, or a draw from `distribution` if a key is given (the document's default rate is .1)."""
+        """The next experiment: the policy's mode, or a draw from `distribution` if a key is given (the document's default rate is .1).
+
+        Raises `ValueError` for a state that no decision can be based on (`check_state`).
+        """
+        check_state(state)
         if key is None:
             return self.policy(state).mode()
         return self.distribution(state, exploration_rate).sample(key)
@@ -200,7 +209,7 @@ def online_policy(key: Key[Array, ""], system: TrainedACBOSystem, state: Acquisi
             return RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
 
         reward = jax.vmap(score)(variable, value)
-        group = Groups(state, variable, value, jax.vmap(distribution.log_prob)(variable, value), reward)
+        group = Groups(state, variable, value, jax.vmap(distribution.log_prob)(variable, value), reward, reward.total)
         batch = jax.tree.map(lambda leaf: leaf[None], group)
         policy, optimiser_state, _ = update_acquisition_grpo(
             policy, optimiser_state, optimiser, system.policy, batch, config.grpo, config.grpo.kl_weight

@@ -47,7 +47,7 @@ DEPLOY = script("06_deploy.py")
 
 def configs(folder: Path) -> list:
     """The smallest settings of every stage."""
-    demos, surrogate, policy, e2e = (stage.Config for stage in STAGES)
+    demos, surrogate, policy, e2e = STAGES[0].Config, STAGES[1].Config, STAGES[2].AcquisitionConfig, STAGES[3].Config
     return [
         demos(folder, prior=PRIOR, num_models=6, num_obs=20, per_variable=1, num_steps=5, num_bins=6, batch=3, max_posterior_entropy=9.0),
         surrogate(

@@ -15,6 +15,7 @@ from lib.policy import (
     AcquisitionState,
     InterventionDistribution,
     PolicyConfig,
+    check_state,
     expected_improvement_choice,
     thompson_choice,
 )
@@ -224,3 +225,30 @@ def test_no_gradient_reaches_the_surrogate_and_all_of_it_the_policy(policy):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(to_output))
     norms = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(to_policy)]
     assert np.isfinite(norms).all() and sum(n > 0 for n in norms) >= len(norms) - 1  # a shift of all scores changes nothing
+
+
+# --- states that no decision can be based on ---
+
+
+def test_a_state_must_fit_its_data_its_target_and_something_to_set():
+    state = make_state(0)
+    check_state(state)
+    check_state(state, TARGET)
+    with pytest.raises(ValueError, match="about target 1, not 0"):
+        check_state(state, 0)
+    other_data = eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4))
+    with pytest.raises(ValueError, match="7 variables, its task 6"):
+        check_state(other_data)
+    padding = eqx.tree_at(lambda s: s.output.task.target, state, jnp.array(SLOTS - 1))
+    with pytest.raises(ValueError, match="target 5 is not one of the 5 variables"):
+        check_state(padding)
+    narrow = eqx.tree_at(lambda s: s.output.task.high, state, TASK.low)
+    with pytest.raises(ValueError, match="range of positive width"):
+        check_state(narrow)
+
+
+def test_inside_a_program_only_shapes_are_checked():
+    state = make_state(0)
+    eqx.filter_jit(check_state)(state, jnp.array(0))
+    with pytest.raises(ValueError, match="7 variables"):
+        eqx.filter_jit(check_state)(eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4)))

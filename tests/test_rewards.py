@@ -1,5 +1,7 @@
 """Rewards on hand-made cases. Four slots: variable 0 and 1 can be set, 2 is the target, 3 is padding; three values -1, 0, 1."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
 
 
 def score(before, variable, after, truth: GroundTruth | None = TRUTH, **weights):
-    return reward_of(before, jnp.array(variable), after, RewardConfig(**weights), truth)
+    return reward_of(before, jnp.array(variable), after, RewardConfig(**(dict(temperature=0.0) | weights)), truth)
 
 
 def test_possible_improvement_stays_positive():
@@ -41,9 +43,14 @@ def test_possible_improvement_stays_positive():
     np.testing.assert_allclose(GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents).possible_improvement, 0.05)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(-1.0, 2.0), (0.5, 0.5), (0.25, 0.75), (7.0, 0.0)])
-def test_truth_is_interpolated(value, expected):
-    np.testing.assert_allclose(TRUTH.mean(make_state((0, 0)), jnp.array(0), jnp.array(value)), expected, atol=1e-6)
+def test_what_is_recommended_is_worth_its_true_effect():
+    """At a temperature, all cells count: one predicted at 0, five at 1 (those of the target and of padding, at -9, do not)."""
+    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.0), 1.0, atol=1e-6)
+    np.testing.assert_allclose(TRUTH.recommended(make_state((1, 2)).output, 0.0), -1.0, atol=1e-6)
+    odds = np.exp(-1 / 0.5 / 2.0)  # spread 2
+    expected = (1.0 + odds * (2 + 0 + 1 + 1 - 1)) / (1 + 5 * odds)
+    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6)
+    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.01), 1.0, atol=1e-5)
 
 
 def test_a_hand_computed_case():
@@ -111,3 +118,34 @@ def test_without_truth_only_predictions_count():
     drop = 2 * np.log(2) + 2 * (p * np.log(p) + (1 - p) * np.log(1 - p))
     np.testing.assert_allclose(reward.structure_discovery, drop, atol=1e-4)
     np.testing.assert_allclose(reward.parent_intervention, 0.5, atol=1e-6)
+
+
+def test_states_about_different_targets_have_no_reward():
+    other = eqx.tree_at(lambda s: s.output.task.target, make_state((0, 1)), jnp.array(1))
+    with pytest.raises(ValueError, match="about target 1, not 2"):
+        compute_verifiable_reward(make_state((0, 1)), jnp.array(0), other, RewardConfig(), TRUTH)
+
+
+# --- exploits: three experiments that teach nothing must not pay ---
+
+
+def test_exploits_earn_less_than_learning():
+    """Repeating one parent, setting the noisiest variable, and intervening where nothing moves: without a better recommendation or belief, the parent
+    bonus is all there is, and it stays below the value of finding an action that is better by a tenth of what is possible."""
+    state = make_state((0, 1))
+    repeated = score(state, 0, state)  # a parent, again, with nothing learned
+    worthless = score(state, 1, state)  # not a parent, nothing moves
+    noise = score(state, 1, make_state((0, 0)))  # a noisy outcome that misleads: the recommendation gets worse
+    tenth = GroundTruth(TRUTH.effects.at[0, 2].set(0.8), TRUTH.baseline, TRUTH.parents)
+    learned = score(state, 1, make_state((0, 2)), tenth)
+    assert worthless.total == 0.0 and noise.total < 0.0
+    np.testing.assert_allclose(learned.optimization, 0.1, atol=1e-6)
+    assert learned.total > repeated.total >= 0.0
+
+
+def test_a_campaign_cannot_earn_by_going_round_in_circles():
+    """Rewards telescope: leaving the best action and finding it again earns what staying does, at any temperature."""
+    path = [make_state(best) for best in ((0, 1), (0, 2), (1, 0), (0, 1))]
+    for temperature in (0.0, 0.5):
+        rewards = [score(a, 0, b, parent_weight=0.0, temperature=temperature) for a, b in itertools.pairwise(path)]
+        np.testing.assert_allclose(sum(float(r.total) for r in rewards), 0.0, atol=1e-6)

@@ -52,6 +52,16 @@ def saved(system, tmp_path_factory):
     return path
 
 
+def test_a_policy_for_other_tokens_is_refused(system):
+    with pytest.raises(ValueError, match="reads tokens of 24 numbers, the surrogate gives 48"):
+        TrainedACBOSystem(system.surrogate, AcquisitionPolicyNetwork(PolicyConfig(16, 1), 24, key=jr.key(2)))
+
+
+def test_a_state_with_nothing_to_set_is_refused(system, state):
+    with pytest.raises(ValueError, match="no variable can be set"):
+        system.select_intervention(eqx.tree_at(lambda s: s.output.task.high, state, state.task.low))
+
+
 def assert_distribution(distribution, task):
     np.testing.assert_allclose(jnp.exp(distribution.logits).sum(), 1.0, atol=1e-5)
     assert ((np.asarray(distribution.logits) > -np.inf).all(1) == np.asarray(task.candidates)).all()
