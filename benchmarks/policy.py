@@ -130,7 +130,7 @@ def measure_first(report: Report) -> None:
         draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), len(report.records)))
         problems, optima = scenario.draw(draw_key, config.num_problems, report.system.surrogate.config.num_bins)
         graph, target, effects = (np.asarray(x) for x in (problems.scm.graph, problems.scm.target, problems.truth.effects))
-        effects = np.where(np.asarray(problems.scm.candidates)[..., None], effects, np.inf)
+        effects = np.where(settable(problems.scm)[..., None], effects, np.inf)
         mixed = confounded(graph, target, effects.min(2).argmin(1))
         children, linear = graph[np.arange(len(target)), target].any(1), np.asarray(problems.scm.mechanism) == 0
         kinds = {"": mixed | True, "/best variable confounded": mixed, "/not confounded": ~mixed, "/target has children": children}
@@ -141,6 +141,11 @@ def measure_first(report: Report) -> None:
             for kind, rows in kinds.items():
                 for step in (0, 1, 3, 5):
                     report.add("first", name + kind, method, f"share@{step}", summarise(share[rows, step]), int(rows.sum()))
+
+
+def settable(batch) -> np.ndarray:
+    """`candidates` of a batch of systems or tasks `[batch, vars]`."""
+    return np.asarray(jax.vmap(lambda one: one.candidates)(batch))
 
 
 @eqx.filter_jit
@@ -167,13 +172,13 @@ def measure_agreement(report: Report) -> None:
         return eqx.filter_jit(lambda policy, states: jax.lax.map(lambda state: policy(state).mode(), states, batch_size=64))(policy, examples.state)
 
     # the constant rule sets the i-th variable that can be set to a fixed part of its range: those that the expert likes best in training
-    steps, known = train.variable.shape[1], train.scm
+    steps, known = train.variable.shape[1], train.scm.task
     chosen, picked = np.asarray(train.variable).reshape(-1), np.arange(train.variable.size)
-    first, last, can = (np.repeat(np.asarray(x), steps, axis=0) for x in (known.low, known.high, known.candidates))
+    first, last, can = (np.repeat(np.asarray(x), steps, axis=0) for x in (known.low, known.high, settable(known)))
     fraction = (np.asarray(train.value).reshape(-1) - first[picked, chosen]) / (last - first)[picked, chosen]
     rank = np.bincount([int(c[:v].sum()) for v, c in zip(chosen, can, strict=True)], minlength=num_vars).argmax()
     where = np.histogram(fraction, bins=np.linspace(0, 1, 6))[0].argmax() * 0.2 + 0.1
-    constant = np.array([np.flatnonzero(c)[min(rank, c.sum() - 1)] for c in np.asarray(task.candidates)])
+    constant = np.array([np.flatnonzero(c)[min(rank, c.sum() - 1)] for c in settable(task)])
     guesses = {"constant": (constant, low[rows, constant] + where * (high - low)[rows, constant])}
     guesses |= plain_choices(examples, 16)
     guesses |= {"surrogate_greedy": jax.vmap(lambda output: output.best())(examples.state.output)}
@@ -245,7 +250,7 @@ def measure_gradient(report: Report) -> None:
 
     tables = [flat(exact(policy, problems, jr.key(i))) for i in range(2 * repeats)]
     reference = np.mean(tables[repeats:], 0)
-    cells = num_bins * int(np.asarray(problems.scm.candidates).sum(1).mean())
+    cells = num_bins * int(settable(problems.scm).sum(1).mean())
     add("whole table", tables[:repeats], reference, cells)
     for size in (4, 8, 16, 64):
         config = GRPOConfig(group_size=size, lookahead=0, entropy_weight=0.0)
