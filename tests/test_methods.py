@@ -1,0 +1,53 @@
+"""Methods that play, and the comparison of an untrained system with a rival: what is measured, not how good it is."""
+
+import equinox as eqx
+import jax.random as jr
+import numpy as np
+import pytest
+
+from lib.methods import METHODS, OptimizationScenario, evaluate_acquisition_performance, exploration_scenario, make_method
+from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
+from lib.scm_prior import SCMPrior
+from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
+from lib.system import TrainedACBOSystem
+
+
+SIZES = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=5)
+SCENARIO = OptimizationScenario("tiny", SCMPrior(max_vars=4, min_size=4, max_size=4), num_obs=12, per_variable=1, num_steps=3)
+
+
+@pytest.fixture(scope="module")
+def system():
+    surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(1))
+    return TrainedACBOSystem(surrogate, AcquisitionPolicyNetwork(PolicyConfig(8, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)))
+
+
+def test_every_method_has_its_name(system):
+    assert all(callable(make_method(name, system, 12, 3)) for name in METHODS)
+    with pytest.raises(ValueError, match="unknown method 'ridge': choose from random"):
+        make_method("ridge", system, 12, 3)
+
+
+def test_regret_starts_and_ends_where_it_should_and_the_key_decides(system):
+    problems, optima = SCENARIO.draw(jr.key(0), 6, SIZES.num_bins)
+    assert (np.asarray(problems.truth.baseline) > np.asarray(optima)).all()
+    one, again, other = (SCENARIO.regret("random", system, problems, optima, jr.key(key)) for key in (3, 3, 4))
+    assert one.shape == (6, SCENARIO.num_steps + 1) and (one > -0.05).all()
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(one[:, 0], other[:, 0])  # before the first experiment only the data count
+    assert (one[:, 1:] != other[:, 1:]).any()
+
+
+def test_the_system_is_held_against_its_rivals(system):
+    found = evaluate_acquisition_performance(system, [SCENARIO], num_problems=4, rivals=("random",))
+    assert set(found) == {"tiny/regret@1", "tiny/regret@3"} | {f"tiny/random/difference@{t}{end}" for t in (1, 3) for end in ("", "/low", "/high")}
+    for t in (1, 3):
+        value, low, high = (found[f"tiny/random/difference@{t}{end}"] for end in ("", "/low", "/high"))
+        assert low <= value <= high
+
+
+def test_exploration_means_few_rows_wide_ranges_and_valleys():
+    scenario, usual = exploration_scenario(5, 8), SCMPrior()
+    assert scenario.num_obs < 50 and scenario.prior.max_vars == 8 and scenario.prior.min_size == scenario.prior.max_size == 5
+    assert scenario.prior.mechanisms == ("fourier",) and scenario.prior.min_range > usual.min_range
+    assert scenario.prior.max_lengthscale < usual.max_lengthscale
