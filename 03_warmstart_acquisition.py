@@ -18,7 +18,7 @@ because a reward is a rare jump of the recommendation and every gradient mostly 
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,9 +30,10 @@ import tyro
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint, save_module
+from lib.causal_gp import expected_improvement
 from lib.config import errors_for_people, preset_arguments, use_compilation_cache
 from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
-from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
+from lib.policy import AcquisitionPolicyNetwork, PolicyConfig, expected_improvement_choice, thompson_choice
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, multimodal
 from lib.surrogate import ParentSetPredictionModel
@@ -45,7 +46,9 @@ class ImitationConfig:
     """Learning from the expert (`ImitationConfig` of phase4_training_infrastructure.md)."""
 
     use_behavioral_cloning: bool = True
-    """Clone the expert before GRPO; without it the policy starts from random weights and no demonstrations are read."""
+    """Clone before GRPO; without it the policy starts from random weights and no demonstrations are read."""
+    teacher: Literal["expert", "expected_improvement", "thompson"] = "expert"
+    """Who is cloned at the states that the expert came to: itself, or a rule on the surrogate's effect surface."""
     grpo_warmstart: bool = True
     """Start GRPO from the clone; otherwise from random weights, as the cold twin does, with the clone written but not used."""
     imitation_weight: float = 0.0
@@ -55,13 +58,18 @@ class ImitationConfig:
     imitation_batch: int = 64
     """Expert states in a step."""
     surface_weight: float = 0.5
-    """Share of the target that is the expert's acquisition surface, normalised; the rest is its choice."""
+    """Share of the target that is the teacher's acquisition surface, normalised; the rest is its choice."""
     learning_rate: float = 2e-3
     """Learning rate of Adam while cloning."""
 
     def __post_init__(self):
         if self.imitation_weight and not self.use_behavioral_cloning:
             raise ValueError("imitation_weight needs demonstrations, and use_behavioral_cloning = False reads none")
+
+    @property
+    def warm(self) -> bool:
+        """Whether GRPO starts from the clone, and is then drawn to it."""
+        return self.use_behavioral_cloning and self.grpo_warmstart
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class AcquisitionConfig:
         if not 0 <= self.multimodal_share <= 1 or not 0 <= self.average < 1:
             raise ValueError(f"multimodal_share = {self.multimodal_share} must be in [0, 1], average = {self.average} in [0, 1)")
 
+
+THOMPSON_DRAWS = 64  # surfaces drawn per state for the distribution over what Thompson sampling would choose
 
 PRESETS = {
     "smoke": (
@@ -169,7 +179,7 @@ class AcquisitionModelResult(NamedTuple):
 
 
 class CloneMetrics(NamedTuple):
-    """Agreement with the expert on held-out demonstrations, as shares, and the cloning loss in nats."""
+    """Agreement with the teacher on held-out demonstrations, as shares, and the cloning loss in nats."""
 
     loss: jax.Array
     variable_agreement: jax.Array
@@ -179,8 +189,33 @@ class CloneMetrics(NamedTuple):
 # --- cloning ---
 
 
+@eqx.filter_jit
+def taught(key: jax.Array, examples: AcquisitionExamples, teacher: str) -> AcquisitionExamples:
+    """The examples with what `teacher` would have done in the expert's place. The surface of Thompson sampling is how often each cell is drawn."""
+
+    def expected_improvement_example(inputs):
+        _, example = inputs
+        output = example.state.output
+        surface = expected_improvement(output.effect_mean, output.effect_std, example.state.best_value)
+        surface = jnp.where(output.task.candidates[:, None], surface, 0.0)
+        return AcquisitionExamples(example.state, *expected_improvement_choice(output), surface)
+
+    def thompson_example(inputs):
+        key, example = inputs
+        output = example.state.output
+        variable, value = jax.vmap(lambda k: thompson_choice(k, output))(jr.split(key, THOMPSON_DRAWS))
+        index = jnp.argmin(jnp.abs(output.grid[variable] - value[:, None]), 1)
+        surface = jnp.zeros_like(output.effect_mean).at[variable, index].add(1.0)
+        return AcquisitionExamples(example.state, variable[0], value[0], surface)
+
+    if teacher == "expert":
+        return examples
+    rules = {"expected_improvement": expected_improvement_example, "thompson": thompson_example}
+    return jax.lax.map(rules[teacher], (jr.split(key, examples.variable.shape[0]), examples), batch_size=32)
+
+
 def clone_loss(policy: AcquisitionPolicyNetwork, examples: AcquisitionExamples, surface_weight: float) -> tuple[jax.Array, CloneMetrics]:
-    """Cross-entropy to the expert's choice and to its normalised acquisition surface."""
+    """Cross-entropy to the teacher's choice and to its normalised acquisition surface."""
 
     def per_state(example):
         distribution = policy(example.state)
@@ -188,7 +223,7 @@ def clone_loss(policy: AcquisitionPolicyNetwork, examples: AcquisitionExamples, 
         index = distribution.cell(example.variable, example.value)
         total = example.surface.sum()
         share = example.surface / jnp.where(total > 0, total, 1.0)
-        weight = jnp.where(total > 0, surface_weight, 0.0)  # where the expert expects no improvement anywhere, only its choice is left
+        weight = jnp.where(total > 0, surface_weight, 0.0)  # where the teacher expects no improvement anywhere, only its choice is left
         loss = -(1 - weight) * log_probs[example.variable, index] - weight * (share * log_probs).sum()
         variable, value = distribution.mode()
         width = (example.state.task.high - example.state.task.low)[variable]
@@ -249,24 +284,24 @@ def iterate(
     index: jax.Array,
     config: AcquisitionConfig,
 ) -> Runs:
-    """One GRPO iteration of every run on the same problems with the same keys; only the first, warm one is drawn to the expert."""
+    """One GRPO iteration of every run on the same problems with the same keys; only the first is drawn to its teacher."""
     keys, optimiser = jr.split(key, config.problems_per_iteration), make_optimiser(config)
 
-    def one_run(policy, optimiser_state, reference, is_warm):
+    def one_run(policy, optimiser_state, reference, is_first):
         def play(key, problem):
             simulator = Simulator(surrogate, problem.scm, problem.truth, config.rewards)
             return collect_campaign(key, simulator, policy, problem.buffer, config.campaign.num_steps, config.grpo)[0]
 
         def imitate(policy):
             assert demos is not None
-            return is_warm * config.imitation.imitation_weight * clone_loss(policy, demos, config.imitation.surface_weight)[0]
+            return is_first * config.imitation.imitation_weight * clone_loss(policy, demos, config.imitation.surface_weight)[0]
 
         groups = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.vmap(play)(keys, problems))
-        kl_weight, extra = is_warm * config.grpo.kl_weight, None if demos is None else imitate
+        kl_weight, extra = is_first * config.imitation.warm * config.grpo.kl_weight, None if demos is None else imitate
         return update_acquisition_grpo(policy, optimiser_state, optimiser, reference, groups, config.grpo, kl_weight, extra)
 
-    warm = (jnp.arange(runs.curves.reward.shape[0]) == 0).astype(float)
-    policy, optimiser_state, metrics = eqx.filter_vmap(one_run)(runs.policy, runs.optimiser, references, warm)
+    first = (jnp.arange(runs.curves.reward.shape[0]) == 0).astype(float)
+    policy, optimiser_state, metrics = eqx.filter_vmap(one_run)(runs.policy, runs.optimiser, references, first)
     average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, runs.average, policy)
     curves = jax.tree.map(lambda curve, now: curve.at[:, index].set(now), runs.curves, metrics)
     return Runs(policy, average, optimiser_state, curves)
@@ -285,7 +320,7 @@ def train_acquisition(
     inputs: list[Path],
 ) -> Runs:
     """GRPO from every one of `starts`, the first of which is the warm one, or on from a checkpoint; `demos` are for `imitation_weight`."""
-    _, _, _, problem_key, play_key, demo_key = jr.split(jr.key(config.seed), 6)
+    _, _, _, problem_key, play_key, demo_key, _ = jr.split(jr.key(config.seed), 7)
     checkpoint_path, names = config.folder / "policy.ckpt", ("warm", "cold")[: len(starts)]
     references, optimiser = stack(starts), make_optimiser(config)
     optimiser_state = eqx.filter_vmap(lambda policy: optimiser.init(eqx.filter(policy, eqx.is_array)))(references)
@@ -319,7 +354,7 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     """
     demos_path, surrogate_path = config.folder / "demos.npz", config.folder / "surrogate.eqx"
     inputs = [demos_path, surrogate_path] if config.imitation.use_behavioral_cloning else [surrogate_path]
-    warm_key, cold_key, clone_key, *_ = jr.split(jr.key(config.seed), 6)
+    warm_key, cold_key, clone_key, *_, teacher_key = jr.split(jr.key(config.seed), 7)
     surrogate, _ = load_surrogate(surrogate_path)
 
     # --- clone (deterministic and short, so a resumed run repeats it) ---
@@ -327,7 +362,7 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     cloned, train, agreement = build(config.policy, token_dim, key=warm_key), None, {}
     if config.imitation.use_behavioral_cloning:
         parts = [load_trajectories(demos_path, part)[0] for part in ("train", "validation")]
-        examples = extract_acquisition_training_data(join(parts), surrogate)
+        examples = taught(teacher_key, extract_acquisition_training_data(join(parts), surrogate), config.imitation.teacher)
         count = parts[0].variable.size
         train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
         cloned = clone(clone_key, cloned, train, config.imitation)
@@ -337,7 +372,7 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
 
     # --- improve ---
     fresh = build(config.policy, token_dim, key=cold_key)
-    runs = train_acquisition(config, surrogate, [cloned if config.imitation.grpo_warmstart else fresh, *[fresh] * config.cold_twin], train, inputs)
+    runs = train_acquisition(config, surrogate, [cloned if config.imitation.warm else fresh, *[fresh] * config.cold_twin], train, inputs)
     trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, runs.average)
 
     # --- write ---

@@ -43,6 +43,7 @@ from lib.metrics import (
     auroc,
     average_precision,
     best_threshold,
+    convergence_ratio,
     expected_calibration_error,
     median_seconds,
     normalised_regret,
@@ -301,17 +302,6 @@ def evaluate_success(
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     evaluation.add("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
-
-
-def convergence_ratio(reward: np.ndarray, window: int = 10) -> float:
-    """Iterations that the warm start needs to reach the reward that the cold start ends with, as a share of all iterations; 1 if it never does.
-
-    `reward[2, iterations]`: warm, cold; both as moving averages over `window` iterations.
-    """
-    window = min(window, reward.shape[1])
-    smooth = np.stack([np.convolve(r, np.ones(window) / window, "valid") for r in reward])
-    reached = np.flatnonzero(smooth[0] >= smooth[1, -1])
-    return float((reached[0] + 1) / smooth.shape[1]) if len(reached) else 1.0
 
 
 def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:

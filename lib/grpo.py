@@ -4,13 +4,14 @@ Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbere
 1. a group shares state, model and exogenous noise (common random numbers), and only its first member enters the buffer. A candidate is credited with
    its own reward and those of the `lookahead` experiments that the policy makes after it, again with the same noise for the whole group;
 2. advantages are centred per group but scaled by the batch's deviation, not the group's, which would blow up groups without signal (Lite-PPO);
+   `scale="group"` is as published;
 3. groups whose returns do not differ are masked out and leave the denominator;
 4. the divergence from the reference policy is the exact KL over cells instead of a per-sample estimate.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -47,6 +48,8 @@ class GRPOConfig:
     """Weight of the exact KL to the cloned policy (a cold start has none and pays none)."""
     entropy_weight: float = 0.03
     """Weight of the entropy bonus: in the long run the policy is a softmax of advantages at this temperature."""
+    scale: Literal["batch", "group"] = "batch"
+    """Advantages are divided by the standard deviation of returns in the batch or in the group."""
     min_spread: float = 1e-4
     """A group whose returns spread less than this is dead: it carries no signal."""
 
@@ -170,11 +173,12 @@ class GRPOMetrics(NamedTuple):
     clipped: Float[Array, ""]
 
 
-def group_advantages(rewards: Float[Array, "batch group"], min_spread: float) -> tuple[Float[Array, "batch group"], Float[Array, " batch"]]:
-    """Advantages centred per group and scaled by the deviation over all live groups, and which groups are live (1 or 0). Dead groups get zeros."""
-    live = (rewards.max(1) - rewards.min(1) > min_spread).astype(rewards.dtype)  # deviation 3
+def group_advantages(rewards: Float[Array, "batch group"], config: GRPOConfig) -> tuple[Float[Array, "batch group"], Float[Array, " batch"]]:
+    """Advantages, centred per group and scaled by the deviation of all live groups or its own, and which are live (1 or 0). Dead ones get zeros."""
+    live = (rewards.max(1) - rewards.min(1) > config.min_spread).astype(rewards.dtype)  # deviation 3
     centred = (rewards - rewards.mean(1, keepdims=True)) * live[:, None]
-    variance = (centred**2).sum() / jnp.maximum(live.sum() * rewards.shape[1], 1.0)
+    own = (centred**2).mean(1, keepdims=True)
+    variance = own.sum() / jnp.maximum(live.sum(), 1.0) if config.scale == "batch" else own
     return centred / jnp.sqrt(variance + 1e-12), live  # deviation 2
 
 
@@ -186,7 +190,7 @@ def grpo_loss(
     kl_weight: Float[Array, ""] | float,
 ) -> tuple[Float[Array, ""], GRPOMetrics]:
     """Clipped surrogate objective plus KL and entropy terms over a batch of groups (leading axis `batch`)."""
-    advantages, live = group_advantages(groups.returns, config.min_spread)
+    advantages, live = group_advantages(groups.returns, config)
 
     def per_group(group):
         distribution = policy(group.state)

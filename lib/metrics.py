@@ -24,7 +24,7 @@ Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
 TABLES = (
     *("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling"),
-    *("agreement", "regret", "exploration", "first", "time", "gradient"),
+    *("agreement", "regret", "exploration", "first", "time", "gradient", "convergence", "variants"),
 )
 FORMATS = {"md": "github", "tex": "latex"}
 
@@ -216,6 +216,20 @@ def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[n
     share = np.clip((best - initial) / (optimum - initial), 0.0, 1.0)
     reached = np.where(share > 0, outcomes.argmin(-1) + 1, steps)
     return np.asarray((share + (steps - reached) / steps) / (1.0 + (steps - 1) / steps))
+
+
+# --- training ---
+
+
+def convergence_ratio(reward: Float[HostArray, "runs iterations"], window: int = 10, share: float = 1.0) -> float:
+    """Iterations that the warm start needs to reach what the cold start ends with, as a share of all iterations; 1 if it never does.
+
+    `reward[2, iterations]`: warm, cold; both as moving averages over `window` iterations. With `share` below 1: to reach that part of cold's best.
+    """
+    reward, window = np.asarray(reward, float), min(window, np.shape(reward)[1])
+    smooth = np.stack([np.convolve(r, np.ones(window) / window, "valid") for r in reward])
+    reached = np.flatnonzero(smooth[0] >= (smooth[1, -1] if share == 1.0 else share * smooth[1].max()))
+    return float((reached[0] + 1) / smooth.shape[1]) if len(reached) else 1.0
 
 
 # --- time ---

@@ -1,5 +1,7 @@
 """GRPO against a numpy loop, against REINFORCE, and on a campaign whose candidates come in twins."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -99,15 +101,18 @@ REWARDS = np.array([[0.1, -0.4, 0.3, 0.9, 0.0, 0.2], [0.5] * GROUP, [1.0, 1.0, 1
 
 
 def test_advantages_of_a_case_done_by_hand():
-    advantages, live = group_advantages(jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), MIN_SPREAD)
+    advantages, live = group_advantages(jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), CONFIG)
     scale = np.sqrt((1 + 1 + 4 + 4) / 4)
     np.testing.assert_allclose(advantages, np.array([[-1, 1], [0, 0], [-2, 2]]) / scale, atol=1e-6)
+    assert live.tolist() == [1, 0, 1]
+    advantages, live = group_advantages(jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), replace(CONFIG, scale="group"))
+    np.testing.assert_allclose(advantages, [[-1, 1], [0, 0], [-1, 1]], atol=1e-6)
     assert live.tolist() == [1, 0, 1]
 
 
 def test_advantages_agree_with_a_loop_and_sum_to_zero():
     for rewards in (REWARDS, 10.0 * REWARDS + 3.0, np.random.default_rng(0).normal(size=(3, GROUP))):
-        advantages, live = group_advantages(jnp.asarray(rewards, jnp.float32), MIN_SPREAD)
+        advantages, live = group_advantages(jnp.asarray(rewards, jnp.float32), CONFIG)
         expected, alive = loop_advantages(rewards)
         np.testing.assert_allclose(advantages, expected, atol=1e-5)
         np.testing.assert_allclose(advantages.sum(1), 0.0, atol=1e-5)
@@ -115,7 +120,7 @@ def test_advantages_agree_with_a_loop_and_sum_to_zero():
 
 
 def test_equal_rewards_have_no_advantage():
-    advantages, live = group_advantages(jnp.full((2, 4), 0.7), MIN_SPREAD)
+    advantages, live = group_advantages(jnp.full((2, 4), 0.7), CONFIG)
     assert not advantages.any() and not live.any()
 
 

@@ -14,6 +14,7 @@ from lib.metrics import (
     average_precision,
     best_threshold,
     bootstrap,
+    convergence_ratio,
     expected_calibration_error,
     gap,
     normalised_regret,
@@ -34,6 +35,15 @@ def test_summarise_by_hand():
     for wrong in (np.array([]), np.array([1.0, np.nan])):
         with pytest.raises(ValueError, match="at least one number"):
             summarise(wrong)
+
+
+def test_convergence_ratio():
+    cold = np.linspace(0.0, 1.0, 100)
+    assert convergence_ratio(np.stack([cold, cold]), window=1) == 1.0
+    assert convergence_ratio(np.stack([np.where(np.arange(100) < 19, 0.0, 2.0), cold]), window=1) == 0.2
+    assert convergence_ratio(np.stack([cold - 1, cold]), window=1) == 1.0  # never
+    falls = np.concatenate([cold, cold[:50:-1]])
+    assert convergence_ratio(np.stack([falls, falls]), window=1, share=0.5) == 51 / 149  # half of the best, not of the end
 
 
 def test_summarise_covers():

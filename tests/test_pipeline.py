@@ -20,6 +20,8 @@ from lib.grpo import CampaignDesign, GRPOConfig
 from lib.policy import PolicyConfig
 from lib.scm_prior import FAMILIES, DataDesign, SCMPrior, sample_problem
 from lib.surrogate import SurrogateConfig
+from lib.system import load_surrogate
+from lib.trajectories import extract_acquisition_training_data, load_trajectories
 
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +161,23 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(finished, 
     assert (folder / product).read_bytes() == (finished / product).read_bytes()
 
 
+def test_rules_on_the_surface_as_teachers(finished):
+    stage, surrogate = STAGES[2], load_surrogate(finished / "surrogate.eqx")[0]
+    examples = extract_acquisition_training_data(load_trajectories(finished / "demos.npz", "train")[0], surrogate)
+    allowed, cells = np.asarray(jax.vmap(lambda task: task.candidates)(examples.state.task)), np.arange(examples.variable.size)
+    assert stage.taught(jr.key(0), examples, "expert") is examples
+    for teacher in ("expected_improvement", "thompson"):
+        lesson = stage.taught(jr.key(0), examples, teacher)
+        variable, surface = np.asarray(lesson.variable), np.asarray(lesson.surface)
+        assert allowed[cells, variable].all() and (surface[~allowed] == 0).all() and (surface >= 0).all()
+        likeliest = surface.max(2).argmax(1)
+        if teacher == "thompson":
+            np.testing.assert_allclose(surface.sum((1, 2)), stage.THOMPSON_DRAWS)
+            assert (surface[cells, variable].sum(1) > 0).all()
+        else:
+            assert (likeliest == variable).all()
+
+
 def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
     (tmp_path / "surrogate.eqx").write_bytes((finished / "policy.eqx").read_bytes())
     (tmp_path / "policy.eqx").write_bytes((finished / "policy.eqx").read_bytes())
@@ -169,13 +188,6 @@ def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path)
 def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
     with pytest.raises(ArtifactError, match="demos.npz.*01_extract_demos.py"):
         EVALUATE.main(EVALUATE.Config(tmp_path))
-
-
-def test_convergence_ratio():
-    cold = np.linspace(0.0, 1.0, 100)
-    assert EVALUATE.convergence_ratio(np.stack([cold, cold]), window=1) == 1.0
-    assert EVALUATE.convergence_ratio(np.stack([np.where(np.arange(100) < 19, 0.0, 2.0), cold]), window=1) == 0.2
-    assert EVALUATE.convergence_ratio(np.stack([cold - 1, cold]), window=1) == 1.0  # never
 
 
 def experiments(path: Path, *, bad: str = "") -> Path:

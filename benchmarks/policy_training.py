@@ -1,0 +1,219 @@
+"""How the policy learns: the warm start beside its cold twin over several seeds, and what each ingredient of stage 3 buys.
+
+    python benchmarks/policy_training.py --parts twins variants
+
+`twins`: 03_warmstart_acquisition.py at its `small` preset with `num_twins` seeds; a figure of the curves, and how soon the warm start is where the
+cold one ends. `variants`: stage 3 with one thing changed at a time, by the flags in `VARIANTS`, each with the same number of simulated experiments,
+without the twin and with seeds 0, 1 and so on. Then all are held against the first, as it is, and against expected improvement on the same surface,
+on the same held-out problems; differences are paired, with 95 % intervals over problems, whose regret is the mean over seeds. What is trained already
+is not trained again.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax.random as jr
+import matplotlib
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from lib.artifacts import load_arrays
+from lib.buffer import DataError
+from lib.config import errors_for_people, use_compilation_cache
+from lib.methods import OptimizationScenario, exploration_scenario
+from lib.metrics import Record, convergence_ratio, paired_difference, render, summarise, write_results
+from lib.scm_prior import SCMPrior
+from lib.system import TrainedACBOSystem, load_policy, load_surrogate
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the comparison."""
+
+    parts: tuple[str, ...] = ("twins", "variants")
+    """What is done: any of these."""
+    folder: Path = Path("artifacts/small")
+    """Where demos.npz and surrogate.eqx are."""
+    num_twins: int = 5
+    """Seeds of `twins`."""
+    variants: tuple[str, ...] = ()
+    """Variants to compare with the default; all if none is named."""
+    num_seeds: int = 3
+    """Seeds of every variant."""
+    iterations: int = 60
+    """GRPO iterations of every variant."""
+    num_problems: int = 600
+    """Held-out problems of either kind."""
+    seed: int = 6_000_003
+    """Seed of the problems; unlike any training seed."""
+    runs: Path = Path("artifacts/policy_runs")
+    """Where weights go."""
+    out: Path = Path("artifacts/policy_training")
+    """Where tables and the figure go."""
+
+
+AS_IT_IS, CLONE = "as it is", "its clone, before GRPO"
+VARIANTS = {
+    AS_IT_IS: (),
+    "no cloning": ("--imitation.no-use-behavioral-cloning",),
+    "no structure reward": ("--rewards.structure-weight", "0"),
+    "no parent reward": ("--rewards.parent-weight", "0"),
+    "improvement alone": ("--rewards.structure-weight", "0", "--rewards.parent-weight", "0"),
+    "groups of 4": ("--grpo.group-size", "4", "--problems-per-iteration", "32"),
+    "groups of 16": ("--grpo.group-size", "16", "--problems-per-iteration", "8"),
+    "groups of 64": ("--grpo.group-size", "64", "--problems-per-iteration", "2"),
+    "scaled by the group": ("--grpo.scale", "group"),
+    "two more experiments": ("--grpo.lookahead", "2", "--problems-per-iteration", "6"),
+    "expected improvement cloned": ("--imitation.teacher", "expected_improvement"),
+    "Thompson sampling cloned": ("--imitation.teacher", "thompson"),
+    "choice alone cloned": ("--imitation.surface-weight", "0"),
+    "surface alone cloned": ("--imitation.surface-weight", "1"),
+    "cloning to the end": ("--imitation.imitation-weight", "0.1"),
+    "no temperature": ("--rewards.temperature", "0"),
+    "last weights": ("--average", "0"),
+}
+STEPS = (1, 3, 5, 10)
+
+
+def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
+    """The folder in which stage 3 has run."""
+    folder = config.runs / name / f"seed {seed}"
+    if not (folder / "policy.eqx").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("demos.npz", "surrogate.eqx"):
+            (folder / file).unlink(missing_ok=True)
+            (folder / file).hardlink_to(config.folder / file)
+        subprocess.run([sys.executable, "03_warmstart_acquisition.py", "small", "--folder", str(folder), "--seed", str(seed), *flags], check=True)
+    return folder
+
+
+# --- twins ---
+
+
+def measure_twins(config: Config) -> list[Record]:
+    """Iterations of the warm start to where the cold one ends, per seed and of the mean curves; the figure."""
+    folders = [train(config, "twins", seed, ()) for seed in tqdm(range(config.num_twins), desc="twins")]
+    loaded = [load_arrays(folder / "curves.npz", "curves")[0] for folder in folders]
+    curves = {name: np.stack([one[name] for one in loaded]) for name in loaded[0]}  # [seeds, 2, iterations]
+    records = []
+
+    def add(task, method, metric, estimate, n, unit=""):
+        value, low, high = estimate
+        records.append(Record("convergence", task, method, metric, float(value), float(low), float(high), n, unit))
+
+    for name, of in {"iterations to the cold end": {}, "iterations to 95 % of the cold best": {"share": 0.95}}.items():
+        ratio = partial(convergence_ratio, window=20, **of)
+        for seed, reward in enumerate(curves["optimization"]):
+            add("optimisation reward, means over 20 iterations", f"seed {seed}", name, (ratio(reward), -np.inf, np.inf), 1)
+        each = np.array([ratio(reward) for reward in curves["optimization"]])
+        add("optimisation reward, means over 20 iterations", "mean of the seeds", name, summarise(each), len(each))
+        together = (ratio(curves["optimization"].mean(0)), -np.inf, np.inf)
+        add("optimisation reward, means over 20 iterations", "their mean curve", name, together, len(each))
+    for row, run in enumerate(("warm", "cold")):
+        for metric in ("optimization", "entropy", "kl", "dead_groups"):
+            for when, part in {"first 20 iterations": slice(0, 20), "last 20 iterations": slice(-20, None)}.items():
+                values = curves[metric][:, row, part].mean(1)
+                add(when, run, metric, summarise(values), len(values))
+    draw_curves(curves, config.out / "curves.png")
+    return records
+
+
+def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> None:
+    """Reward, entropy, divergence and dead groups of both starts: a thin line per seed, a thick one for their mean; moving averages."""
+    panels = {
+        "optimization": "reward: improvement per experiment",
+        "entropy": "entropy of the policy (nats)",
+        "kl": "KL from the start (nats)",
+        "dead_groups": "share of groups without signal",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for row, (run, colour) in enumerate({"warm start": "tab:blue", "cold start": "tab:orange"}.items()):
+            smooth = np.stack([np.convolve(line, np.ones(window) / window, "valid") for line in curves[name][:, row]])
+            steps = np.arange(smooth.shape[1]) + window
+            axis.plot(steps, smooth.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(steps, smooth.mean(0), color=colour, linewidth=2.2, label=run)
+        axis.set_title(title, fontsize=10)
+    for axis in axes[1]:
+        axis.set_xlabel(f"GRPO iteration (mean of the last {window})")
+    axes[0, 0].legend(fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# --- variants ---
+
+
+def measure_variants(config: Config) -> list[Record]:
+    """Regret of every variant, and its change against the default and against expected improvement."""
+    wanted = dict.fromkeys((AS_IT_IS, *(config.variants or VARIANTS)))
+    jobs = [(seed, name) for seed in range(config.num_seeds) for name in wanted]  # a run that is stopped has some seeds of all
+    flags = ("--no-cold-twin", "--iterations", str(config.iterations))
+    folders = {}
+    for seed, name in tqdm(jobs, desc="training"):
+        folders[seed, name] = train(config, f"{name}, {config.iterations} iterations", seed, (*flags, *VARIANTS[name]))
+    surrogate, records = load_surrogate(config.folder / "surrogate.eqx")[0], []
+    plain = OptimizationScenario("50 rows, d=8", SCMPrior(min_size=8, max_size=8), num_obs=50)
+    for index, scenario in enumerate((plain, replace(exploration_scenario(8, 8), num_steps=10))):
+        draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), index))
+        problems, optima = scenario.draw(draw_key, config.num_problems, surrogate.config.num_bins)
+
+        def play(name, policy, scenario=scenario, problems=problems, optima=optima, key=play_key):
+            return scenario.regret(name, TrainedACBOSystem(surrogate, policy), problems, optima, key)
+
+        def over_seeds(name, file, play=play):
+            return np.stack([play("acbo", load_policy(folders[seed, name] / file)[0]) for seed in range(config.num_seeds)])
+
+        found = {name: over_seeds(name, "policy.eqx") for name in tqdm(wanted, desc=scenario.name)}
+        found[CLONE] = over_seeds(AS_IT_IS, "bc_policy.eqx")
+        default, rival = found[AS_IT_IS].mean(0), play("surrogate_ei", load_policy(folders[0, AS_IT_IS] / "policy.eqx")[0])
+        for name, values in found.items():
+            mean = values.mean(0)
+            for step in STEPS:
+                cells = {
+                    "regret": summarise(mean[:, step]),
+                    "less expected improvement's": paired_difference(mean[:, step], rival[:, step]),
+                    "less the default's": paired_difference(mean[:, step], default[:, step]) if name != AS_IT_IS else None,
+                    "deviation over seeds": (values[:, :, step].mean(1).std(ddof=1), -np.inf, np.inf) if len(values) > 1 else None,
+                }
+                for metric, estimate in cells.items():
+                    if estimate is not None:
+                        value, low, high = estimate
+                        task = f"{scenario.name}, after {step}"
+                        records.append(Record("variants", task, name, metric, float(value), float(low), float(high), len(mean), ""))
+    return records
+
+
+PARTS = {"twins": ("convergence", measure_twins), "variants": ("variants", measure_variants)}
+
+
+def main(config: Config) -> None:
+    """Train what is missing, measure, print and write."""
+    for given, known in ((config.variants, VARIANTS), (config.parts, PARTS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise DataError(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    use_compilation_cache(Path("artifacts/cache"))
+    records = []
+    for part in config.parts:
+        table, measure = PARTS[part]
+        records += measure(config)
+        write_results(config.out, records)
+        print(f"\n## {part}\n\n{render(records, table)}")
+
+
+if __name__ == "__main__":
+    with errors_for_people():
+        main(tyro.cli(Config, description=__doc__))
