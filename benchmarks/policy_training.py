@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from lib.artifacts import load_arrays
+from lib.artifacts import load_arrays, read_header
 from lib.buffer import DataError
 from lib.config import errors_for_people, use_compilation_cache
 from lib.methods import OptimizationScenario, exploration_scenario
@@ -165,6 +165,11 @@ def measure_variants(config: Config) -> list[Record]:
     for seed, name in tqdm(jobs, desc="training"):
         folders[seed, name] = train(config, f"{name}, {config.iterations} iterations", seed, (*flags, *VARIANTS[name]))
     surrogate, records = load_surrogate(config.folder / "surrogate.eqx")[0], []
+    for name in wanted:
+        agreements = [read_header(folders[seed, name] / "bc_policy.eqx")["metrics"] for seed in range(config.num_seeds)]
+        for metric in ("variable_agreement", "value_agreement") if agreements[0] else ():
+            value = np.mean([one[metric] for one in agreements])
+            records.append(Record("variants", "the clone and its teacher", name, metric, float(value), -np.inf, np.inf, len(agreements), ""))
     plain = OptimizationScenario("50 rows, d=8", SCMPrior(min_size=8, max_size=8), num_obs=50)
     for index, scenario in enumerate((plain, replace(exploration_scenario(8, 8), num_steps=10))):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), index))
