@@ -1,6 +1,6 @@
 """How good a trained policy is: agreement with the expert, regret beside every rival, the first experiment, the time of a decision.
 
-    python benchmarks/policy.py --folder artifacts/small --parts agreement regret exploration first time gradient
+    python benchmarks/policy.py --folder artifacts/small --parts agreement regret exploration first time gradient headroom
 
 Held-out problems of `SCMPrior`, all methods from the same data with the same noise, scored by the noise-free E[Y | do] of the action that they then
 recommend. Intervals are 95 %, over problems; differences are paired. `surrogate_greedy`, `surrogate_ei` and `surrogate_thompson` act on the effect
@@ -30,7 +30,7 @@ from lib.grpo import CampaignDesign, Groups, GRPOConfig, Simulator, collect_camp
 from lib.methods import ON_SURFACE, OptimizationScenario, exploration_scenario
 from lib.metrics import Record, median_seconds, paired_difference, render, summarise, write_results
 from lib.parent_scale import ParentScaleConfig, run_parent_scale
-from lib.policy import AcquisitionPolicyNetwork
+from lib.policy import AcquisitionPolicyNetwork, expected_improvement_choice, thompson_choice
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
@@ -43,7 +43,7 @@ class Config:
 
     folder: Path = Path("artifacts/small")
     """Where surrogate.eqx, policy.eqx, bc_policy.eqx and demos.npz are."""
-    parts: tuple[str, ...] = ("agreement", "regret", "exploration", "first", "time", "gradient")
+    parts: tuple[str, ...] = ("agreement", "regret", "exploration", "first", "time", "gradient", "headroom")
     """What is measured: any of these."""
     sizes: tuple[int, ...] = (5, 10, 20)
     """Numbers of variables, for `regret`."""
@@ -256,6 +256,43 @@ def measure_gradient(report: Report) -> None:
         add(f"groups of {size}", [flat(sampled(policy, problems, jr.key(100 + i), config)) for i in range(repeats)], reference, size)
 
 
+def measure_headroom(report: Report) -> None:
+    """What the next experiment gains, in the mean over noise, where it pays to look around: each choice, and the best there is on the grid.
+
+    The best cell is chosen by half of the draws of the noise and scored by the other half, which gives a lower bound of what knowing all would gain.
+    """
+    scenario, count, draws = exploration_scenario(8, 8), 60, 16
+    surrogate, policy = report.system.surrogate, report.system.policy
+    rewards = RewardConfig(temperature=0.0, structure_weight=0.0, parent_weight=0.0)
+    problems, _ = scenario.draw(jr.key(report.config.seed), count, surrogate.config.num_bins)
+
+    @eqx.filter_jit
+    def tables(problems, key):
+        def table(problem):
+            simulator = Simulator(surrogate, problem.scm, problem.truth, rewards)
+            known = simulator.start(problem.buffer, scenario.num_steps)
+            output = known[0].output
+            rules = {"surrogate_greedy": output.best(), "surrogate_ei": expected_improvement_choice(output)}
+            rules |= {"surrogate_thompson": thompson_choice(key, output), OURS: policy(known[0]).mode()}
+            cells = {name: variable * output.grid.shape[1] + abs(output.grid[variable] - value).argmin() for name, (variable, value) in rules.items()}
+            return cells, reward_table(simulator, known, problem.scm.draw_noise(key, 1)).reshape(-1)
+
+        return jax.lax.map(table, problems)
+
+    found = [tables(problems, jr.key(i)) for i in tqdm(range(draws), desc="headroom")]
+    gains, rows = np.stack([np.asarray(table) for _, table in found]), np.arange(count)  # [draws, problems, cells]
+    allowed = np.repeat(settable(problems.scm), surrogate.config.num_bins, axis=1)
+    results = {"random": (gains.mean(0) * allowed).sum(1) / allowed.sum(1)}
+    for name in found[0][0]:
+        results[name] = np.mean([table[rows, np.asarray(cells[name])] for (cells, _), table in zip(found, gains, strict=True)], 0)
+    halves = [np.where(allowed, half.mean(0), -np.inf) for half in (gains[::2], gains[1::2])]
+    results["the best cell"] = np.mean([b[rows, a.argmax(1)] for a, b in (halves, halves[::-1])], 0)
+    for name, gain in results.items():
+        report.add("headroom", scenario.name, name, "gain of the first experiment", summarise(gain), count)
+        if name != OURS:
+            report.add("headroom", scenario.name, name, "above the policy's, paired", paired_difference(gain, results[OURS]), count)
+
+
 PARTS = {
     "agreement": measure_agreement,
     "regret": measure_regret,
@@ -263,6 +300,7 @@ PARTS = {
     "first": measure_first,
     "time": measure_time,
     "gradient": measure_gradient,
+    "headroom": measure_headroom,
 }
 
 
