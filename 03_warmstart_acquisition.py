@@ -10,6 +10,8 @@ The cold start sees the same problems, noise and random keys as the warm start a
 What is logged per GRPO iteration, for both (`lib.grpo.GRPOMetrics`): `reward`, mean total of an experiment, and its components before weighting;
 `returns`, what a candidate is credited with; `entropy` of the policy and `kl` to the cloned one in nats; `dead_groups`, the share without signal;
 `clipped`, the share of ratios outside the clip. Entropy that falls to that of a single cell, or dead groups that approach one, would be a collapse.
+At every checkpoint the averaged policies play the same validation problems: `validation` in curves.npz is what their recommendations have gained
+after each experiment. The reward of sampled candidates on ever new problems is too noisy to compare two policies by.
 
 Deviations from textbook GRPO are numbered in lib/grpo.py. Here: the policy that is written is a moving average over the iterations (`average`),
 because a reward is a rare jump of the recommendation and every gradient mostly noise.
@@ -109,6 +111,8 @@ class AcquisitionConfig:
     """Train the cold start as well, for the same time again."""
 
     # --- bookkeeping ---
+    validation_problems: int = 64
+    """Problems, apart from those of training, that the averaged policies play at every checkpoint; kinds as in training."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
 
@@ -129,6 +133,7 @@ PRESETS = {
             grpo=GRPOConfig(group_size=4),
             iterations=4,
             problems_per_iteration=4,
+            validation_problems=4,
             checkpoint_every=2,
         ),
     ),
@@ -162,20 +167,24 @@ PRESETS = {
 
 
 class Runs(eqx.Module):
-    """Policies in training along a leading axis, the warm start first, with their moving averages, optimisers and curves `[runs, iterations]`."""
+    """Policies in training along a leading axis, the warm start first, with their moving averages and optimisers; metrics of training `[runs,
+    iterations]`, and what the averages gain on the validation problems `[runs, checkpoints, steps]`, the first before GRPO."""
 
     policy: AcquisitionPolicyNetwork
     average: AcquisitionPolicyNetwork
     optimiser: optax.OptState
     curves: GRPOMetrics
+    validation: jax.Array
 
 
 class AcquisitionModelResult(NamedTuple):
-    """What stage 3 learned: the trained and the cloned policy, every metric's curve `[runs, iterations]`, and the clone's agreement."""
+    """What stage 3 learned: the trained and the cloned policy, every metric's curve `[runs, iterations]`, gains on the validation problems `[runs,
+    checkpoints, steps]`, and the clone's agreement."""
 
     policy: AcquisitionPolicyNetwork
     cloned: AcquisitionPolicyNetwork
     curves: dict[str, np.ndarray]
+    validation: np.ndarray
     validation_metrics: dict[str, float]
 
 
@@ -266,10 +275,10 @@ def make_optimiser(config: AcquisitionConfig) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def draw_batch(key: jax.Array, config: AcquisitionConfig, num_bins: int) -> Problem:
-    """The problems of an iteration, the multimodal ones last."""
-    count = round(config.multimodal_share * config.problems_per_iteration)
-    kinds = [(config.prior, config.problems_per_iteration - count), (multimodal(config.prior), count)]
+def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins: int) -> Problem:
+    """`number` problems, the multimodal ones last."""
+    count = round(config.multimodal_share * number)
+    kinds = [(config.prior, number - count), (multimodal(config.prior), count)]
     parts = [draw_problems(jr.fold_in(key, i), n, prior, config.campaign, num_bins) for i, (prior, n) in enumerate(kinds) if n]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
@@ -305,7 +314,26 @@ def iterate(
     policy, optimiser_state, metrics = eqx.filter_vmap(one_run)(runs.policy, runs.optimiser, references, first)
     average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, runs.average, policy)
     curves = jax.tree.map(lambda curve, now: curve.at[:, index].set(now), runs.curves, metrics)
-    return Runs(policy, average, optimiser_state, curves)
+    return Runs(policy, average, optimiser_state, curves, runs.validation)
+
+
+@eqx.filter_jit
+def validate(key: jax.Array, policies: AcquisitionPolicyNetwork, surrogate: ParentSetPredictionModel, problems: Problem, num_steps: int) -> jax.Array:
+    """What the most probable experiments of each policy gain: share of the possible improvement that the noise-free E[Y | do] of the recommended
+    action has improved by after each experiment, mean over the problems `[runs, steps]`. The same noise for all."""
+
+    def play(key, problem, policy):
+        simulator = Simulator(surrogate, problem.scm, problem.truth, RewardConfig(temperature=0.0))
+
+        def step(known, key):
+            variable, value = policy(known[0]).mode()
+            known, reward = simulator.experiment(known, variable, value, problem.scm.draw_noise(key, 1))
+            return known, reward.optimization
+
+        return jnp.cumsum(jax.lax.scan(step, simulator.start(problem.buffer, num_steps), jr.split(key, num_steps))[1])
+
+    keys = jr.split(key, problems.truth.baseline.shape[0])
+    return eqx.filter_vmap(lambda policy: jax.vmap(lambda k, p: play(k, p, policy))(keys, problems).mean(0))(policies)
 
 
 def stack(policies: list[AcquisitionPolicyNetwork]) -> AcquisitionPolicyNetwork:
@@ -321,20 +349,28 @@ def train_acquisition(
     inputs: list[Path],
 ) -> Runs:
     """GRPO from every one of `starts`, the first of which is the warm one, or on from a checkpoint; `demos` are for `imitation_weight`."""
-    _, _, _, problem_key, play_key, demo_key, _ = jr.split(jr.key(config.seed), 7)
+    _, _, _, problem_key, play_key, demo_key, _, held_out_key, noise_key = jr.split(jr.key(config.seed), 9)
+    num_bins = surrogate.config.num_bins
     checkpoint_path, names = config.folder / "policy.ckpt", ("warm", "cold")[: len(starts)]
     references, optimiser = stack(starts), make_optimiser(config)
     optimiser_state = eqx.filter_vmap(lambda policy: optimiser.init(eqx.filter(policy, eqx.is_array)))(references)
+    held_out = draw_batch(held_out_key, config, config.validation_problems, num_bins)
+
+    def validated(runs: Runs, index: int) -> Runs:
+        gains = validate(noise_key, runs.average, surrogate, held_out, config.campaign.num_steps)
+        return eqx.tree_at(lambda runs: runs.validation, runs, runs.validation.at[:, index].set(gains))
+
     nothing = jnp.zeros((len(starts), config.iterations))
-    runs = Runs(references, references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)))
+    unknown = jnp.zeros((len(starts), 1 + config.iterations // config.checkpoint_every, config.campaign.num_steps))
+    runs = Runs(references, references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)), unknown)
     mark = fingerprint(config, inputs)
     resumed = load_checkpoint(checkpoint_path, runs, mark)
-    runs, start = resumed if resumed else (runs, 0)
+    runs, start = resumed if resumed else (validated(runs, 0), 0)
 
     log = TrainingLog(config.folder / "logs" / "policy.jsonl", start)
     with tqdm(total=config.iterations, initial=start, desc="policy", unit="iteration", mininterval=2) as bar:
         for step in range(start, config.iterations):
-            problems, chosen = draw_batch(jr.fold_in(problem_key, step), config, surrogate.config.num_bins), None
+            problems, chosen = draw_batch(jr.fold_in(problem_key, step), config, config.problems_per_iteration, num_bins), None
             if demos is not None and config.imitation.imitation_weight:
                 rows = jr.randint(jr.fold_in(demo_key, step), (config.imitation.imitation_batch,), 0, demos.variable.shape[0])
                 chosen = jax.tree.map(lambda leaf, r=rows: leaf[r], demos)
@@ -342,6 +378,7 @@ def train_acquisition(
             now = {name: np.asarray(curve[:, step]) for name, curve in runs.curves._asdict().items()}
             log.write(step=step + 1, **{f"{run}_{name}": float(v[i]) for name, v in now.items() for i, run in enumerate(names)})
             if (step + 1) % config.checkpoint_every == 0:
+                runs = validated(runs, (step + 1) // config.checkpoint_every)
                 save_checkpoint(checkpoint_path, runs, fingerprint=mark, step=step + 1)
             bar.update()
             bar.set_postfix({run: f"{now['optimization'][i]:.4f}" for i, run in enumerate(names)}, entropy=f"{now['entropy'][0]:.2f}")
@@ -380,13 +417,14 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, step=config.iterations, parents=inputs)
     shape = dict(policy=config.policy.hyperparameters, token_dim=token_dim)
     curves = {name: np.asarray(curve) for name, curve in runs.curves._asdict().items()}
+    validation = {"validation": np.asarray(runs.validation)}
     names = ["warm", "cold"][: 1 + config.cold_twin]
-    save_arrays(config.folder / "curves.npz", curves, stage="curves", hyperparameters={"runs": names}, metrics={}, **header)
+    save_arrays(config.folder / "curves.npz", curves | validation, stage="curves", hyperparameters={"runs": names}, metrics={}, **header)
     save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **header)
     last = {f"last_{name}": float(curve[0, -10:].mean()) for name, curve in curves.items()}
     save_module(config.folder / "policy.eqx", trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **header)
     (config.folder / "policy.ckpt").unlink(missing_ok=True)
-    return AcquisitionModelResult(trained, cloned, curves, agreement)
+    return AcquisitionModelResult(trained, cloned, curves, validation["validation"], agreement)
 
 
 def main(config: AcquisitionConfig) -> AcquisitionModelResult:

@@ -293,8 +293,8 @@ def evaluate_success(
         "success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range"
     )
     curves, _ = load_arrays(config.folder / "curves.npz", "curves")
-    if len(curves["optimization"]) == 2:
-        ratio = convergence_ratio(curves["optimization"])
+    if len(curves["validation"]) == 2:
+        ratio = convergence_ratio(curves["validation"].mean(-1))
         evaluation.add("success", "training", "grpo_policy", "convergence_ratio", ratio, 1, "warm iterations / cold iterations")
     lost = float(1 - transfer[1] / max(transfer[0], 1e-9))
     evaluation.add(

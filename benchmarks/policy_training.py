@@ -12,7 +12,6 @@ is not trained again.
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 
@@ -84,6 +83,7 @@ VARIANTS = {
     "last weights": ("--average", "0"),
 }
 STEPS = (1, 3, 5, 10)
+RETURN = "share of the training that the warm start needs, by the return on validation problems"
 
 
 def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
@@ -112,14 +112,17 @@ def measure_twins(config: Config) -> list[Record]:
         value, low, high = estimate
         records.append(Record("convergence", task, method, metric, float(value), float(low), float(high), n, unit))
 
-    for name, of in {"iterations to the cold end": {}, "iterations to 95 % of the cold best": {"share": 0.95}}.items():
-        ratio = partial(convergence_ratio, window=20, **of)
-        for seed, reward in enumerate(curves["optimization"]):
-            add("optimisation reward, means over 20 iterations", f"seed {seed}", name, (ratio(reward), -np.inf, np.inf), 1)
-        each = np.array([ratio(reward) for reward in curves["optimization"]])
-        add("optimisation reward, means over 20 iterations", "mean of the seeds", name, summarise(each), len(each))
-        together = (ratio(curves["optimization"].mean(0)), -np.inf, np.inf)
-        add("optimisation reward, means over 20 iterations", "their mean curve", name, together, len(each))
+    returns = curves["validation"].mean(-1)  # of the averaged policies, mean over the experiments of a campaign
+    for name, of in {"training to the cold end": {}, "training to 95 % of the cold best": {"share": 0.95}}.items():
+        each = np.array([convergence_ratio(one, **of) for one in returns])
+        for seed, ratio in enumerate(each):
+            add(RETURN, f"seed {seed}", name, (ratio, -np.inf, np.inf), 1)
+        add(RETURN, "mean of the seeds", name, summarise(each), len(each))
+        add(RETURN, "the seeds' mean curve", name, (convergence_ratio(returns.mean(0), **of), -np.inf, np.inf), len(each))
+    for name, step in {"before GRPO": 0, "halfway": returns.shape[2] // 2, "at the end": -1}.items():
+        for row, run in enumerate(("warm", "cold")):
+            add("return", run, name, summarise(returns[:, row, step]), len(returns))
+        add("return", "warm above cold, paired", name, paired_difference(returns[:, 0, step], returns[:, 1, step]), len(returns))
     for row, run in enumerate(("warm", "cold")):
         for metric in ("optimization", "entropy", "kl", "dead_groups"):
             for when, part in {"first 20 iterations": slice(0, 20), "last 20 iterations": slice(-20, None)}.items():
@@ -130,23 +133,28 @@ def measure_twins(config: Config) -> list[Record]:
 
 
 def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> None:
-    """Reward, entropy, divergence and dead groups of both starts: a thin line per seed, a thick one for their mean; moving averages."""
+    """Return, entropy, divergence and dead groups of both starts: a thin line per seed, a thick one for their mean; smoothed but for the return."""
     panels = {
-        "optimization": "reward: improvement per experiment",
+        "validation": "return on validation problems",
         "entropy": "entropy of the policy (nats)",
         "kl": "KL from the start (nats)",
         "dead_groups": "share of groups without signal",
     }
+    iterations = curves["entropy"].shape[-1]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
         for row, (run, colour) in enumerate({"warm start": "tab:blue", "cold start": "tab:orange"}.items()):
-            smooth = np.stack([np.convolve(line, np.ones(window) / window, "valid") for line in curves[name][:, row]])
-            steps = np.arange(smooth.shape[1]) + window
-            axis.plot(steps, smooth.T, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(steps, smooth.mean(0), color=colour, linewidth=2.2, label=run)
+            if name == "validation":
+                lines = curves[name][:, row].mean(-1)
+                steps = np.linspace(0, iterations, lines.shape[1])
+            else:
+                lines = np.stack([np.convolve(line, np.ones(window) / window, "valid") for line in curves[name][:, row]])
+                steps = np.arange(lines.shape[1]) + window
+            axis.plot(steps, lines.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(steps, lines.mean(0), color=colour, linewidth=2.2, label=run)
         axis.set_title(title, fontsize=10)
     for axis in axes[1]:
-        axis.set_xlabel(f"GRPO iteration (mean of the last {window})")
+        axis.set_xlabel("GRPO iteration")
     axes[0, 0].legend(fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -221,15 +221,14 @@ def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[n
 # --- training ---
 
 
-def convergence_ratio(reward: Float[HostArray, "runs iterations"], window: int = 10, share: float = 1.0) -> float:
-    """Iterations that the warm start needs to reach what the cold start ends with, as a share of all iterations; 1 if it never does.
+def convergence_ratio(returns: Float[HostArray, "runs checkpoints"], share: float = 1.0) -> float:
+    """Training that the warm start needs to reach what the cold start ends with, as a share of the whole; 1 if it never does.
 
-    `reward[2, iterations]`: warm, cold; both as moving averages over `window` iterations. With `share` below 1: to reach that part of cold's best.
+    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training. With `share` below 1: to reach that part of cold's best.
     """
-    reward, window = np.asarray(reward, float), min(window, np.shape(reward)[1])
-    smooth = np.stack([np.convolve(r, np.ones(window) / window, "valid") for r in reward])
-    reached = np.flatnonzero(smooth[0] >= (smooth[1, -1] if share == 1.0 else share * smooth[1].max()))
-    return float((reached[0] + 1) / smooth.shape[1]) if len(reached) else 1.0
+    warm, cold = np.asarray(returns, float)
+    reached = np.flatnonzero(warm >= (cold[-1] if share == 1.0 else share * cold.max()))
+    return float(reached[0] / (len(warm) - 1)) if len(reached) else 1.0
 
 
 # --- time ---

@@ -38,12 +38,13 @@ def test_summarise_by_hand():
 
 
 def test_convergence_ratio():
-    cold = np.linspace(0.0, 1.0, 100)
-    assert convergence_ratio(np.stack([cold, cold]), window=1) == 1.0
-    assert convergence_ratio(np.stack([np.where(np.arange(100) < 19, 0.0, 2.0), cold]), window=1) == 0.2
-    assert convergence_ratio(np.stack([cold - 1, cold]), window=1) == 1.0  # never
-    falls = np.concatenate([cold, cold[:50:-1]])
-    assert convergence_ratio(np.stack([falls, falls]), window=1, share=0.5) == 51 / 149  # half of the best, not of the end
+    cold = np.linspace(0.0, 1.0, 101)
+    assert convergence_ratio(np.stack([cold, cold])) == 1.0
+    assert convergence_ratio(np.stack([np.where(np.arange(101) < 20, 0.0, 2.0), cold])) == 0.2
+    assert convergence_ratio(np.stack([cold + 1, cold])) == 0.0  # before any training
+    assert convergence_ratio(np.stack([cold - 1, cold])) == 1.0  # never
+    falls = np.concatenate([cold, cold[-2:49:-1]])
+    assert convergence_ratio(np.stack([falls, falls]), share=0.5) == 50 / 150  # half of the best, not of the end
 
 
 def test_summarise_covers():

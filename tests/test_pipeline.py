@@ -21,7 +21,7 @@ from lib.policy import PolicyConfig
 from lib.scm_prior import FAMILIES, DataDesign, SCMPrior, sample_problem
 from lib.surrogate import SurrogateConfig
 from lib.system import load_surrogate
-from lib.trajectories import extract_acquisition_training_data, load_trajectories
+from lib.trajectories import extract_acquisition_training_data, join, load_trajectories
 
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,7 @@ def configs(folder: Path) -> list:
             grpo=GRPO,
             iterations=3,
             problems_per_iteration=2,
+            validation_problems=2,
             checkpoint_every=1,
         ),
         e2e(
@@ -163,7 +164,8 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(finished, 
 
 def test_rules_on_the_surface_as_teachers(finished):
     stage, surrogate = STAGES[2], load_surrogate(finished / "surrogate.eqx")[0]
-    examples = extract_acquisition_training_data(load_trajectories(finished / "demos.npz", "train")[0], surrogate)
+    demos = join([load_trajectories(finished / "demos.npz", part)[0] for part in ("train", "validation")])
+    examples = extract_acquisition_training_data(demos, surrogate)
     allowed, cells = np.asarray(jax.vmap(lambda task: task.candidates)(examples.state.task)), np.arange(examples.variable.size)
     assert stage.taught(jr.key(0), examples, "expert") is examples
     for teacher in ("expected_improvement", "thompson"):
