@@ -167,17 +167,16 @@ def test_rules_on_the_surface_as_teachers(finished):
     demos = join([load_trajectories(finished / "demos.npz", part)[0] for part in ("train", "validation")])
     examples = extract_acquisition_training_data(demos, surrogate)
     allowed, cells = np.asarray(jax.vmap(lambda task: task.candidates)(examples.state.task)), np.arange(examples.variable.size)
-    assert stage.taught(jr.key(0), examples, "expert") is examples
+    np.testing.assert_array_equal(stage.taught(jr.key(0), examples, "expert").surface, examples.surface)
     for teacher in ("expected_improvement", "thompson"):
         lesson = stage.taught(jr.key(0), examples, teacher)
         variable, surface = np.asarray(lesson.variable), np.asarray(lesson.surface)
         assert allowed[cells, variable].all() and (surface[~allowed] == 0).all() and (surface >= 0).all()
-        likeliest = surface.max(2).argmax(1)
         if teacher == "thompson":
             np.testing.assert_allclose(surface.sum((1, 2)), stage.THOMPSON_DRAWS)
             assert (surface[cells, variable].sum(1) > 0).all()
         else:
-            assert (likeliest == variable).all()
+            np.testing.assert_array_equal(surface[cells, variable].max(1), surface.max((1, 2)))
 
 
 def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
