@@ -76,6 +76,7 @@ def configs(folder: Path) -> list:
             iterations=3,
             problems_per_iteration=2,
             validation_problems=2,
+            multimodal_share=0.0,
             checkpoint_every=1,
         ),
         e2e(
