@@ -119,6 +119,11 @@ class AcquisitionConfig:
     def __post_init__(self):
         if not 0 <= self.multimodal_share <= 1 or not 0 <= self.average < 1:
             raise ValueError(f"multimodal_share = {self.multimodal_share} must be in [0, 1], average = {self.average} in [0, 1)")
+        if self.validation_problems < 1 or not 1 <= self.checkpoint_every <= self.iterations:
+            raise ValueError(
+                f"validation_problems = {self.validation_problems} must be at least 1, "
+                f"checkpoint_every = {self.checkpoint_every} between 1 and iterations = {self.iterations}"
+            )
 
 
 THOMPSON_DRAWS = 64  # surfaces drawn per state for the distribution over what Thompson sampling would choose
