@@ -13,7 +13,6 @@ run: artifacts/$(PRESET)/results/metrics.json
 smoke: artifacts/smoke/results/metrics.json
 # Compiling is most of so short a run.
 smoke: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-smoke: export XLA_FLAGS := --xla_cpu_use_fusion_emitters=false
 hour: artifacts/hour/results/metrics.json
 paper: artifacts/paper/results/metrics.json
 

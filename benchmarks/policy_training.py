@@ -2,11 +2,11 @@
 
     python benchmarks/policy_training.py --parts twins variants
 
-`twins`: 03_warmstart_acquisition.py at its `small` preset with `num_twins` seeds; a figure of the curves, and how soon the warm start is where the
-cold one ends. `variants`: stage 3 with one thing changed at a time, by the flags in `VARIANTS`, each with the same number of simulated experiments,
-without the twin and with seeds 0, 1 and so on. Then all are held against the first, as it is, and against expected improvement on the same surface,
-on the same held-out problems; differences are paired, with 95 % intervals over problems, whose regret is the mean over seeds. What is trained already
-is not trained again.
+`twins`: 03_warmstart_acquisition.py at its `small` preset with `num_twins` seeds, and once more with expected improvement cloned; a figure of the
+curves, and how soon either warm start is where the cold one ends. `variants`: stage 3 with one thing changed at a time, by the flags in `VARIANTS`,
+each with the same number of simulated experiments, without the twin and with seeds 0, 1 and so on. Then all are held against the first, as it is, and
+against expected improvement on the same surface, on the same held-out problems; differences are paired, with 95 % intervals over problems, whose
+regret is the mean over seeds. What is trained already is not trained again.
 """
 
 import subprocess
@@ -83,12 +83,13 @@ VARIANTS = {
     "last weights": ("--average", "0"),
 }
 STEPS = (1, 3, 5, 10)
-RETURN = "share of the training that the warm start needs, by the return on validation problems"
+STARTS = ("cloned from the expert", "cold", "cloned from expected improvement")  # the first two are twins; the third sees the same problems
+RETURN = "share of the training needed, by the return on validation problems"
 
 
 def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
     """The folder in which stage 3 has run."""
-    folder = config.runs / name / f"seed {seed}"
+    folder = config.runs / f"{name}, seed {seed}"  # all in one folder, to share compiled programs
     if not (folder / "policy.eqx").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("demos.npz", "surrogate.eqx"):
@@ -102,10 +103,16 @@ def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
 
 
 def measure_twins(config: Config) -> list[Record]:
-    """Iterations of the warm start to where the cold one ends, per seed and of the mean curves; the figure."""
-    folders = [train(config, "twins", seed, ()) for seed in tqdm(range(config.num_twins), desc="twins")]
-    loaded = [load_arrays(folder / "curves.npz", "curves")[0] for folder in folders]
-    curves = {name: np.stack([one[name] for one in loaded]) for name in loaded[0]}  # [seeds, 2, iterations]
+    """Share of the training that either warm start needs to where the cold one ends, per seed and of the mean curves; the figure."""
+    flags = {"twins": (), "twins, expected improvement cloned": ("--imitation.teacher", "expected_improvement", "--no-cold-twin")}
+    jobs = [(name, seed) for name in flags for seed in range(config.num_twins)]
+    folders = {job: train(config, *job, flags[job[0]]) for job in tqdm(jobs, desc="twins")}
+    loaded = {job: load_arrays(folder / "curves.npz", "curves")[0] for job, folder in folders.items()}
+
+    def together(metric):
+        return np.stack([np.concatenate([loaded[name, seed][metric] for name in flags]) for seed in range(config.num_twins)])
+
+    curves = {metric: together(metric) for metric in ("validation", "optimization", "entropy", "kl", "dead_groups")}  # [seeds, starts, iterations]
     records = []
 
     def add(task, method, metric, estimate, n, unit=""):
@@ -113,27 +120,28 @@ def measure_twins(config: Config) -> list[Record]:
         records.append(Record("convergence", task, method, metric, float(value), float(low), float(high), n, unit))
 
     returns = curves["validation"].mean(-1)  # of the averaged policies, mean over the experiments of a campaign
-    for name, of in {"training to the cold end": {}, "training to 95 % of the cold best": {"share": 0.95}}.items():
-        each = np.array([convergence_ratio(one, **of) for one in returns])
-        for seed, ratio in enumerate(each):
-            add(RETURN, f"seed {seed}", name, (ratio, -np.inf, np.inf), 1)
-        add(RETURN, "mean of the seeds", name, summarise(each), len(each))
-        add(RETURN, "the seeds' mean curve", name, (convergence_ratio(returns.mean(0), **of), -np.inf, np.inf), len(each))
-    for name, step in {"before GRPO": 0, "halfway": returns.shape[2] // 2, "at the end": -1}.items():
-        for row, run in enumerate(("warm", "cold")):
-            add("return", run, name, summarise(returns[:, row, step]), len(returns))
-        add("return", "warm above cold, paired", name, paired_difference(returns[:, 0, step], returns[:, 1, step]), len(returns))
-    for row, run in enumerate(("warm", "cold")):
+    cold = STARTS.index("cold")
+    for row, start in enumerate(STARTS):
+        for name, of in {"training to the cold end": {}, "training to 95 % of the cold best": {"share": 0.95}}.items() if row != cold else ():
+            each, task = np.array([convergence_ratio(one[[row, cold]], **of) for one in returns]), f"{RETURN}: {start}"
+            for seed, ratio in enumerate(each):
+                add(task, f"seed {seed}", name, (ratio, -np.inf, np.inf), 1)
+            add(task, "mean of the seeds", name, summarise(each), len(each))
+            add(task, "the seeds' mean curve", name, (convergence_ratio(returns.mean(0)[[row, cold]], **of), -np.inf, np.inf), len(each))
+        for name, step in {"before GRPO": 0, "halfway": returns.shape[2] // 2, "at the end": -1}.items():
+            add("return", start, name, summarise(returns[:, row, step]), len(returns))
+            if row != cold:
+                add("return", f"{start}, above cold, paired", name, paired_difference(returns[:, row, step], returns[:, cold, step]), len(returns))
         for metric in ("optimization", "entropy", "kl", "dead_groups"):
             for when, part in {"first 20 iterations": slice(0, 20), "last 20 iterations": slice(-20, None)}.items():
                 values = curves[metric][:, row, part].mean(1)
-                add(when, run, metric, summarise(values), len(values))
+                add(when, start, metric, summarise(values), len(values))
     draw_curves(curves, config.out / "curves.png")
     return records
 
 
 def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> None:
-    """Return, entropy, divergence and dead groups of both starts: a thin line per seed, a thick one for their mean; smoothed but for the return."""
+    """Return, entropy, divergence and dead groups of every start: a thin line per seed, a thick one for their mean; smoothed but for the return."""
     panels = {
         "validation": "return on validation problems",
         "entropy": "entropy of the policy (nats)",
@@ -143,19 +151,19 @@ def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> 
     iterations = curves["entropy"].shape[-1]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for row, (run, colour) in enumerate({"warm start": "tab:blue", "cold start": "tab:orange"}.items()):
+        for row, (start, colour) in enumerate(zip(STARTS, ("tab:blue", "tab:orange", "tab:green"), strict=True)):
             if name == "validation":
                 lines = curves[name][:, row].mean(-1)
                 steps = np.linspace(0, iterations, lines.shape[1])
             else:
                 lines = np.stack([np.convolve(line, np.ones(window) / window, "valid") for line in curves[name][:, row]])
                 steps = np.arange(lines.shape[1]) + window
-            axis.plot(steps, lines.T, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(steps, lines.mean(0), color=colour, linewidth=2.2, label=run)
+            axis.plot(steps, lines.T, color=colour, linewidth=0.7, alpha=0.35)
+            axis.plot(steps, lines.mean(0), color=colour, linewidth=2.2, label=start)
         axis.set_title(title, fontsize=10)
     for axis in axes[1]:
         axis.set_xlabel("GRPO iteration")
-    axes[0, 0].legend(fontsize=9)
+    axes[0, 1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

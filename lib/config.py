@@ -1,6 +1,7 @@
 """What every script shares before it starts: presets on the command line, the compilation cache, and errors meant for people."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,14 @@ def preset_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs under `folder`: a second run, and another stage with the same program, skips compilation."""
+    """Compile fast, and keep compiled programs under `folder`: a second run, and another stage with the same program, skips compilation.
+
+    On the CPU, XLA's older emitter of kernels compiles a GRPO iteration 2.5 times faster, and its code is as fast (2.5 and 2.6 s an iteration). XLA
+    reads the flag when the first program is compiled, so this comes before it.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_use_fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -1,7 +1,6 @@
 """Strictness for every test: no silent rank promotion, warnings are errors (pyproject.toml), shapes and types checked at run time in `lib`."""
 
 import itertools
-import os
 from pathlib import Path
 
 import jax
@@ -12,9 +11,7 @@ from lib.config import use_compilation_cache
 
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of the time: the older emitter of kernels takes 2.5 times less, and a program compiled once is kept for the next run.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
 use_compilation_cache(Path(__file__).parent.parent / "artifacts" / "cache")
 
 
