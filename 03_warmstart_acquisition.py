@@ -1,7 +1,7 @@
 """Stage 3: clone the expert's choices, then improve the policy by GRPO with verifiable rewards; a cold-started twin runs beside it.
 
 - Reads   artifacts/<preset>/demos.npz (not with --imitation.no-use-behavioral-cloning), surrogate.eqx
-- Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (cloned only), curves.npz, and logs/policy.jsonl beside them
+- Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone), curves.npz, and logs/policy.jsonl beside them
 - Time    `small` about 5 minutes on 2 CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
@@ -50,9 +50,9 @@ class ImitationConfig:
     use_behavioral_cloning: bool = True
     """Clone before GRPO; without it the policy starts from random weights and no demonstrations are read."""
     teacher: Literal["expert", "expected_improvement", "thompson"] = "expert"
-    """Who is cloned at the states that the expert came to: itself, or a rule on the surrogate's effect surface."""
+    """Whose clone GRPO starts from: the expert's, or that of a rule on the surrogate's effect surface at the states that the expert came to."""
     grpo_warmstart: bool = True
-    """Start GRPO from the clone; otherwise from random weights, as the cold twin does, with the clone written but not used."""
+    """Start GRPO from a clone; otherwise from random weights, as the cold twin does, with the expert's clone written but not used."""
     imitation_weight: float = 0.0
     """Weight of the cloning loss beside GRPO's, on as many demonstrations as cloning takes in a step."""
     imitation_epochs: int = 20
@@ -204,9 +204,8 @@ class CloneMetrics(NamedTuple):
 # --- cloning ---
 
 
-@eqx.filter_jit
 def taught(key: jax.Array, examples: AcquisitionExamples, teacher: str) -> AcquisitionExamples:
-    """The examples with what `teacher` would have done in the expert's place. The surface of Thompson sampling is how often each cell is drawn."""
+    """The examples with what a rule would have done in the expert's place. The surface of Thompson sampling is how often each cell is drawn."""
 
     def expected_improvement_example(inputs):
         _, example = inputs
@@ -223,10 +222,9 @@ def taught(key: jax.Array, examples: AcquisitionExamples, teacher: str) -> Acqui
         surface = jnp.zeros_like(output.effect_mean).at[variable, index].add(1.0)
         return AcquisitionExamples(example.state, variable[0], value[0], surface)
 
-    if teacher == "expert":
-        return examples
-    rules = {"expected_improvement": expected_improvement_example, "thompson": thompson_example}
-    return jax.lax.map(rules[teacher], (jr.split(key, examples.variable.shape[0]), examples), batch_size=32)
+    rule = {"expected_improvement": expected_improvement_example, "thompson": thompson_example}[teacher]
+    keys = jr.split(key, examples.variable.shape[0])
+    return eqx.filter_jit(lambda keys, examples: jax.lax.map(rule, (keys, examples), batch_size=32))(keys, examples)
 
 
 def clone_loss(policy: AcquisitionPolicyNetwork, examples: AcquisitionExamples, surface_weight: float) -> tuple[jax.Array, CloneMetrics]:
@@ -401,21 +399,29 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     surrogate, _ = load_surrogate(surrogate_path)
 
     # --- clone (deterministic and short, so a resumed run repeats it) ---
-    token_dim, build = 3 * surrogate.config.model_hidden_dim, eqx.filter_jit(AcquisitionPolicyNetwork)
-    cloned, train, agreement = build(config.policy, token_dim, key=warm_key), None, {}
-    if config.imitation.use_behavioral_cloning:
+    token_dim, build, imitation = 3 * surrogate.config.model_hidden_dim, eqx.filter_jit(AcquisitionPolicyNetwork), config.imitation
+    cloned = start = blank = build(config.policy, token_dim, key=warm_key)
+    lessons, agreement = None, {}
+    if imitation.use_behavioral_cloning:
         parts = [load_trajectories(demos_path, part)[0] for part in ("train", "validation")]
-        examples = taught(teacher_key, extract_acquisition_training_data(join(parts), surrogate), config.imitation.teacher)
-        count = parts[0].variable.size
-        train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
-        cloned = clone(clone_key, cloned, train, config.imitation)
-        _, measured = eqx.filter_jit(clone_loss)(cloned, validation, config.imitation.surface_weight)
-        agreement = {name: float(value) for name, value in measured._asdict().items()} | {"validation_states": len(validation.variable)}
-        print("cloned: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
+        examples, count = extract_acquisition_training_data(join(parts), surrogate), parts[0].variable.size
+
+        def learn(examples: AcquisitionExamples, teacher: str) -> tuple[AcquisitionPolicyNetwork, AcquisitionExamples, dict[str, float]]:
+            train, validation = (jax.tree.map(lambda leaf, r=rows: leaf[r], examples) for rows in (slice(None, count), slice(count, None)))
+            policy = clone(clone_key, blank, train, imitation)
+            measured = eqx.filter_jit(clone_loss)(policy, validation, imitation.surface_weight)[1]
+            metrics = {name: float(value) for name, value in measured._asdict().items()} | {"validation_states": len(validation.variable)}
+            print(f"cloned from {teacher}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            return policy, train, metrics
+
+        cloned, lessons, agreement = learn(examples, "expert")
+        start = cloned
+        if imitation.teacher != "expert":
+            start, lessons, _ = learn(taught(teacher_key, examples, imitation.teacher), imitation.teacher)
 
     # --- improve ---
     fresh = build(config.policy, token_dim, key=cold_key)
-    runs = train_acquisition(config, surrogate, [cloned if config.imitation.warm else fresh, *[fresh] * config.cold_twin], train, inputs)
+    runs = train_acquisition(config, surrogate, [start if imitation.warm else fresh, *[fresh] * config.cold_twin], lessons, inputs)
     trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, runs.average)
 
     # --- write ---

@@ -168,7 +168,6 @@ def test_rules_on_the_surface_as_teachers(finished):
     demos = join([load_trajectories(finished / "demos.npz", part)[0] for part in ("train", "validation")])
     examples = extract_acquisition_training_data(demos, surrogate)
     allowed, cells = np.asarray(jax.vmap(lambda task: task.candidates)(examples.state.task)), np.arange(examples.variable.size)
-    np.testing.assert_array_equal(stage.taught(jr.key(0), examples, "expert").surface, examples.surface)
     for teacher in ("expected_improvement", "thompson"):
         lesson = stage.taught(jr.key(0), examples, teacher)
         variable, surface = np.asarray(lesson.variable), np.asarray(lesson.surface)
