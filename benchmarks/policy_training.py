@@ -185,7 +185,7 @@ def measure_variants(config: Config) -> list[Record]:
         agreements = [read_header(folders[seed, name] / "bc_policy.eqx")["metrics"] for seed in range(config.num_seeds)]
         for metric in ("variable_agreement", "value_agreement") if agreements[0] else ():
             value = np.mean([one[metric] for one in agreements])
-            records.append(Record("variants", "the clone and its teacher", name, metric, float(value), -np.inf, np.inf, len(agreements), ""))
+            records.append(Record("variants", "the clone and the expert", name, metric, float(value), -np.inf, np.inf, len(agreements), ""))
     plain = OptimizationScenario("50 rows, d=8", SCMPrior(min_size=8, max_size=8), num_obs=50)
     for index, scenario in enumerate((plain, replace(exploration_scenario(8, 8), num_steps=10))):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), index))
