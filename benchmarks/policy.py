@@ -1,6 +1,6 @@
 """How good a trained policy is: agreement with the expert, regret beside every rival, the first experiment, the time of a decision.
 
-    python benchmarks/policy.py --folder artifacts/small --parts agreement regret exploration first time gradient headroom
+    python benchmarks/policy.py --folder artifacts/small --parts agreement regret exploration first choices time gradient headroom
 
 Held-out problems of `SCMPrior`, all methods from the same data with the same noise, scored by the noise-free E[Y | do] of the action that they then
 recommend. Intervals are 95 %, over problems; differences are paired. `surrogate_greedy`, `surrogate_ei` and `surrogate_thompson` act on the effect
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
@@ -26,13 +27,14 @@ from benchmarks.surrogate import NARROW, confounded
 from lib import baselines
 from lib.buffer import DataError
 from lib.config import errors_for_people, use_compilation_cache
-from lib.grpo import CampaignDesign, Groups, GRPOConfig, Simulator, collect_campaign, draw_problems, expected_reward, grpo_loss, reward_table
-from lib.methods import ON_SURFACE, OptimizationScenario, exploration_scenario
-from lib.metrics import Record, median_seconds, paired_difference, render, summarise, write_results
+from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, Simulator, collect_campaign, draw_problems, expected_reward, grpo_loss, reward_table
+from lib.methods import ON_SURFACE, POLICIES, OptimizationScenario, exploration_scenario, in_batches, make_method
+from lib.metrics import Record, median_seconds, normalised_regret, paired_difference, render, summarise, write_results
 from lib.parent_scale import ParentScaleConfig, run_parent_scale
 from lib.policy import AcquisitionPolicyNetwork, expected_improvement_choice, thompson_choice
 from lib.rewards import RewardConfig
-from lib.scm_prior import SCMPrior
+from lib.scm import Intervention
+from lib.scm_prior import SCMPrior, multimodal
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 from lib.trajectories import extract_acquisition_training_data, load_trajectories
 
@@ -43,7 +45,7 @@ class Config:
 
     folder: Path = Path("artifacts/small")
     """Where surrogate.eqx, policy.eqx, bc_policy.eqx and demos.npz are."""
-    parts: tuple[str, ...] = ("agreement", "regret", "exploration", "first", "time", "gradient", "headroom")
+    parts: tuple[str, ...] = ("agreement", "regret", "exploration", "first", "choices", "time", "gradient", "headroom")
     """What is measured: any of these."""
     sizes: tuple[int, ...] = (5, 10, 20)
     """Numbers of variables, for `regret`."""
@@ -141,6 +143,44 @@ def measure_first(report: Report) -> None:
             for kind, rows in kinds.items():
                 for step in (0, 1, 3, 5):
                     report.add("first", name + kind, method, f"share@{step}", summarise(share[rows, step]), int(rows.sum()))
+
+
+@eqx.filter_jit
+def read_by_the_surrogate(name: str, system: TrainedACBOSystem, keys, problems: Problem, num_obs: int, num_steps: int):
+    """Noise-free E[Y | do] of what the surrogate recommends before the first and after each experiment of a method `[batch, steps + 1]`."""
+    method = make_method(name, system, num_obs, num_steps)
+
+    def one(inputs):
+        key, (scm, _, start) = inputs
+        buffer, num_vars = method(key, scm, start).buffer, scm.var_mask.shape[0]
+
+        def recommended(step):
+            output = system.surrogate.predict(buffer.first(start.size + step), scm.task)
+            return scm.mean_outcome(Intervention.single(*output.best(), num_vars))
+
+        return jax.lax.map(recommended, jnp.arange(num_steps + 1))
+
+    return in_batches(one, (keys, problems))
+
+
+def measure_choices(report: Report) -> None:
+    """What the experiments of each method are worth to the surrogate, which reads them all and recommends: how far a teacher's choices can lead."""
+    config = report.config
+    kinds = {"100 rows, as demonstrated": (SCMPrior(), 100), "24 rows, exploration": (multimodal(SCMPrior()), 24)}
+    for scenario in (OptimizationScenario(name, prior, num_obs, num_steps=8) for name, (prior, num_obs) in kinds.items()):
+        draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), len(report.records)))
+        problems, optima = scenario.draw(draw_key, config.num_problems, report.system.surrogate.config.num_bins)
+        keys, before, regret = jr.split(play_key, len(optima)), np.asarray(problems.truth.baseline)[:, None], {}
+        for name in tqdm(("random", "parent_scale", "bc_policy", *ON_SURFACE, OURS), desc=scenario.name):
+            system, method = (report.cloned if name == "bc_policy" else report.system), ("acbo" if name in POLICIES else name)
+            means = read_by_the_surrogate(method, system, keys, problems, scenario.num_obs, scenario.num_steps)
+            regret[name] = normalised_regret(np.asarray(means), np.asarray(optima)[:, None], before)
+        for name, values in regret.items():
+            for step in (0, 1, 3, 5, 8):
+                report.add("choices", scenario.name, name, f"regret@{step}", summarise(values[:, step]), len(values))
+                if name != "bc_policy":
+                    more = paired_difference(values[:, step], regret["bc_policy"][:, step])
+                    report.add("choices", f"{scenario.name}/above bc_policy's, paired", name, f"regret@{step}", more, len(values))
 
 
 def settable(batch) -> np.ndarray:
@@ -298,6 +338,7 @@ PARTS = {
     "regret": measure_regret,
     "exploration": measure_exploration,
     "first": measure_first,
+    "choices": measure_choices,
     "time": measure_time,
     "gradient": measure_gradient,
     "headroom": measure_headroom,

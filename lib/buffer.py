@@ -53,6 +53,11 @@ class ExperienceBuffer(eqx.Module):
             jnp.pad(self.values, ((0, extra), (0, 0))), jnp.pad(self.intervened, ((0, extra), (0, 0))), jnp.pad(self.valid, (0, extra))
         )
 
+    def first(self, count) -> "ExperienceBuffer":
+        """What was known when `count` rows were filled; the others are free places again."""
+        known = self.valid & (jnp.arange(self.valid.shape[0]) < count)
+        return ExperienceBuffer(jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known)
+
     def add_observation(self, row: Float[Array, " vars"]) -> "ExperienceBuffer":
         """One more passively observed row."""
         return self.add_intervention(Intervention.none(self.values.shape[1]), row)

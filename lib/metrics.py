@@ -24,7 +24,7 @@ Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
 TABLES = (
     *("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling"),
-    *("agreement", "regret", "exploration", "first", "time", "gradient", "headroom", "convergence", "variants"),
+    *("agreement", "regret", "exploration", "first", "choices", "time", "gradient", "headroom", "convergence", "variants"),
 )
 FORMATS = {"md": "github", "tex": "latex"}
 

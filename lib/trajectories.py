@@ -66,8 +66,7 @@ class ExpertTrajectory(eqx.Module):
 
     def buffer_before(self, step: Int[Array, ""] | int) -> ExperienceBuffer:
         """The rows that the expert knew before `step`, those that are recorded in full."""
-        known = self.buffer.valid & (jnp.arange(self.buffer.valid.shape[0]) < self.num_initial + step)
-        return ExperienceBuffer(jnp.where(known[:, None], self.buffer.values, 0.0), self.buffer.intervened & known[:, None], known)
+        return self.buffer.first(self.num_initial + step)
 
     def posterior(self, step: Int[Array, ""] | int) -> ParentSetPosterior:
         """The expert's belief before `step`."""

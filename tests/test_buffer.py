@@ -1,5 +1,6 @@
 """The buffer as a value, and as a file that a person wrote: every complaint names file, row and column."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -27,6 +28,13 @@ def test_grow_adds_free_places_only():
     buffer = ExperienceBuffer.empty(2, 1).add_observation(jnp.array([1.0, 2.0])).grow(2)
     assert buffer.values.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]] and buffer.size == 1
     assert buffer.add_observation(jnp.array([3.0, 4.0])).values[1].tolist() == [3.0, 4.0]
+
+
+def test_first_is_what_was_known_then():
+    one = ExperienceBuffer.empty(2, 3).add_observation(jnp.array([1.0, 2.0]))
+    two = one.add_intervention(Intervention.single(0, 3.0, 2), jnp.array([3.0, 4.0]))
+    for count, known in ((1, one), (2, two), (9, two)):
+        assert eqx.tree_equal(two.first(count), known)
 
 
 def test_a_full_buffer_raises():
