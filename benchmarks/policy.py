@@ -256,7 +256,7 @@ def measure_gradient(report: Report) -> None:
 
     A whole table with a single draw of the noise says how much of the rest is the noise's and not the sampling's.
     """
-    surrogate, policy, count, repeats = report.system.surrogate, report.cloned.policy, 32, 8
+    surrogate, policy, count, repeats, draws = report.system.surrogate, report.cloned.policy, 32, 16, 64
     rewards, num_bins = RewardConfig(), report.system.surrogate.config.num_bins
     problems = draw_problems(jr.key(report.config.seed), count, SCMPrior(), CampaignDesign(num_steps=1), num_bins)
 
@@ -287,7 +287,7 @@ def measure_gradient(report: Report) -> None:
         report.add("gradient", f"{count} states", name, "cosine with the exact gradient", summarise(np.array(cosines)), len(cosines))
         report.add("gradient", f"{count} states", name, "experiments per state", (simulations, -np.inf, np.inf), 1)
 
-    tables = [flat(exact(policy, problems, jr.key(i))) for i in range(2 * repeats)]
+    tables = [flat(exact(policy, problems, jr.key(i))) for i in tqdm(range(repeats + draws), desc="gradient")]
     reference = np.mean(tables[repeats:], 0)
     cells = num_bins * int(settable(problems.scm).sum(1).mean())
     add("whole table", tables[:repeats], reference, cells)
