@@ -351,10 +351,14 @@ def systems():
 
 @pytest.fixture(scope="module")
 def answers(shipped):
+    return batched(shipped)
+
+
+def batched(model):
     """`(buffers, tasks) -> marginals, entropy, standardised effects`, batched."""
 
     def one(buffer, task):
-        output = shipped.predict(buffer, task)
+        output = model.predict(buffer, task)
         effects = jnp.where(task.candidates[:, None], (output.effect_mean - output.shift) / output.spread, 0.0)
         return output.marginals(), output.posterior().entropy(), effects
 
@@ -362,9 +366,15 @@ def answers(shipped):
     return lambda buffers, tasks: jax.device_get(every(buffers, tasks))
 
 
-def test_shipped_weights_do_not_care_for_order_or_padding(answers, systems):
-    """To 1e-5 in probabilities and in deviations of the target, or of them where they are larger."""
-    buffers, tasks = systems
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_shipped_weights_do_not_care_for_order_or_padding(shipped, systems, dtype, tolerance):
+    """In probabilities and in deviations of the target, or of them where they are larger: exactly so, but for rounding."""
+    with jax.enable_x64(dtype == "float64"):
+        model, (buffers, tasks) = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, (shipped, systems))
+        check_order_and_padding(batched(model), buffers, tasks, tolerance)
+
+
+def check_order_and_padding(answers, buffers, tasks, tolerance):
     order = np.random.default_rng(0).permutation(8)
     shuffled = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (buffers.values[..., order], buffers.intervened[..., order]))
     columns = [tasks.low, tasks.high, tasks.var_mask]
@@ -375,10 +385,10 @@ def test_shipped_weights_do_not_care_for_order_or_padding(answers, systems):
 
     more = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (wide(buffers.values), wide(buffers.intervened)))
     padding = answers(more, eqx.tree_at(lambda t: (t.low, t.high, t.var_mask), tasks, [wide(c) for c in columns]))
-    base, other = answers(*systems), answers(shuffled, moved)
+    base, other = answers(buffers, tasks), answers(shuffled, moved)
     for index in (0, 2):
-        np.testing.assert_allclose(base[index][:, order], other[index], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(base[index], padding[index][:, :8], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(base[index][:, order], other[index], rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(base[index], padding[index][:, :8], rtol=tolerance, atol=tolerance)
 
 
 def test_more_rows_of_the_same_system_lower_the_entropy(answers, systems):
