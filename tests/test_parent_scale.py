@@ -1,13 +1,13 @@
 """The expert: its regression against batch formulas in numpy, its steps against recorded runs of the original code, its runs against their own rules.
 
-The recorded runs are `.npz` files in the folder that PARENT_SCALE_CASES names; without one, the tests that need them are skipped.
+The recorded runs are those of `recorded.py`.
 """
 
 import contextlib
+import dataclasses
 import functools as ft
 import itertools
-import os
-from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,6 +19,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import scipy.stats
+from recorded import NAMES, OURS, each_case, read_case
 
 from lib.benchmarks import AbstractBenchmark, Toy, make_benchmark
 from lib.buffer import ExperienceBuffer
@@ -248,27 +249,86 @@ def test_uniform_prior_holds_all_small_sets(slots):
 
 # --- recorded runs of the original code ---
 
-FOLDER = Path(os.environ.get("PARENT_SCALE_CASES", Path(__file__).parents[2] / "shared/reference/parent_scale_cases"))
-NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.npz")))
-CASE_VARS, CASE_SETS, CASE_UPDATES, CASE_FEATURES = 10, 14, 48, 100  # every case is padded to these: one program for all
-each_case = pytest.mark.parametrize("name", NAMES or ["none"])
+NUM_FEATURES, BETWEEN = 100, 60  # of a set, by the format; values of the grid of improvements between those that a case needs
+
+
+class Sizes(NamedTuple):
+    """The most of each that a recorded run has: every run is padded to these, so that one program serves all."""
+
+    variables: int
+    sets: int
+    updates: int
+    effects: int  # values of one variable in the table of do-effects
+    points: int  # experiments on one variable
+    values: int  # on the grid of improvements
+
+
+def sizes_of(case):
+    num_vars = len(case["topo"])
+    own, _ = interventions(case)
+    return Sizes(
+        num_vars,
+        len(case["sets"]),
+        len(case["upd_y"]),
+        max(len(values) for values in effect_values(case)),
+        np.bincount(own).max(),
+        max(len(special_values(case, i)) for i in range(num_vars)) + BETWEEN,
+    )
+
+
+def largest(cases):
+    return Sizes(*(int(max(size)) for size in zip(*map(sizes_of, cases), strict=True)))
 
 
 @ft.cache
-def read_case(name):
-    if not (FOLDER / f"{name}.npz").exists():
-        pytest.skip(f"no recorded run {name} in the folder of PARENT_SCALE_CASES ({FOLDER.name})")
-    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+def sizes():
+    return largest([read_case(name) for name in NAMES])
 
 
-def pad(array, *sizes):
-    return np.pad(array, [(0, size - have) for size, have in zip(sizes, array.shape, strict=True)])
+def interventions(case):
+    """Variables and values of all experiments, the initial ones first."""
+    initial = case["int_data"][np.arange(len(case["int_var"])), case["int_var"]]
+    return np.concatenate([case["int_var"], case["chosen_var"]]), np.concatenate([initial, case["chosen_value"]])
+
+
+def effect_values(case):
+    """For every variable, its values in the table of do-effects."""
+    table = case["do_effects"]
+    return [np.unique(table[table[:, 1] == i, 2]) for i in range(len(case["topo"]))]
+
+
+def special_values(case, i):
+    """Values of variable i that a grid of improvements has to hold: of experiments, of the original's improvements, and the ends of its range."""
+    variables, values = interventions(case)
+    asked = case["ei_argmax"][:, i]
+    return np.unique(np.concatenate([values[variables == i], asked[~np.isnan(asked)], case["search_range"][i]]))
+
+
+def pad(array, *shape):
+    return np.pad(array, [(0, size - have) for size, have in zip(shape, array.shape, strict=True)])
+
+
+def pad_sets(case):
+    return jnp.asarray(pad(case["sets"], sizes().sets, sizes().variables))
+
+
+def pad_gps(hyperparameters):
+    """Ones for the sets that a case does not have."""
+    room = sizes().sets - hyperparameters.shape[1]
+    return np.pad(hyperparameters, ((0, 0), (0, room)), constant_values=1.0)
+
+
+def test_sizes_follow_from_the_cases():
+    """A run with more candidate sets and updates than any other sets these two sizes, and no other."""
+    case, size = read_case(NAMES[0]), sizes()
+    many = case | {"sets": np.ones((size.sets + 115, size.variables), bool), "upd_y": np.zeros(size.updates + 20)}
+    assert largest([case, many]) == sizes_of(case)._replace(sets=size.sets + 115, updates=size.updates + 20)
+    assert all(np.all(np.array(size) >= sizes_of(read_case(name))) for name in NAMES)
 
 
 def case_features(case, dtype):
     """Whether the case is linear, its frequencies `[sets, vars, features]` and phases."""
-    omega, phase = np.zeros((CASE_SETS, CASE_VARS, CASE_FEATURES)), np.zeros((CASE_SETS, CASE_FEATURES))
+    omega, phase = np.zeros((sizes().sets, sizes().variables, NUM_FEATURES)), np.zeros((sizes().sets, NUM_FEATURES))
     if "weights" not in case:
         for k, members in enumerate(case["sets"]):
             omega[k, np.flatnonzero(members)], phase[k] = case[f"rff{k}_omega"], case[f"rff{k}_b"]
@@ -278,7 +338,7 @@ def case_features(case, dtype):
 @ft.cache
 def jit_follow():
     def follow(sets, log_prior, linear, omega, phase, x, y, updates):
-        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(CASE_SETS, x.dtype))
+        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(len(sets), x.dtype))
 
         def run(likelihood):
             def step(state, row):
@@ -296,24 +356,24 @@ def jit_follow():
 def followed(name, dtype):
     """Probabilities `[updates, sets]` of both likelihoods after every update of a case."""
     case = read_case(name)
-    observed, target, count = case["obs"], int(case["target"]), len(case["upd_y"])
+    observed, target, count, size = case["obs"], int(case["target"]), len(case["upd_y"]), sizes()
     kept = np.arange(observed.shape[1]) != target
     inputs = np.where(kept, (observed - case["means"]) / case["stds"], 0.0)
     standard = Scale.of(single(observed))(single(observed))
     np.testing.assert_allclose(standard[:, kept], inputs[:, kept], atol=1e-4)
     with jax.enable_x64(dtype == "float64"), np.errstate(divide="ignore"):
 
-        def cast(array, *sizes):
-            return jnp.asarray(pad(array, *sizes), dtype)
+        def cast(array, *shape):
+            return jnp.asarray(pad(array, *shape), dtype)
 
-        updates = (cast(np.nan_to_num(case["upd_x"]), CASE_UPDATES, CASE_VARS), cast(case["upd_y"], CASE_UPDATES), jnp.arange(CASE_UPDATES) < count)
+        rows = cast(np.nan_to_num(case["upd_x"]), size.updates, size.variables), cast(case["upd_y"], size.updates)
         both = jit_follow()(
-            jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)),
-            jnp.log(cast(case["prior"], CASE_SETS)),
+            pad_sets(case),
+            jnp.log(cast(case["prior"], size.sets)),
             *case_features(case, dtype),
-            cast(inputs, len(observed), CASE_VARS),
+            cast(inputs, len(observed), size.variables),
             jnp.asarray(observed[:, target], dtype),
-            updates,
+            (*rows, jnp.arange(size.updates) < count),
         )
         return tuple(np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both)
 
@@ -329,17 +389,17 @@ def total_variation(p, q):
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-3), ("float64", 1e-6)])
-@each_case
+@each_case()
 def test_case_posterior_after_every_update(name, dtype, tolerance):
     case = read_case(name)
     published, corrected = followed(name, dtype)
     assert total_variation(pruned(published, case["posterior_published"]), case["posterior_published"]).max() < tolerance
     assert total_variation(corrected, case["posterior_corrected"]).max() < tolerance
-    if "weights" in case:
+    if "weights" in case and OURS:
         assert total_variation(published, corrected).max() > 0.2  # the comparison tells the two apart
 
 
-@each_case
+@each_case()
 def test_case_exploration_set_is_the_support_of_the_posterior(name):
     """Before every experiment the original computed an expected improvement exactly for the variables of the sets above the threshold."""
     case = read_case(name)
@@ -366,14 +426,13 @@ def recorded_gps(case):
 
 def own_gps(case, chosen):
     """Hyperparameters `[3, sets]` as our fit by the published rules finds them, for the sets that are `chosen`; ones for the others."""
-    observed = single(pad(case["obs"], len(case["obs"]), CASE_VARS))
-    sets, live = jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS)), jnp.asarray(pad(chosen, CASE_SETS))
-    gp = jit_fit_published(observed, observed[:, int(case["target"])], sets, live)
+    observed = single(pad(case["obs"], len(case["obs"]), sizes().variables))
+    gp = jit_fit_published(observed, observed[:, int(case["target"])], pad_sets(case), jnp.asarray(pad(chosen, sizes().sets)))
     return np.stack([np.asarray(p)[: len(chosen)] for p in gp[:3]])
 
 
 @pytest.mark.parametrize("own_fit", [False, True])
-@each_case
+@each_case()
 def test_case_do_effects(name, own_fit):
     """Mean of Y under do, in raw units: within .001 of its deviation from the original's hyperparameters, and .05 from our own fit.
 
@@ -382,15 +441,13 @@ def test_case_do_effects(name, own_fit):
     """
     case = read_case(name)
     observed, table = case["obs"], case["do_effects"]
-    grid = np.zeros((CASE_VARS, 5))
-    for variable in np.unique(table[:, 1]).astype(int):
-        values = np.unique(table[table[:, 1] == variable, 2])
+    grid = np.zeros((sizes().variables, sizes().effects))
+    for variable, values in enumerate(effect_values(case)):
         grid[variable, : len(values)] = values
     hyperparameters, known = recorded_gps(case)
     hyperparameters = own_gps(case, known) if own_fit else hyperparameters
-    gp = StarGP(*single(np.pad(hyperparameters, ((0, 0), (0, CASE_SETS - len(case["sets"]))), constant_values=1.0)))
-    y, sets = observed[:, int(case["target"])], pad(case["sets"], CASE_SETS, CASE_VARS)
-    effects = jit_effects(single(pad(observed, len(observed), CASE_VARS)), single(y), jnp.asarray(sets), gp, single(grid))
+    gp, y = StarGP(*single(pad_gps(hyperparameters))), observed[:, int(case["target"])]
+    effects = jit_effects(single(pad(observed, len(observed), sizes().variables)), single(y), pad_sets(case), gp, single(grid))
     chosen, variables = table[:, 0].astype(int), table[:, 1].astype(int)
     places = np.abs(grid[variables] - table[:, 2:3]).argmin(1)
     np.testing.assert_allclose(effects.mean[chosen, variables, places], table[:, 3], rtol=0, atol=(0.05 if own_fit else 1e-3) * y.std())
@@ -434,9 +491,6 @@ def published_hyperparameters(points, outcomes, mean, deviation):
     return max(amplitude, 1e-5), (1.0 if lengthscale > 20 else lengthscale), min(max(noise, 1e-5), 2.0)
 
 
-MOST_POINTS, MOST_VALUES = 32, 96
-
-
 @ft.cache
 def jit_improvement():
     def improvement(grid, prior, points, outcomes, used, amplitude, lengthscale, noise, best, at):
@@ -451,27 +505,24 @@ def jit_improvement():
 def improvements(name):
     """Our log expected improvement, given the original's history, `[steps, vars]`: where it attained its own, and the largest on a grid."""
     case = read_case(name)
-    observed, target, steps, first = case["obs"], int(case["target"]), len(case["chosen_var"]), len(case["int_var"])
+    observed, target, steps, first, size = case["obs"], int(case["target"]), len(case["chosen_var"]), len(case["int_var"]), sizes()
     hyperparameters, known = recorded_gps(case)
     missing = ~known & (case["posterior_published"][first - 1 : -1] > 0).any(0)  # one set of one case, before it lost its probability
     hyperparameters = np.where(missing, own_gps(case, missing), hyperparameters)
-    variables = np.concatenate([case["int_var"], case["chosen_var"]])
-    values = np.concatenate([case["int_data"][np.arange(first), case["int_var"]], case["chosen_value"]])
+    variables, values = interventions(case)
     outcomes = np.concatenate([case["int_data"][:, target], case["chosen_y"]])
     at_points, at_best = np.full((2, *case["ei"].shape), np.nan)
     num_vars = observed.shape[1]
-    grids = np.zeros((num_vars, MOST_VALUES))
+    grids = np.zeros((num_vars, size.values))
     for i in range(num_vars):
-        asked = case["ei_argmax"][:, i]
-        special = np.unique(np.concatenate([values[variables == i], asked[~np.isnan(asked)], case["search_range"][i]]))
-        grids[i] = np.sort(np.concatenate([special, np.linspace(*case["search_range"][i], MOST_VALUES - len(special) + 2)[1:-1]]))
+        special = special_values(case, i)
+        grids[i] = np.sort(np.concatenate([special, np.linspace(*case["search_range"][i], size.values - len(special) + 2)[1:-1]]))
     with jax.enable_x64(True):
         wide = ft.partial(jnp.asarray, dtype="float64")
-        gp = StarGP(*wide(np.pad(hyperparameters, ((0, 0), (0, CASE_SETS - len(case["sets"]))), constant_values=1.0)))
-        x, sets = wide(pad(observed, len(observed), CASE_VARS)), jnp.asarray(pad(case["sets"], CASE_SETS, CASE_VARS))
-        effects = jit_effects(x, x[:, target], sets, gp, wide(pad(grids, CASE_VARS, MOST_VALUES)))
+        gp, x = StarGP(*wide(pad_gps(hyperparameters))), wide(pad(observed, len(observed), size.variables))
+        effects = jit_effects(x, x[:, target], pad_sets(case), gp, wide(pad(grids, size.variables, size.values)))
         for t in range(steps):
-            belief = wide(pad(case["posterior_published"][first + t - 1], CASE_SETS))
+            belief = wide(pad(case["posterior_published"][first + t - 1], size.sets))
             prior = jax.tree.map(np.asarray, aggregate_effects(jnp.log(belief), effects, gp))
             for i in np.flatnonzero(~np.isnan(case["ei"][t])):
                 own = np.flatnonzero(variables[: first + t] == i)
@@ -479,8 +530,8 @@ def improvements(name):
                 of_variable = CausalPrior(prior.mean[i], prior.deviation[i], prior.noise[i])
                 at_data = np.interp(x, grids[i], of_variable.mean), np.interp(x, grids[i], of_variable.deviation)
                 found = published_hyperparameters(x, y, *at_data)
-                room = (0, MOST_POINTS - len(x))
-                used = np.arange(MOST_POINTS) < len(x)
+                room = (0, size.points - len(x))
+                used = np.arange(size.points) < len(x)
                 at = np.append(grids[i], case["ei_argmax"][t, i])
                 arguments = (grids[i], of_variable, np.pad(x, room), np.pad(y, room), used, *found, case["incumbent"][t], at)
                 log_improvement = np.asarray(jit_improvement()(*arguments))
@@ -498,7 +549,7 @@ def agreement(case, log_improvement):
     return counts, behind <= -np.log(0.99)
 
 
-@each_case
+@each_case()
 def test_case_choice_is_ours(name):
     """The variable that the original chose has our largest expected improvement, or is within 1 % of it, given the same history.
 
@@ -510,10 +561,10 @@ def test_case_choice_is_ours(name):
     at_points, at_best = improvements(name)
     counts, agrees = agreement(case, at_points)
     agrees |= agreement(case, at_best)[1]
-    assert counts.sum() >= 8 and agrees[counts].mean() >= 0.9
+    assert counts.sum() >= (8 if OURS else 1) and agrees[counts].mean() >= 0.9
     large = case["ei"] > 1e-6
     same = np.abs(at_points[large] - np.log(case["ei"][large])) < 0.01
-    assert same.mean() > 0.4  # not only the order: the improvements are the same
+    assert same.mean() > 0.4 or not large.any()  # not only the order: the improvements are the same
 
 
 class LinearSystem(AbstractSCM):
@@ -526,7 +577,7 @@ class LinearSystem(AbstractSCM):
     var_mask: jax.Array
     weights: jax.Array
     noise: jax.Array
-    names: tuple[str, ...] = eqx.field(static=True, default=tuple("ABCDE"))
+    names: tuple[str, ...] = eqx.field(static=True)
 
     def draw_noise(self, key, num_samples):
         return self.noise[None] * jr.normal(key, (num_samples, self.noise.shape[0]))
@@ -552,10 +603,10 @@ def linear_system(case):
         var_mask=jnp.ones(len(weights), bool),
         weights=single(weights),
         noise=single(case["noise_sigma"]),
+        names=tuple(f"X{i}" for i in range(len(weights))),
     )
 
 
-ALL_SETS, FEW_SETS = "d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30"  # linear, with the uniform and the doubly robust prior
 AS_PUBLISHED = ParentScaleConfig(
     num_obs=200, num_steps=10, prior="uniform", features="linear", likelihood="published", unit_noise=True, outcome_samples=1000
 )
@@ -572,11 +623,13 @@ def case_buffer(case, experiments):
     return ExperienceBuffer(single(values), jnp.asarray(chosen[:, None] == np.arange(observed.shape[1])), jnp.asarray(valid))
 
 
-def test_a_case_is_replayed_from_its_raw_rows():
+@each_case("*_linear_dr0_*")
+def test_a_case_is_replayed_from_its_raw_rows(name):
     """The whole path: standardisation, uniform prior, noise, updates, with the published settings."""
-    case = read_case(ALL_SETS)
-    first, scm = len(case["int_var"]), linear_system(case)
-    replay = jax.jit(lambda scm, buffer: replay_posterior(jr.key(0), scm, buffer, 200 + first, AS_PUBLISHED), compiler_options=FAST)
+    case = read_case(name)
+    first, scm, num_obs = len(case["int_var"]), linear_system(case), len(case["obs"])
+    config = dataclasses.replace(AS_PUBLISHED, num_obs=num_obs, num_steps=len(case["chosen_var"]))
+    replay = jax.jit(lambda scm, buffer: replay_posterior(jr.key(0), scm, buffer, num_obs + first, config), compiler_options=FAST)
     probs = np.exp(np.asarray(replay(scm, case_buffer(case, True)), float))
     sets = np.asarray(uniform_prior(scm.target, scm.var_mask)[0])
     order = [np.flatnonzero((sets == members).all(1))[0] for members in case["sets"]]
@@ -587,7 +640,7 @@ def test_a_case_is_replayed_from_its_raw_rows():
 
 def test_on_the_system_of_a_case_the_expert_does_as_well():
     """Same system, data, sets and settings: after ten experiments what it recommends is as good as the best that the original tried."""
-    case = read_case(FEW_SETS)
+    case = read_case("d5_linear_dr1_s0_T30")
     scm = linear_system(case)
     with np.errstate(divide="ignore"):
         candidate_sets = (jnp.asarray(case["sets"]), single(np.log(case["prior"])))

@@ -1,12 +1,9 @@
 """Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and cut into examples that hold no later rows.
 
-Runs of the original code are imported from a dictionary made by hand, and from recorded ones: `.npz` files in the folder that PARENT_SCALE_CASES
-names; without it, these are skipped.
+Runs of the original code are imported from a dictionary made by hand, and from the recorded ones of `recorded.py`.
 """
 
-import os
 import types
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -14,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from recorded import each_case, read_case
 
 import lib.trajectories
 from lib.artifacts import ArtifactError, save_arrays
@@ -45,7 +43,6 @@ BATCH, NUM_VARS, NUM_OBS, STEPS, BINS = 5, 5, 30, 3, 5
 PRIOR = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=4)  # always a place without a variable
 CONFIG = ParentScaleConfig(num_obs=NUM_OBS, num_steps=STEPS, num_bins=BINS, num_features=10, num_bootstraps=4)
 CAPACITY = NUM_OBS + NUM_VARS + STEPS
-CASES = Path(os.environ.get("PARENT_SCALE_CASES", Path(__file__).parents[2] / "shared/reference/parent_scale_cases"))
 
 
 @pytest.fixture(scope="module")
@@ -391,11 +388,9 @@ def test_imported_runs_are_stored_and_augmented(tmp_path):
     assert validate_trajectory_consistency(both, averaged).all()
 
 
-@pytest.mark.parametrize("name", ["d5_linear_dr0_s0_T10", "d5_linear_dr1_s0_T30", "d10_linear_dr1_s1_T10"])
+@each_case("*_linear_*")
 def test_a_recorded_run_of_the_original_is_imported(name):
-    if not (CASES / f"{name}.npz").exists():
-        pytest.skip(f"no recorded run {name} in the folder of PARENT_SCALE_CASES ({CASES.name})")
-    case = np.load(CASES / f"{name}.npz", allow_pickle=False)
+    case = read_case(name)
     d, low, high = len(case["topo"]), *case["search_range"].T
     scm = linear_model(case["adjacency"], case["weights"], case["topo"], case["noise_sigma"], case["target"], low, high)
     members = [tuple(f"X{i}" for i in np.flatnonzero(row)) for row in case["sets"]]
