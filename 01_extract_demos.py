@@ -167,7 +167,7 @@ def main(config: Config) -> Path:
 
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
-    mark = fingerprint(config)
+    mark = fingerprint(__file__, config)
     resumed = load_checkpoint(checkpoint_path, nothing, mark)
     runs, start = resumed if resumed else (nothing, 0)
 

@@ -303,7 +303,7 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
     model = eqx.filter_jit(ParentSetPredictionModel)(config.model, key=model_key)
     optimiser_state = make_optimiser(config).init(eqx.filter(model, eqx.is_array))
     state = TrainState(model, model, optimiser_state, jnp.array(jnp.inf), jnp.array(0))
-    mark = fingerprint(config, demo_paths)
+    mark = fingerprint(__file__, config, demo_paths)
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
     validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config))

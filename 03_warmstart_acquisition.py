@@ -366,7 +366,7 @@ def train_acquisition(
     nothing = jnp.zeros((len(starts), config.iterations))
     unknown = jnp.zeros((len(starts), 1 + config.iterations // config.checkpoint_every, config.campaign.num_steps))
     runs = Runs(references, references, optimiser_state, GRPOMetrics(*[nothing] * len(GRPOMetrics._fields)), unknown)
-    mark = fingerprint(config, inputs)
+    mark = fingerprint(__file__, config, inputs)
     resumed = load_checkpoint(checkpoint_path, runs, mark)
     runs, start = resumed if resumed else (validated(runs, 0), 0)
 

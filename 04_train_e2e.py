@@ -221,7 +221,7 @@ def main(config: Config) -> Path:
         optimisers[0].init(eqx.filter(surrogate, eqx.is_array)),
         optimisers[1].init(eqx.filter(policy, eqx.is_array)),
     )
-    mark = fingerprint(config, inputs)
+    mark = fingerprint(__file__, config, inputs)
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
 

@@ -157,7 +157,7 @@ class Evaluation:
     def __init__(self, config: Config, systems: dict[str, TrainedACBOSystem], inputs: list[Path]):
         self.config, self.systems, self.inputs = config, systems, inputs
         self.records: list[Record] = []
-        self.mark = fingerprint(config, inputs)
+        self.mark = fingerprint(__file__, config, inputs)
 
     def add(self, table: str, task: str, method: str, metric: str, estimate: Estimate | float, n: int, unit: str = "") -> None:
         """One row of the results; a bare number is a single measurement and has no interval."""

@@ -31,6 +31,11 @@ from lib.surrogate import observed_task
 from lib.system import TrainedACBOSystem, flip_target
 
 
+HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "pretrained" / "acbo.eqx"
+MAX_REMAINING = 1_000_000
+
+
 @dataclass(frozen=True)
 class Suggest:
     """Read experiments, print likely parents, expected effects and the next experiment."""
@@ -43,12 +48,16 @@ class Suggest:
     """Make the target small or large."""
     bounds: Path | None = None
     """CSV of ranges of intervention (variable,low,high)."""
-    system: Path = Path("artifacts/small/acbo.eqx")
-    """Trained system."""
+    system: Path = SHIPPED
+    """Trained system; the default is the one that comes with this script."""
     remaining: int = 10
     """Experiments that you can still afford, this one included."""
     json: bool = False
     """Print one JSON object instead of text."""
+
+    def __post_init__(self):
+        if not 1 <= self.remaining <= MAX_REMAINING:
+            raise DataError(f"--remaining {self.remaining}: give the experiments that you can still afford, 1 to {MAX_REMAINING}")
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,11 @@ class Demo:
     """Initial interventions on each variable that may be set."""
     online: bool = False
     """Tune the policy by GRPO at every state, scored on a fitted causal Gaussian process."""
-    system: Path = Path("artifacts/small/acbo.eqx")
-    """Trained system."""
+    system: Path = SHIPPED
+    """Trained system; the default is the one that comes with this script."""
 
 
-BUCKETS = (8, 16, 32, 64)  # variables; one program each, whatever the data
+BUCKETS = (8, 16, 32, 64, 128)  # variables; one program each, whatever the data
 
 
 def padded(buffer: ExperienceBuffer, task: Task) -> tuple[ExperienceBuffer, Task]:
@@ -91,8 +100,12 @@ def padded(buffer: ExperienceBuffer, task: Task) -> tuple[ExperienceBuffer, Task
 
 @eqx.filter_jit
 def decide(system: TrainedACBOSystem, buffer: ExperienceBuffer, task: Task, remaining: jax.Array):
-    """Next experiment, recommended action, and everything the system believes."""
-    state = system.state(buffer, task, jnp.array(0), remaining)
+    """Next experiment, recommended action, and everything the system believes.
+
+    The policy reads how many experiments were made, in training as here: those of the data.
+    """
+    made = (buffer.intervened.any(1) & buffer.valid).sum()
+    state = system.state(buffer, task, made, remaining)
     return state, system.select_intervention(state), state.output.best(), state.output.marginals(), state.posterior.top_k(5)
 
 
@@ -202,7 +215,7 @@ def demo(config: Demo) -> list[float]:
 
 if __name__ == "__main__":
     with errors_for_people():
-        use_compilation_cache(Path("artifacts/cache"))
+        use_compilation_cache(HERE / "artifacts" / "cache")
         commands = Annotated[Suggest, tyro.conf.subcommand("suggest")] | Annotated[Demo, tyro.conf.subcommand("demo")]
         chosen_command = tyro.cli(commands, description=__doc__)
         suggest(chosen_command) if isinstance(chosen_command, Suggest) else demo(chosen_command)

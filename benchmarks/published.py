@@ -10,11 +10,10 @@ The regression of the target has Fourier features save in linear systems, as pub
 folder `raw`: the same command continues where it was stopped.
 """
 
-import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ import tabulate
 import tyro
 from tqdm import tqdm
 
+from lib.artifacts import fingerprint
 from lib.benchmarks import BENCHMARKS, ERDOS_RENYI_SIZES, erdos_renyi, make_benchmark
 from lib.buffer import ExperienceBuffer
 from lib.config import use_compilation_cache
@@ -192,7 +192,7 @@ def measure(system: str, config: Config) -> dict[str, dict[str, np.ndarray]]:
         candidate_sets="union",
         features="auto" if kind is not None and kind.linear else "fourier",
     )
-    made_with = json.dumps(asdict(settings) | {"seeds": config.seeds, "first_seed": config.first_seed})
+    made_with = f"{fingerprint(__file__, settings)} {config.seeds} {config.first_seed}"
     results, missing = {}, []
     for method in METHODS:
         path = config.folder / "raw" / f"{system}.{method}.npz"

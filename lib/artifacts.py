@@ -1,4 +1,4 @@
-"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result: only the log holds times and dates.
+"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result, on one machine; only the log holds times.
 
 An artifact has a header (`HEADER_FIELDS`). `.eqx` is one line of JSON, the header, then the leaves of a module; `.npz` is named arrays plus the same
 JSON as a unicode scalar named `header`, read with `allow_pickle=False`. Both are written under a temporary name and then renamed, so a file that
@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the checksum covers the header
 HEADER_FIELDS = ("schema", "stage", "config", "hyperparameters", "seed", "step", "parents", "versions", "metrics", "checksum")
 REMAKE = {
     "demos": "python 01_extract_demos.py",
@@ -61,7 +61,8 @@ def save_module(
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
     payload = serialise(path, module)
-    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics, hashlib.sha256(payload).hexdigest())
+    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics)
+    header["checksum"] = checksum(header, payload)
     replace_file(path, encode(header) + b"\n" + payload)
 
 
@@ -72,7 +73,7 @@ def load_module(path: Path, stage: str, build: Callable[[dict[str, Any]], Any]) 
     """
     header, payload = split(path, stage)
     check_header(path, header, stage)
-    check_checksum(path, hashlib.sha256(payload).hexdigest(), header, stage)
+    check_checksum(path, payload, header, stage)
     try:
         like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))  # shapes only: nothing is initialised to be thrown away
     except (TypeError, KeyError) as error:
@@ -97,7 +98,8 @@ def save_arrays(
         raise ValueError("'header' is the name of the header itself: call the array something else")
     host = {name: np.asarray(array) for name, array in arrays.items()}
     refuse_nan(path, host)
-    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics, array_checksum(host))
+    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics)
+    header["checksum"] = checksum(header, array_checksum(host).encode())
     stream = io.BytesIO()
     np.savez(stream, header=np.asarray(encode(header).decode()), allow_pickle=False, **host)
     replace_file(path, stream.getvalue())
@@ -108,7 +110,7 @@ def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str
     arrays = read_npz(path, stage)
     header = parse_header(path, str(arrays.pop("header", "")), stage)
     check_header(path, header, stage)
-    check_checksum(path, array_checksum(arrays), header, stage)
+    check_checksum(path, array_checksum(arrays).encode(), header, stage)
     return arrays, header
 
 
@@ -134,9 +136,13 @@ class Checkpoint(NamedTuple):
     step: int
 
 
-def fingerprint(config: Any, parents: Sequence[Path] = ()) -> str:
-    """SHA-256 of what a stage's result depends on: its config (a dataclass, paths left out), the files it reads, and the versions in use."""
-    content = {"schema": SCHEMA, "config": plain(dataclasses.asdict(config)), "parents": [digest(p) for p in parents], "versions": versions()}
+def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -> str:
+    """SHA-256 of what a stage's result depends on: the bytes of its `script` and of all of `lib`, its config (a dataclass, paths left out), the files
+    it reads, and the versions in use. Finished artifacts are loaded whatever code wrote them; only what is half done must not go on with other code.
+    """
+    code = [digest(path) for path in (Path(script), *sorted(Path(__file__).parent.glob("*.py")))]
+    inputs = [digest(path) for path in parents]
+    content = {"schema": SCHEMA, "code": code, "config": plain(dataclasses.asdict(config)), "parents": inputs, "versions": versions()}
     return hashlib.sha256(encode(content)).hexdigest()
 
 
@@ -148,7 +154,8 @@ def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> No
 
 
 def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | None:
-    """The checkpoint at `path`, in the form of `like`; None if there is none, or if it belongs to another config, other inputs or other versions.
+    """The checkpoint at `path`, in the form of `like`; None if there is none, or if it belongs to another config, other inputs, other code
+    or other versions.
 
     Raises `ArtifactError` if it is damaged: a killed run never leaves half a file, so something else changed it.
     """
@@ -192,12 +199,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 # --- the header ---
 
 
-def make_header(stage, config, hyperparameters, seed, step, parents, metrics, checksum) -> dict[str, Any]:
-    """The header of an artifact, as plain JSON types (`HEADER_FIELDS`). `ValueError` for a stage that no script makes."""
+def make_header(stage, config, hyperparameters, seed, step, parents, metrics) -> dict[str, Any]:
+    """The header of an artifact, as plain JSON types (`HEADER_FIELDS`), its checksum still empty. `ValueError` for a stage that no script makes."""
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
     made_from = {p.name: digest(p) for p in parents}
-    values = (SCHEMA, stage, config, hyperparameters, seed, step, made_from, versions(), metrics, checksum)
+    values = (SCHEMA, stage, config, hyperparameters, seed, step, made_from, versions(), metrics, "")
     return plain(dict(zip(HEADER_FIELDS, values, strict=True)))
 
 
@@ -244,9 +251,14 @@ def check_header(path: Path, header: dict[str, Any], stage: str) -> None:
         raise ArtifactError(path, f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed", stage)
 
 
-def check_checksum(path: Path, found: str, header: dict[str, Any], stage: str) -> None:
-    if found != header["checksum"]:
-        raise ArtifactError(path, "truncated or edited: its content does not match its checksum", stage)
+def checksum(header: Mapping[str, Any], payload: bytes) -> str:
+    """SHA-256 over the header, its own entry `checksum` left out, and the payload: an edited setting is found like an edited weight."""
+    return hashlib.sha256(encode({k: v for k, v in header.items() if k != "checksum"}) + b"\n" + payload).hexdigest()
+
+
+def check_checksum(path: Path, payload: bytes, header: dict[str, Any], stage: str) -> None:
+    if checksum(header, payload) != header["checksum"]:
+        raise ArtifactError(path, "truncated or edited: its header and content do not match its checksum", stage)
 
 
 # --- bytes ---
@@ -280,11 +292,11 @@ def refuse_nan(path: Path, tree: Any) -> None:
 
 def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and values, whatever the order in the file."""
-    checksum = hashlib.sha256()
+    found = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
-        checksum.update(f"{name} {array.dtype.str} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
-    return checksum.hexdigest()
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def read_bytes(path: Path, stage: str | None) -> bytes:
@@ -292,6 +304,8 @@ def read_bytes(path: Path, stage: str | None) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise ArtifactError(path, "missing", stage) from None
+    except OSError as error:  # a directory, no permission, links that lead to each other
+        raise ArtifactError(path, f"cannot be read ({error.strerror})", stage) from None
 
 
 def split(path: Path, stage: str | None) -> tuple[dict[str, Any], bytes]:

@@ -73,22 +73,30 @@ class ExperienceBuffer(eqx.Module):
         return self.write(self.size, intervention, outcome)
 
     def write(self, index, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
-        """`add_intervention` at a known free place, without the check: for loops that count their own steps."""
+        """`add_intervention` at a known free place, without the check of room: for loops that count their own steps.
+
+        Raises `ValueError` unless `outcome` has one number, and `intervention` one flag, per variable.
+        """
+        num_vars = self.values.shape[1]
+        for what, shape in (("outcome", jnp.shape(outcome)), ("intervention", intervention.mask.shape)):
+            if shape != (num_vars,):
+                raise ValueError(f"the {what} has shape {shape}, the buffer {num_vars} variables: give one number for each")
         return ExperienceBuffer(self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True))
 
     def to_csv(self, path: Path, names: tuple[str, ...]) -> None:
-        """Write the filled rows in the format that `from_csv` reads (single-variable interventions)."""
+        """Write the filled rows in the format that `from_csv` reads: digits that give the same float32 again, `a;b` where several were set."""
         temporary = Path(f"{path}.tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*names, INTERVENED])
             for row, mask in zip(np.asarray(self.values)[np.asarray(self.valid)], np.asarray(self.intervened)[np.asarray(self.valid)], strict=True):
-                writer.writerow([*(f"{v:.6g}" for v in row), "".join(names[i] for i in np.flatnonzero(mask)[:1])])
+                writer.writerow([*(str(v) for v in row), ";".join(names[i] for i in np.flatnonzero(mask))])
         temporary.rename(path)
 
     @staticmethod
     def from_csv(path: Path) -> "NamedBuffer":
-        """Read experiments: a column per variable, a row per experiment; a column `intervened` names the variable set by hand (empty: observed).
+        """Read experiments: a column per variable, a row per experiment; a column `intervened` names the variable set by hand (`a;b`
+        where several were, empty: observed).
 
         Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
         """
@@ -101,10 +109,10 @@ class ExperienceBuffer(eqx.Module):
             raise DataError(f"{path}: only {len(variables)} variable column(s): give the target and at least one other variable")
         values, intervened = np.zeros((len(table), len(variables)), np.float32), np.zeros((len(table), len(variables)), bool)
         for r, (line, row) in enumerate(table):
-            chosen = row[column].strip()
-            if chosen and chosen not in variables:
-                raise DataError(f"{path}, row {line}, column '{INTERVENED}': '{chosen}' is not a column; the variables are {', '.join(variables)}")
-            if chosen:
+            for chosen in filter(None, (name.strip() for name in row[column].split(";"))):
+                if chosen not in variables:
+                    where = f"{path}, row {line}, column '{INTERVENED}'"
+                    raise DataError(f"{where}: '{chosen}' is not a column; the variables are {', '.join(variables)}")
                 intervened[r, variables.index(chosen)] = True
             cells = [c for i, c in enumerate(row) if i != column]
             values[r] = [parse_number(cell, path, line, name) for cell, name in zip(cells, variables, strict=True)]

@@ -28,10 +28,17 @@ def use_compilation_cache(folder: Path) -> None:
 
     On the CPU, XLA's older emitter of kernels compiles a campaign with its rewards in 13.8 s instead of 34.5 s (jax 0.10.2, one core, as the tests
     compile it), and its code is as fast (a GRPO iteration in 2.6 and 2.5 s). XLA reads the flag with the first program, so this comes before it.
+    Where `folder` cannot be written, as in a read-only checkout, programs are compiled anew in every process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_use_fusion_emitters" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -22,7 +23,12 @@ class Intervention(eqx.Module):
 
     @staticmethod
     def single(variable: Int[Array, ""] | int, value: Float[Array, ""] | float, num_vars: int) -> "Intervention":
-        """do(X_variable = value) in a system of `num_vars` variables."""
+        """do(X_variable = value) in a system of `num_vars` variables.
+
+        Raises `ValueError` for a variable that is not an index below `num_vars`, unless it is traced.
+        """
+        if not isinstance(variable, Tracer):
+            check_index(variable, num_vars, "variable")
         mask = jnp.arange(num_vars) == variable
         return Intervention(mask, jnp.where(mask, value, 0.0))
 
@@ -30,6 +36,13 @@ class Intervention(eqx.Module):
     def none(num_vars: int) -> "Intervention":
         """Passive observation."""
         return Intervention(jnp.zeros(num_vars, bool), jnp.zeros(num_vars))
+
+
+def check_index(index: object, num_vars: int, what: str) -> None:
+    """Raise `ValueError` unless `index` is a whole number from 0 to `num_vars` - 1; `what` is what the message calls it."""
+    number = np.asarray(index)
+    if number.shape != () or not np.issubdtype(number.dtype, np.integer) or not 0 <= int(number) < num_vars:
+        raise ValueError(f"{what} {index!r} is not one of the {num_vars} variables: give its index, 0 to {num_vars - 1}")
 
 
 class Optimum(NamedTuple):

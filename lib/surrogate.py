@@ -20,12 +20,13 @@ import jax.random as jr
 import numpy as np
 import optax
 import optax.contrib
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_STATISTICS, Frame, Rows, Sums, effect_evidence, pair_statistics, sum_rows
 from lib.posterior import ParentSetPosterior
-from lib.scm import Task, value_grid
+from lib.scm import Task, check_index, value_grid
 from lib.scm_prior import Example
 
 
@@ -250,7 +251,12 @@ def marks(sums: Sums, task: Task) -> Float[Array, "vars vars marks"]:
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
-    """The task of a buffer without padding whose ranges are those that its rows span."""
+    """The task of a buffer without padding whose ranges are those that its rows span.
+
+    Raises `ValueError` for a target that is not one of its variables, unless it is traced.
+    """
+    if not isinstance(target, Tracer):
+        check_index(target, buffer.values.shape[1], "target")
     valid = buffer.valid[:, None]
     low, high = jnp.where(valid, buffer.values, jnp.inf).min(0), jnp.where(valid, buffer.values, -jnp.inf).max(0)
     return Task(jnp.asarray(target), low, high, jnp.ones(buffer.values.shape[1], bool))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
@@ -19,7 +20,7 @@ from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionD
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Intervention, Task
-from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
+from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, observed_task
 
 
 Choice = tuple[Int[Array, ""], Float[Array, ""]]  # a variable and the value to set it to
@@ -46,9 +47,12 @@ def run_campaign(
     """`num_steps` single-row experiments with any method.
 
     `decide(key, buffer, step)` returns the next experiment and the action that the method would recommend now. The noise of experiment t depends on
-    `key` and t alone, so methods run with the same key are paired. The buffer needs `num_steps` free places behind its valid rows.
+    `key` and t alone, so methods run with the same key are paired. The buffer needs `num_steps` free places behind its valid rows: `ValueError` if it
+    has fewer; where only a traced program can tell, every number of the result is nan.
     """
-    num_vars, start = scm.var_mask.shape[0], buffer.size
+    num_vars, start, capacity = scm.var_mask.shape[0], buffer.size, buffer.valid.shape[0]
+    if capacity < num_steps or not isinstance(start, Tracer) and int(start) + num_steps > capacity:
+        raise ValueError(f"the buffer has {capacity} places, too few for its rows and {num_steps} experiments: use grow()")
 
     def step(buffer, t):
         noise_key, method_key = jr.split(jr.fold_in(key, t))
@@ -60,7 +64,9 @@ def run_campaign(
     buffer, (variable, value, outcome, *recommended) = jax.lax.scan(step, buffer, jnp.arange(num_steps))
     _, last = decide(key, buffer, jnp.array(num_steps))
     recommended_variable, recommended_value = (jnp.append(path, end) for path, end in zip(recommended, last, strict=True))
-    return OptimizationResult(variable, value, outcome, recommended_variable, recommended_value, buffer)
+    result = OptimizationResult(variable, value, outcome, recommended_variable, recommended_value, buffer)
+    fits = start + num_steps <= capacity
+    return jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, result)
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:
@@ -95,8 +101,12 @@ class TrainedACBOSystem(eqx.Module):
         return make_state(self.surrogate, buffer, task, step, steps_left)
 
     def predict_posterior(self, buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ParentSetPosterior:
-        """The posterior over the target's parent sets."""
-        return self.surrogate(buffer, target)
+        """The posterior over the target's parent sets; compiled, one program per number of variables and started 128 rows.
+
+        Raises `ValueError` for a target that is not a variable of `buffer`.
+        """
+        task = observed_task(buffer, target)
+        return _posterior(self.surrogate, buffer.grow(-buffer.valid.shape[0] % 128), task)
 
     def distribution(self, state: AcquisitionState, exploration_rate: float = 0.0) -> InterventionDistribution:
         """The policy's distribution, mixed with `exploration_rate` of a uniform one over candidate variables and values."""
@@ -109,11 +119,13 @@ class TrainedACBOSystem(eqx.Module):
     def select_intervention(self, state: AcquisitionState, exploration_rate: float = 0.0, *, key: Key[Array, ""] | None = None) -> Choice:
         """The next experiment: the policy's mode, or a draw from `distribution` if a key is given (the document's default rate is .1).
 
-        Raises `ValueError` for a state that no decision can be based on (`check_state`).
+        Raises `ValueError` for a state that no decision can be based on (`check_state`), `TypeError` for anything but a state.
         """
+        if not isinstance(state, AcquisitionState):
+            raise TypeError(f"a decision is based on an AcquisitionState, not {type(state).__name__}: make one with state(buffer, task)")
         check_state(state)
         if key is None:
-            return self.policy(state).mode()
+            return _mode(self.policy, state)
         return self.distribution(state, exploration_rate).sample(key)
 
     def play(
@@ -143,14 +155,24 @@ class TrainedACBOSystem(eqx.Module):
         save_module(path, self, stage="acbo", config=config, hyperparameters=shape, seed=seed, step=step, parents=parents, metrics=metrics)
 
     @staticmethod
-    def load(path: Path) -> "TrainedACBOSystem":
+    def load(path: Path | str) -> "TrainedACBOSystem":
         """Read the artifact of stage 4; raises `ArtifactError` as `load_module` does."""
 
         def build(shape):
             surrogate = ParentSetPredictionModel(SurrogateConfig(**shape["surrogate"]), key=jr.key(0))
             return TrainedACBOSystem(surrogate, AcquisitionPolicyNetwork(PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0)))
 
-        return load_module(path, "acbo", build)[0]
+        return load_module(Path(path), "acbo", build)[0]
+
+
+@eqx.filter_jit
+def _posterior(surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task) -> ParentSetPosterior:
+    return surrogate.predict(buffer, task).posterior()
+
+
+@eqx.filter_jit
+def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
+    return policy(state).mode()
 
 
 @eqx.filter_jit

@@ -18,6 +18,7 @@ from lib.artifacts import (
     HEADER_FIELDS,
     ArtifactError,
     TrainingLog,
+    checksum,
     digest,
     fingerprint,
     load_arrays,
@@ -71,7 +72,7 @@ def test_module_round_trip(tmp_path):
     assert header["versions"] == {"jax": jax.__version__, "equinox": eqx.__version__, "numpy": np.__version__}
     assert read_header(path) == header
     line, payload = path.read_bytes().split(b"\n", 1)
-    assert json.loads(line) == header and header["checksum"] == hashlib.sha256(payload).hexdigest()
+    assert json.loads(line) == header and header["checksum"] == checksum(header, payload)
     assert [p.name for p in path.parent.iterdir()] == ["surrogate.eqx"]  # no temporary file stays
 
 
@@ -176,9 +177,9 @@ def test_wrong_stage_schema_shapes(tmp_path):
     with pytest.raises(ArtifactError, match="hyperparameters.*depth"):
         load_module(path, "surrogate", lambda h: h["depth"])
     rewrite_header(path, schema=0)
-    with pytest.raises(ArtifactError, match="wrong schema: the file has 0, this code reads 1"):
+    with pytest.raises(ArtifactError, match="wrong schema: the file has 0, this code reads 2"):
         load_module(path, "surrogate", build)
-    rewrite_header(path, schema=1, seed=None)
+    rewrite_header(path, schema=2, seed=None)
     with pytest.raises(ArtifactError, match="lacks 'seed'"):
         load_module(path, "surrogate", build)
 
@@ -228,11 +229,30 @@ def test_checkpoints(tmp_path):
 def test_fingerprint(tmp_path):
     parent = tmp_path / "demos.npz"
     save_demos(parent)
-    same = fingerprint(Config(), [parent])
-    assert same == fingerprint(Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")])
-    assert same != fingerprint(Config(steps=4), [parent])
+    script = tmp_path / "02_train.py"
+    script.write_text("steps = 3\n")
+    same = fingerprint(script, Config(), [parent])
+    assert same == fingerprint(script, Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")])
+    assert same != fingerprint(script, Config(steps=4), [parent])
     save_demos(parent, ARRAYS | {"more": np.ones(1)})
-    assert same != fingerprint(Config(), [parent])
+    assert same != fingerprint(script, Config(), [parent])
+
+
+def test_what_is_half_done_does_not_go_on_with_other_code(tmp_path, monkeypatch):
+    """A changed script or file of `lib` changes the fingerprint; a finished artifact is loaded all the same."""
+    script, library = tmp_path / "02_train.py", tmp_path / "lib"
+    library.mkdir()
+    script.write_text("steps = 3\n")
+    (library / "method.py").write_text("rate = 1\n")
+    monkeypatch.setattr("lib.artifacts.__file__", str(library / "artifacts.py"))
+    first = fingerprint(script, Config())
+    (library / "method.py").write_text("rate = 2\n")
+    second = fingerprint(script, Config())
+    script.write_text("steps = 4\n")
+    assert len({first, second, fingerprint(script, Config())}) == 3
+    save(tmp_path / "surrogate.eqx")
+    (library / "method.py").write_text("rate = 3\n")
+    load_module(tmp_path / "surrogate.eqx", "surrogate", build)
 
 
 def steps_and_losses(path):
@@ -257,3 +277,24 @@ def test_log_resumes_as_if_never_killed(tmp_path):
         log.write(step=5, loss=jnp.nan)
     TrainingLog(path, 0)
     assert read_log(path) == []
+
+
+def test_an_edited_header_is_found(tmp_path):
+    path = tmp_path / "surrogate.eqx"
+    save(path)
+    for changes in ({"hyperparameters": {"width": 5}}, {"config": {"mixed_precision": True}}, {"seed": 2}):
+        before = path.read_bytes()
+        rewrite_header(path, **changes)
+        with pytest.raises(ArtifactError, match="edited.*02_train"):
+            load_module(path, "surrogate", build)
+        path.write_bytes(before)
+    load_module(path, "surrogate", build)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    loop, folder = tmp_path / "loop.eqx", tmp_path / "folder.eqx"
+    loop.symlink_to(loop)
+    folder.mkdir()
+    for path in (loop, folder):
+        with pytest.raises(ArtifactError, match=f"{path.name}: cannot be read"):
+            load_module(path, "surrogate", build)

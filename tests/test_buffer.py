@@ -1,5 +1,7 @@
 """The buffer as a value, and as a file that a person wrote: every complaint names file, row and column."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -172,3 +174,25 @@ def test_bad_bounds_say_where_and_what(tmp_path, case):
 def test_bounds_listed_twice_are_refused(tmp_path):
     with pytest.raises(DataError, match="row 3.*'a'"):
         read_bounds(write(tmp_path / "bounds.csv", ["variable,low,high", "a,0,1", "a,0,2"]), ("a", "b"))
+
+
+def test_a_short_row_is_refused():
+    buffer = ExperienceBuffer.empty(3, 2)
+    write = inspect.unwrap(ExperienceBuffer.write)  # without the run-time shape checks of the tests
+    for row in (jnp.ones(1), jnp.array(2.0), jnp.ones(4)):
+        with pytest.raises(ValueError, match="the outcome has shape"):
+            write(buffer, 0, Intervention.none(3), row)
+    with pytest.raises(ValueError, match="the intervention has shape"):
+        buffer.add_intervention(Intervention.single(0, 1.0, 2), jnp.ones(3))
+
+
+def test_what_is_written_is_read_back_the_same(tmp_path):
+    """All digits of float32, and every variable that was set."""
+    rows = 10.0 ** jr.randint(jr.key(1), (MIN_OBSERVATIONS, 3), -20, 19) * jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3))
+    both = Intervention(jnp.array([True, False, True]), jnp.array([0.1, 0.0, 1 / 3]))
+    buffer = (
+        ExperienceBuffer(rows, jnp.zeros(rows.shape, bool), jnp.ones(len(rows), bool)).grow(1).add_intervention(both, jnp.array([0.1, 2.0, 1 / 3]))
+    )
+    buffer.to_csv(tmp_path / "data.csv", ("a", "b", "y"))
+    assert (tmp_path / "data.csv").read_text().splitlines()[-1].endswith(",a;y")
+    assert eqx.tree_equal(ExperienceBuffer.from_csv(tmp_path / "data.csv").buffer, buffer)

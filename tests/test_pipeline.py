@@ -228,3 +228,25 @@ def test_demo_scores_the_recommended_action(finished, capsys):
     scores = DEPLOY.demo(DEPLOY.Demo(steps=2, num_obs=20, system=finished / "acbo.eqx"))
     assert len(scores) == 1 and -2.2 < scores[0] < 0.6
     assert "optimum -2.17" in capsys.readouterr().out
+
+
+def test_the_shipped_system_answers_from_any_folder(tmp_path, monkeypatch, capsys):
+    """The README's first command, without `--system`, from a folder that holds nothing."""
+    monkeypatch.chdir(tmp_path)
+    examples = ROOT / "examples"
+    answer = DEPLOY.suggest(DEPLOY.Suggest(examples / "experiments.csv", "yield", objective="max", bounds=examples / "bounds.csv"))
+    assert answer["recommended_action"]["variable"] == "catalyst" and answer["recommended_action"]["value"] > 7
+    assert "Next experiment" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("remaining", [0, -5, 2**31, 10**20])
+def test_suggest_refuses_an_impossible_number_of_experiments(tmp_path, remaining):
+    with pytest.raises(DataError, match="--remaining"):
+        DEPLOY.Suggest(tmp_path / "experiments.csv", "yield", remaining=remaining)
+
+
+def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
+    names, buffer = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
+    wide, task = DEPLOY.padded(buffer, DEPLOY.observed_task(buffer, names.index("yield")))
+    state = DEPLOY.decide(DEPLOY.TrainedACBOSystem.load(finished / "acbo.eqx"), wide, task, jax.numpy.array(3))[0]
+    assert state.step == 2 and state.steps_left == 3

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, Task, apply_intervention, check_scm, sample_from_scm, value_grid
+from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, Task, apply_intervention, check_index, check_scm, sample_from_scm, value_grid
 from lib.scm_prior import SCMPrior, sample_scm
 
 
@@ -314,3 +314,14 @@ def test_samples_of_a_mutilated_model(scms):
     assert rows.shape == (4, NUM_VARS) and (rows[:, j] == 0.5).all()
     np.testing.assert_allclose(rows, simulate(scm, scm.draw_noise(key, 4), intervention), atol=1e-5)
     np.testing.assert_allclose(observed, simulate(scm, scm.draw_noise(key, 4), Intervention.none(NUM_VARS)), atol=1e-5)
+
+
+@pytest.mark.parametrize("variable", [9, -1, jnp.array(3)])
+def test_an_intervention_on_nothing_is_refused(variable):
+    with pytest.raises(ValueError, match="not one of the 3 variables"):
+        Intervention.single(variable, 1.0, 3)
+
+
+def test_a_name_is_no_index():
+    with pytest.raises(ValueError, match="'X1' is not one of the 3 variables"):
+        check_index("X1", 3, "variable")

@@ -1,6 +1,7 @@
 """The trained system: from a buffer to an experiment and back, on disk and in a campaign. Weights are untrained: only the plumbing is tested."""
 
 import functools as ft
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 
 from lib.artifacts import ArtifactError, save_module
+from lib.buffer import ExperienceBuffer
 from lib.grpo import GRPOConfig
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
+from lib.scm import Task
 from lib.scm_prior import SCMPrior, sample_problem
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import OnlineConfig, TrainedACBOSystem, flip_target, load_policy, load_surrogate, online_policy, run_campaign
 
 
+ROOT = Path(__file__).parent.parent
 NUM_VARS, STEPS = 5, 3
 SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5)
 
@@ -187,3 +191,69 @@ def test_online_tuning_gives_a_valid_distribution(system, problem, state):
     assert_distribution(tuned, state.task)
     assert eqx.tree_equal(tuned, tune(jr.key(6), system, state))
     assert tuned.kl(system.policy(state)) > 1e-5  # it moved
+
+
+def test_a_full_buffer_is_refused(problem):
+    scm, buffer = problem
+
+    def decide(key, buffer, step):
+        return (jnp.array(0), jnp.array(0.0)), (jnp.array(0), jnp.array(0.0))
+
+    full = buffer.first(buffer.size)
+    room = full.valid.shape[0] - int(full.size)
+    with pytest.raises(ValueError, match="too few"):
+        run_campaign(jr.key(0), scm, full, room + 1, decide)
+    traced = eqx.filter_jit(lambda buffer: run_campaign(jr.key(0), scm, buffer, room + 1, decide))(full)
+    assert jnp.isnan(traced.outcome).all() and jnp.isnan(traced.value).all()
+
+
+def test_a_target_that_is_no_variable_is_refused(system, problem):
+    for target in (99, -1):
+        with pytest.raises(ValueError, match=f"target {target} is not one of the 5 variables"):
+            system.predict_posterior(problem[1], target)
+
+
+def test_wrong_types_are_named(system, problem, saved):
+    assert eqx.tree_equal(TrainedACBOSystem.load(str(saved)), system)
+    with pytest.raises(Exception, match="AcquisitionState"):
+        system.select_intervention(problem[1])
+
+
+def test_public_methods_are_compiled_once(system, problem, monkeypatch):
+    """Another number of rows, up to the next multiple of 128, and another target need no other program."""
+    traced, predict = [], ParentSetPredictionModel.predict
+    monkeypatch.setattr(ParentSetPredictionModel, "predict", lambda *arguments: traced.append(1) or predict(*arguments))
+    buffer = problem[1].grow(1)
+    first = system.predict_posterior(buffer, 2)
+    again = system.predict_posterior(buffer.grow(5), 2)
+    system.predict_posterior(buffer, 1)
+    assert len(traced) <= 1  # none where an earlier test needed the same program
+    np.testing.assert_allclose(first.probs, again.probs, atol=1e-6)
+    direct = eqx.filter_jit(lambda surrogate, buffer: surrogate(buffer, 2))(system.surrogate, buffer)
+    np.testing.assert_allclose(first.probs, direct.probs, atol=1e-5)
+
+
+def test_shipped_weights_say_what_they_said():
+    """Posterior, effects and policy on ten data sets, as commit 5de510e gave them."""
+    with np.load(ROOT / "tests" / "cases" / "shipped.npz") as file:
+        stored = {name: jnp.asarray(file[name]) for name in file.files}
+    inputs = {name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")}
+    folder = ROOT / "pretrained"
+    hour = TrainedACBOSystem(load_surrogate(folder / "surrogate_hour.eqx")[0], load_policy(folder / "policy_hour.eqx")[0])
+
+    @eqx.filter_jit
+    def read(system, buffer, task):
+        state = system.state(buffer, task)
+        output = state.output
+        found = {"marginals": output.marginals(), "effect_mean": output.effect_mean, "effect_std": output.effect_std}
+        return found | {"log_probs": state.posterior.log_probs, "policy": system.policy(state).logits}
+
+    for name, loaded in (("small", TrainedACBOSystem.load(folder / "acbo.eqx")), ("hour", hour)):
+        for i in range(10):
+            one = {what: value[i] for what, value in inputs.items()}
+            buffer = ExperienceBuffer(one["values"], one["intervened"], one["valid"])
+            for what, value in read(loaded, buffer, Task(one["target"], one["low"], one["high"], one["var_mask"])).items():
+                before = stored[f"{name}/{what}"][i]
+                if what in ("log_probs", "policy"):
+                    value, before = jnp.exp(value), jnp.exp(before)
+                np.testing.assert_allclose(value, before, atol=3e-4, err_msg=f"{name} {what} {i}")  # float32, compiled otherwise
