@@ -26,7 +26,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.buffer import DataError
+from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
 from lib.parent_scale import ParentScaleConfig
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
@@ -83,6 +84,11 @@ class Config:
     # --- bookkeeping ---
     batch: int = 16
     """Models in one program; also the interval of checkpoints."""
+
+    def __post_init__(self):
+        check_settings(self)
+        if not 0 < round(self.num_models * self.validation_split) < self.num_models:
+            raise ValueError(f"num_models = {self.num_models} cannot be split with validation_split = {self.validation_split}: each side needs one")
 
     @property
     def expert(self) -> ParentScaleConfig:
@@ -155,7 +161,7 @@ def main(config: Config) -> Path:
     """Make the demonstrations and write them; returns the artifact's path."""
     use_compilation_cache(config.folder.parent / "cache")
     out, checkpoint_path = config.folder / "demos.npz", config.folder / "demos.ckpt"
-    problem_key, expert_key, augment_key = jr.split(jr.key(config.seed), 3)
+    problem_key, expert_key, augment_key = (stage_key(config.seed, "demos", name) for name in ("problems", "expert", "augmentation"))
     num_batches = -(-config.num_models // config.batch)
 
     # --- start, or continue ---
@@ -188,6 +194,11 @@ def main(config: Config) -> Path:
     trajectories, families, consistent = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], runs)
     good = validate_demonstration_quality(trajectories, config.min_trajectory_length, config.max_posterior_entropy)
     kept = np.asarray(consistent & good)
+    if not 0 < round(kept.sum() * config.validation_split) < kept.sum():
+        raise DataError(
+            f"{kept.sum()} of {config.num_models} demonstrations were kept, too few to hold {config.validation_split:.0%} out: "
+            "raise --num-models, or --max-posterior-entropy"
+        )
     chosen = take(trajectories, np.flatnonzero(kept))
     train, validation = extract_expert_demonstrations(chosen, config.validation_split)
     train = augment_expert_demonstrations(train, config.augmentation_factor, key=augment_key)

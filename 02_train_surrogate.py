@@ -31,7 +31,7 @@ import tyro
 from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint, save_module
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
 from lib.metrics import auroc, expected_calibration_error, median_seconds, parent_f1
 from lib.parent_scale import ParentScaleConfig, replay_posterior
 from lib.scm_prior import DataDesign, Example, SCMPrior, initial_buffer, sample_examples, sample_scm
@@ -95,11 +95,12 @@ class Config:
     chunk: int = 20
     """Steps in one compiled scan."""
     evaluate_every: int = 400
-    """Steps between evaluations on held-out problems, as many as one chunk of steps uses."""
+    """Steps between evaluations on held-out problems, as many as one chunk of steps uses; each at the first end of a chunk."""
     checkpoint_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints, likewise."""
 
     def __post_init__(self):
+        check_settings(self)
         sizes = [bucket.max_size for bucket in self.buckets]
         if sizes != sorted(set(sizes)) or not sizes or sizes[-1] != self.prior.max_size or sizes[0] < self.prior.min_size:
             raise ValueError(f"buckets: sizes {sizes} must ascend from at least {self.prior.min_size} to the prior's largest, {self.prior.max_size}")
@@ -186,8 +187,8 @@ def make_optimiser(config: Config) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def draw_chunk(key: jax.Array, first_step: jax.Array, config: Config) -> tuple[Example, ...]:
-    """Simulated examples of `chunk` steps, one batch per bucket: leading axes `[steps, batch]`."""
+def draw_chunk(key: jax.Array, first_step: jax.Array, count: int, config: Config) -> tuple[Example, ...]:
+    """Simulated examples of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
     def one_step(step):
         batches = []
@@ -197,12 +198,12 @@ def draw_chunk(key: jax.Array, first_step: jax.Array, config: Config) -> tuple[E
             batches.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw(keys)))
         return tuple(batches)
 
-    return jax.lax.map(one_step, first_step + jnp.arange(config.chunk))
+    return jax.lax.map(one_step, first_step + jnp.arange(count))
 
 
 @eqx.filter_jit
 def train_chunk(state: TrainState, batches: tuple[Example, ...], demos: ExpertExamples | None, key: jax.Array, first_step: jax.Array, config: Config):
-    """`chunk` gradient steps in one program."""
+    """A gradient step on each of `batches`, in one program."""
     optimiser = make_optimiser(config)
     trained, static = eqx.partition((state.model, state.average, state.optimiser), eqx.is_array)
 
@@ -217,7 +218,8 @@ def train_chunk(state: TrainState, batches: tuple[Example, ...], demos: ExpertEx
         average = jax.tree.map(lambda a, b: config.average * a + (1.0 - config.average) * b if eqx.is_array(a) else a, average, model)
         return eqx.filter((model, average, optimiser_state), eqx.is_array), losses
 
-    trained, losses = jax.lax.scan(step, trained, (first_step + jnp.arange(config.chunk), batches))
+    count = batches[0].parents.shape[0]
+    trained, losses = jax.lax.scan(step, trained, (first_step + jnp.arange(count), batches))
     model, average, optimiser_state = eqx.combine(trained, static)
     state = eqx.tree_at(lambda s: (s.model, s.average, s.optimiser), state, (model, average, optimiser_state))
     return state, jax.tree.map(jnp.mean, losses)
@@ -292,7 +294,8 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
     Raises `ArtifactError` if demos.npz is missing or damaged, unless the expert's term has no weight.
     """
     checkpoint_path = config.folder / "surrogate.ckpt"
-    model_key, data_key, demo_key, validation_key = jr.split(jr.key(config.seed), 4)
+    names = ("model", "problems", "demonstrations", "validation", "time")
+    model_key, data_key, demo_key, validation_key, time_key = (stage_key(config.seed, "surrogate", name) for name in names)
 
     # --- read ---
     demo_paths, demos = [config.folder / "demos.npz"] if config.weights.expert else [], None
@@ -306,26 +309,26 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
     mark = fingerprint(__file__, config, demo_paths)
     resumed = load_checkpoint(checkpoint_path, state, mark)
     state, start = resumed if resumed else (state, 0)
-    validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config))
+    validation = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draw_chunk(validation_key, jnp.array(0), config.chunk, config))
 
     # --- train ---
     log, history, metrics, done = TrainingLog(config.folder / "logs" / "surrogate.jsonl", start), [], {}, start
     with tqdm(total=config.steps, initial=start, desc="surrogate", unit="step", mininterval=2) as bar:
         for step in range(start, config.steps, config.chunk):
-            index = jnp.array(step)
-            state, losses = train_chunk(state, draw_chunk(data_key, index, config), demos, demo_key, index, config)
-            done = step + config.chunk
-            bar.update(config.chunk)
+            index, count = jnp.array(step), min(config.chunk, config.steps - step)  # a shorter last chunk is a program of its own
+            state, losses = train_chunk(state, draw_chunk(data_key, index, count, config), demos, demo_key, index, config)
+            done = step + count
+            bar.update(count)
             record = {name: float(value) for name, value in losses._asdict().items()}
             history.append({"step": done, **record})
             metrics = {}
-            if done % config.evaluate_every == 0 or done >= config.steps:
+            if done // config.evaluate_every > step // config.evaluate_every or done >= config.steps:
                 metrics = evaluate(state.average, validation)
                 bar.set_postfix(f1=f"{metrics['validation_parent_f1']:.3f}", r2=f"{metrics['validation_effect_r2']:.3f}")
                 loss = config.weights.parents * metrics["validation_set_nll"] + config.weights.effects * metrics["validation_effect_nll"]
                 if loss < float(state.best_loss):
                     state = eqx.tree_at(lambda s: (s.best_loss, s.best_step), state, (jnp.array(loss), jnp.array(done)))
-            if done % config.checkpoint_every == 0:
+            if done // config.checkpoint_every > step // config.checkpoint_every:
                 save_checkpoint(checkpoint_path, state, fingerprint=mark, step=done)
             log.write(step=done, **record, **metrics)
             if metrics and config.patience and done - int(state.best_step) >= config.patience * config.evaluate_every:
@@ -333,7 +336,7 @@ def train_surrogate_with_expert_data(config: Config) -> SurrogateModelResult:
                 break
 
     metrics = metrics or evaluate(state.average, validation)
-    speedup = estimate_speedup(jr.fold_in(validation_key, 1), state.average, config)
+    speedup = estimate_speedup(time_key, state.average, config)
     save_module(
         config.folder / "surrogate.eqx",
         state.average,

@@ -1,7 +1,7 @@
 """Stage 3: clone the expert's choices, then improve the policy by GRPO with verifiable rewards; a cold-started twin runs beside it.
 
 - Reads   artifacts/<preset>/demos.npz (not with --imitation.no-use-behavioral-cloning), surrogate.eqx
-- Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone), curves.npz, and logs/policy.jsonl beside them
+- Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone, if there is one), curves.npz, and logs/policy.jsonl beside them
 - Time    `small` about 5 minutes on 2 CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint, save_module
 from lib.causal_gp import expected_improvement
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
 from lib.grpo import CampaignDesign, GRPOConfig, GRPOMetrics, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig, expected_improvement_choice, thompson_choice
 from lib.rewards import RewardConfig
@@ -108,7 +108,7 @@ class AcquisitionConfig:
     average: float = 0.95
     """Decay of the moving average of the weights over iterations, which is what is written; 0 is the last weights."""
     cold_twin: bool = True
-    """Train the cold start as well, for the same time again."""
+    """Train the cold start as well, for the same time again; not where there is no warm start to compare it with."""
 
     # --- bookkeeping ---
     validation_problems: int = 64
@@ -117,6 +117,7 @@ class AcquisitionConfig:
     """Iterations between checkpoints."""
 
     def __post_init__(self):
+        check_settings(self)
         if not 0 <= self.multimodal_share <= 1 or not 0 <= self.average < 1:
             raise ValueError(f"multimodal_share = {self.multimodal_share} must be in [0, 1], average = {self.average} in [0, 1)")
         if self.validation_problems < 1 or not 1 <= self.checkpoint_every <= self.iterations:
@@ -124,6 +125,15 @@ class AcquisitionConfig:
                 f"validation_problems = {self.validation_problems} must be at least 1, "
                 f"checkpoint_every = {self.checkpoint_every} between 1 and iterations = {self.iterations}"
             )
+        if self.iterations % self.checkpoint_every:
+            raise ValueError(
+                f"iterations = {self.iterations} must be a multiple of checkpoint_every = {self.checkpoint_every}: the curve ends with training"
+            )
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """What is trained: without a warm start there is nothing that a cold twin could be compared with."""
+        return ("warm", "cold")[: 1 + self.cold_twin] if self.imitation.warm else ("cold",)
 
 
 THOMPSON_DRAWS = 64  # surfaces drawn per state for the distribution over what Thompson sampling would choose
@@ -352,9 +362,10 @@ def train_acquisition(
     inputs: list[Path],
 ) -> Runs:
     """GRPO from every one of `starts`, the first of which is the warm one, or on from a checkpoint; `demos` are for `imitation_weight`."""
-    _, _, _, problem_key, play_key, demo_key, _, held_out_key, noise_key = jr.split(jr.key(config.seed), 9)
+    uses = ("problems", "play", "demonstrations", "validation", "validation noise")
+    problem_key, play_key, demo_key, held_out_key, noise_key = (stage_key(config.seed, "policy", use) for use in uses)
     num_bins = surrogate.config.num_bins
-    checkpoint_path, names = config.folder / "policy.ckpt", ("warm", "cold")[: len(starts)]
+    checkpoint_path, names = config.folder / "policy.ckpt", config.runs
     references, optimiser = stack(starts), make_optimiser(config)
     optimiser_state = eqx.filter_vmap(lambda policy: optimiser.init(eqx.filter(policy, eqx.is_array)))(references)
     held_out = draw_batch(held_out_key, config, config.validation_problems, num_bins)
@@ -395,7 +406,7 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     """
     demos_path, surrogate_path = config.folder / "demos.npz", config.folder / "surrogate.eqx"
     inputs = [demos_path, surrogate_path] if config.imitation.use_behavioral_cloning else [surrogate_path]
-    warm_key, cold_key, clone_key, *_, teacher_key = jr.split(jr.key(config.seed), 7)
+    warm_key, cold_key, clone_key, teacher_key = (stage_key(config.seed, "policy", use) for use in ("warm", "cold", "clone", "teacher"))
     surrogate, _ = load_surrogate(surrogate_path)
 
     # --- clone (deterministic and short, so a resumed run repeats it) ---
@@ -421,7 +432,7 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
 
     # --- improve ---
     fresh = build(config.policy, token_dim, key=cold_key)
-    runs = train_acquisition(config, surrogate, [start if imitation.warm else fresh, *[fresh] * config.cold_twin], lessons, inputs)
+    runs = train_acquisition(config, surrogate, [start if run == "warm" else fresh for run in config.runs], lessons, inputs)
     trained = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, runs.average)
 
     # --- write ---
@@ -429,9 +440,11 @@ def train_acquisition_with_expert_warmstart(config: AcquisitionConfig) -> Acquis
     shape = dict(policy=config.policy.hyperparameters, token_dim=token_dim)
     curves = {name: np.asarray(curve) for name, curve in runs.curves._asdict().items()}
     validation = {"validation": np.asarray(runs.validation)}
-    names = ["warm", "cold"][: 1 + config.cold_twin]
-    save_arrays(config.folder / "curves.npz", curves | validation, stage="curves", hyperparameters={"runs": names}, metrics={}, **header)
-    save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **header)
+    save_arrays(config.folder / "curves.npz", curves | validation, stage="curves", hyperparameters={"runs": config.runs}, metrics={}, **header)
+    if imitation.use_behavioral_cloning:
+        save_module(config.folder / "bc_policy.eqx", cloned, stage="policy", hyperparameters=shape, metrics=agreement, **header)
+    else:
+        (config.folder / "bc_policy.eqx").unlink(missing_ok=True)  # of an earlier run: nothing was cloned in this one
     last = {f"last_{name}": float(curve[0, -10:].mean()) for name, curve in curves.items()}
     save_module(config.folder / "policy.eqx", trained, stage="policy", hyperparameters=shape, metrics=agreement | last, **header)
     (config.folder / "policy.ckpt").unlink(missing_ok=True)

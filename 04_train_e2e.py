@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
 from lib.buffer import ExperienceBuffer
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
 from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
@@ -79,6 +79,9 @@ class Config:
     # --- bookkeeping ---
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 PRESETS = {
@@ -211,7 +214,7 @@ def main(config: Config) -> Path:
     use_compilation_cache(config.folder.parent / "cache")
     inputs = [config.folder / "surrogate.eqx", config.folder / "policy.eqx"]
     out, checkpoint_path = config.folder / "acbo.eqx", config.folder / "acbo.ckpt"
-    problem_key, play_key, surrogate_key = jr.split(jr.key(config.seed), 3)
+    problem_key, play_key, surrogate_key = (stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate"))
 
     # --- read; build, or continue ---
     (surrogate, _), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])

@@ -1,6 +1,6 @@
 """Stage 5: every table and figure, on held-out problems, paired across methods, scored by noise-free E[Y | do].
 
-- Reads   artifacts/<preset>/demos.npz, surrogate.eqx, policy.eqx, bc_policy.eqx, curves.npz, acbo.eqx
+- Reads   artifacts/<preset>/surrogate.eqx, policy.eqx, bc_policy.eqx (if something was cloned), curves.npz, acbo.eqx
 - Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png,
         raw/*.npz (per-problem results, so a stopped run goes on)
 - Time    `small` about 4 minutes on 2 CPU cores.
@@ -34,7 +34,7 @@ from lib import baselines
 from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, save_arrays
 from lib.benchmarks import make_benchmark
 from lib.buffer import ExperienceBuffer
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
 from lib.grpo import CampaignDesign, Problem
 from lib.methods import EXPERT_FAMILY, METHODS, held_out_problems, in_batches, play
 from lib.metrics import (
@@ -94,6 +94,9 @@ class Config:
     """Experiments on each benchmark."""
 
     def __post_init__(self):
+        check_settings(self)
+        if min(*self.sizes, self.transfer_size) < 2:
+            raise ValueError(f"sizes {self.sizes} and transfer_size = {self.transfer_size} must be at least 2: a target and something to set")
         if set(self.methods) - set(METHODS) or not {"parent_scale", "acbo"} <= set(self.methods):
             raise ValueError(f"methods: {', '.join(self.methods)} must be of {', '.join(METHODS)}, with parent_scale and acbo among them")
 
@@ -197,12 +200,14 @@ def held_out(config: Config, size: int, bucket: int, num_bins: int, count: int, 
 
 
 def evaluate_optimisation(evaluation: Evaluation, size: int, problems: Problem, optima: np.ndarray) -> np.ndarray:
-    """Simple regret of every method, and paired differences to the deployed system; returns the expert's final parent marginals `[batch, vars]`."""
+    """Simple regret of every method, and paired differences to the deployed system; returns the expert's parent marginals before any
+    experiment `[batch, vars]`."""
     config, task = evaluation.config, f"d={size}"
-    keys = jr.split(jr.fold_in(jr.key(config.seed), size), config.num_problems)
+    keys = jr.split(stage_key(config.seed, "evaluation", "play", task), config.num_problems)
     baseline = np.asarray(problems.truth.baseline)
     regret, marginals = {}, np.zeros(0)
-    for name in tqdm(config.methods, desc=f"methods, {task}"):
+    methods = [name for name in config.methods if name != "bc_policy" or name in evaluation.systems]
+    for name in tqdm(methods, desc=f"methods, {task}"):
         count = min(config.expert_problems, config.num_problems) if name in EXPERT_FAMILY else config.num_problems
         part = jax.tree.map(lambda leaf, n=count: leaf[:n], (keys, problems.scm, problems.buffer))
         result = evaluation.stored(f"{name}_d{size}", partial(evaluation.play, name, *part, config.num_obs, config.num_steps))
@@ -284,14 +289,11 @@ def evaluate_success(
     evaluation.add("success", task, "acbo", "speedup", slow / fast, 1, "our expert's seconds per posterior over the surrogate's")
     evaluation.add("success", task, "acbo", "surrogate_latency", 1000 * fast, 20, "ms per posterior, one problem")
 
-    header = read_header(config.folder / "bc_policy.eqx")["metrics"]
-    demos = int(header["validation_states"])
-    evaluation.add(
-        "success", "demos", "bc_policy", "expert_agreement", header["variable_agreement"], demos, "share of held-out expert steps, variable"
-    )
-    evaluation.add(
-        "success", "demos", "bc_policy", "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range"
-    )
+    if "bc_policy" in evaluation.systems:
+        header = read_header(config.folder / "bc_policy.eqx")["metrics"]
+        demos, clone = int(header["validation_states"]), ("success", "demos", "bc_policy")
+        evaluation.add(*clone, "expert_agreement", header["variable_agreement"], demos, "share of held-out expert steps, variable")
+        evaluation.add(*clone, "expert_value_agreement", header["value_agreement"], demos, "of these, value within 10 % of the range")
     curves, _ = load_arrays(config.folder / "curves.npz", "curves")
     if len(curves["validation"]) == 2:
         ratio = convergence_ratio(curves["validation"].mean(-1))
@@ -308,12 +310,12 @@ def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
     """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps` experiments."""
     config = evaluation.config
     capacity = config.literature_obs + config.per_variable * bucket + config.literature_steps
-    keys = jr.split(jr.fold_in(jr.key(config.seed), 7), config.literature_seeds)
+    data_keys, keys = (jr.split(stage_key(config.seed, "evaluation", "literature", use), config.literature_seeds) for use in ("data", "play"))
     runs = [(benchmark, name) for benchmark in config.literature for name in ("random", "additive_ridge", "parent_scale", "acbo")]
     for benchmark, name in tqdm(runs, desc="literature"):
         scm = make_benchmark(benchmark, bucket)
         first = partial(initial_buffer, scm=scm, num_obs=config.literature_obs, per_variable=config.per_variable, capacity=capacity)
-        buffers = eqx.filter_jit(eqx.filter_vmap(first))(keys)
+        buffers = eqx.filter_jit(eqx.filter_vmap(first))(data_keys)
         scms = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(keys), *leaf.shape)) if eqx.is_array(leaf) else leaf, scm)
         if name == "random":
             evaluation.add("literature", benchmark, "optimum", "E[Y | do]", float(scm.optimum().mean), 1)
@@ -348,24 +350,27 @@ def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> Non
 def main(config: Config) -> Path:
     """Run every comparison, print and write the tables; returns the results folder."""
     use_compilation_cache(config.folder.parent / "cache")
-    names = ("demos.npz", "surrogate.eqx", "policy.eqx", "bc_policy.eqx", "curves.npz", "acbo.eqx")
-    inputs, results = [config.folder / name for name in names], config.folder / "results"
+    results, policy_path = config.folder / "results", config.folder / "policy.eqx"
+    cloned = read_header(policy_path)["config"]["imitation"]["use_behavioral_cloning"]
+    names = ("surrogate.eqx", "policy.eqx", *["bc_policy.eqx"] * cloned, "curves.npz", "acbo.eqx")
+    inputs = [config.folder / name for name in names]
     for path in inputs:
         if not path.exists():
             raise ArtifactError(path, "missing")
     before = load_surrogate(config.folder / "surrogate.eqx")[0]
     systems = {
-        "bc_policy": TrainedACBOSystem(before, load_policy(config.folder / "bc_policy.eqx")[0]),
-        "grpo_policy": TrainedACBOSystem(before, load_policy(config.folder / "policy.eqx")[0]),
+        "grpo_policy": TrainedACBOSystem(before, load_policy(policy_path)[0]),
         "acbo": TrainedACBOSystem.load(config.folder / "acbo.eqx"),
     }
+    if cloned:
+        systems["bc_policy"] = TrainedACBOSystem(before, load_policy(config.folder / "bc_policy.eqx")[0])
     evaluation = Evaluation(config, systems, inputs)
     bucket = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
     num_bins = before.config.num_bins
     results.mkdir(parents=True, exist_ok=True)
     f1, played = {}, {}
     for size in (*config.sizes, config.transfer_size):
-        problem_key, validation_key = jr.split(jr.fold_in(jr.key(config.seed), 1000 + size))
+        problem_key, validation_key = (stage_key(config.seed, "evaluation", use, f"d={size}") for use in ("problems", "validation"))
         slots = max(bucket, size)
         problems, optima = held_out(config, size, slots, num_bins, config.num_problems, problem_key)
         validation, _ = held_out(config, size, slots, num_bins, config.num_problems, validation_key)

@@ -16,14 +16,13 @@ from typing import Annotated, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import tyro
 from tabulate import tabulate
 
 from lib.benchmarks import make_benchmark
 from lib.buffer import DataError, ExperienceBuffer, read_bounds
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, stage_key, use_compilation_cache
 from lib.policy import AcquisitionState
 from lib.scm import Intervention, Task
 from lib.scm_prior import initial_buffer
@@ -78,6 +77,9 @@ class Demo:
     """Tune the policy by GRPO at every state, scored on a fitted causal Gaussian process."""
     system: Path = SHIPPED
     """Trained system; the default is the one that comes with this script."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 BUCKETS = (8, 16, 32, 64, 128)  # variables; one program each, whatever the data
@@ -198,7 +200,7 @@ def demo(config: Demo) -> list[float]:
     first = eqx.filter_jit(lambda key: initial_buffer(key, scm, config.num_obs, config.per_variable, capacity))
     scores = []
     for seed in range(config.seeds):
-        data_key, play_key = jr.split(jr.key(seed))
+        data_key, play_key = (stage_key(seed, "demo", use) for use in ("data", "play"))
         result = system.run_optimization(scm, config.steps, config.online, buffer=first(data_key), key=play_key)
         if seed == 0:
             rows = zip(np.asarray(result.variable), np.asarray(result.value), np.asarray(result.outcome), strict=True)

@@ -1,18 +1,60 @@
 """What every script shares before it starts: presets on the command line, the compilation cache, and errors meant for people."""
 
 import contextlib
+import math
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.random as jr
 
 from lib.artifacts import ArtifactError
 from lib.buffer import DataError
 
 
 DEFAULT_PRESET = "small"
+LARGEST_SEED = 2**32 - 1  # without 64-bit integers a larger one would lose its upper half, and two seeds give one result
+MAY_BE_ZERO = ("per_variable", "max_interventions", "warmup_steps", "demos_per_step")  # and what is 0 by default
+
+
+def stage_key(seed: int, *names: str) -> jax.Array:
+    """The random key of one use, such as `stage_key(0, "surrogate", "problems")`: other names give other numbers, in every stage.
+
+    `jr.split(key, n)[i]` equals `jr.fold_in(key, i)`, so a key must not be both split and folded, nor shared by two stages.
+    """
+    key = jr.key(seed)
+    for name in names:
+        key = jr.fold_in(key, zlib.crc32(name.encode()))
+    return key
+
+
+def check_settings(config: Any) -> None:
+    """Raise `ValueError`, which the command line prints as one line, for a setting that cannot be meant; also of settings within `config`.
+
+    Counts are at least 1 (0 in `MAY_BE_ZERO` and where 0 is the default) and fit 32 bits, seeds are whole numbers of 32 bits, and no number is
+    negative, infinite or NaN. What depends on several settings is checked by the class itself.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(one):
+                check_settings(one)
+            elif isinstance(one, bool) or not isinstance(one, (int, float)):
+                continue
+            elif field.name.endswith("seed"):
+                if not 0 <= one <= LARGEST_SEED:
+                    raise ValueError(f"{field.name} = {one} must be between 0 and {LARGEST_SEED}")
+            elif isinstance(one, int):
+                least = 0 if field.name in MAY_BE_ZERO or field.default == 0 else 1
+                if not least <= one < 2**31:
+                    raise ValueError(f"{field.name} = {one} must be at least {least} and below 2^31")
+            elif not (math.isfinite(one) and one >= 0):
+                raise ValueError(f"{field.name} = {one} must be a finite number, not negative")
 
 
 def preset_arguments(arguments: Sequence[str]) -> list[str]:

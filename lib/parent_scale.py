@@ -45,7 +45,7 @@ from lib.causal_gp import (
 from lib.doubly_robust import BANDWIDTHS, doubly_robust_prior
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.posterior import ParentSetPosterior
-from lib.scm import AbstractSCM, Intervention, SyntheticSCM, check_scm, value_grid
+from lib.scm import AbstractSCM, Intervention, SyntheticSCM, check_scm, experiment_key, value_grid
 
 
 PRIORS = ("doubly_robust", "uniform")
@@ -335,7 +335,7 @@ def optimise(key, scm, buffer, config, scale, sets, state, believe, update, nois
         decision = decide(scm, scale, gps, explore)
 
         action = Intervention.single(decision.variable, decision.value, num_vars)
-        rows = scm.sample(jr.fold_in(key, t), action, config.outcome_samples + (config.outcome_samples > 1))
+        rows = scm.sample(experiment_key(key, t), action, config.outcome_samples + (config.outcome_samples > 1))
         # The row that is kept is not among those averaged, as in the published protocol, unless it is the only one.
         outcome = jnp.take(rows[-config.outcome_samples :].mean(0), scm.target)
         standard = (outcome - jnp.take(scale.shift, scm.target)) / jnp.take(scale.spread, scm.target)
@@ -426,7 +426,7 @@ def run_parent_scale(
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, scm, buffer))):
         with jax.ensure_compile_time_eval():  # all three may be constants of a program that is being traced
             check_expert_input(scm, buffer, config)
-    prior_key, feature_key, step_key = jr.split(key, 3)
+    prior_key, feature_key, _ = jr.split(key, 3)
     observed = buffer.values[: config.num_obs]
     scale = Scale.of(observed)
     sets, log_prior = prior_over_sets(prior_key, scm, observed, config) if candidate_sets is None else candidate_sets
@@ -441,7 +441,7 @@ def run_parent_scale(
         return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))
 
     if predict is not None:
-        return add_failures(optimise(step_key, scm, buffer, config, scale, sets, None, believe, lambda state, row, intervened: state, (1.0,)))
+        return add_failures(optimise(key, scm, buffer, config, scale, sets, None, believe, lambda state, row, intervened: state, (1.0,)))
     state = initial_regression(feature_key, sets, log_prior, observed, scm.target, config)
 
     def update(state, row, intervened, valid=True):
@@ -449,7 +449,7 @@ def run_parent_scale(
 
     rows = (buffer.values, buffer.intervened, buffer.valid)
     state, _ = jax.lax.scan(lambda s, row: (update(s, *row), None), state, jax.tree.map(lambda a: a[config.num_obs :], rows))
-    return add_failures(optimise(step_key, scm, buffer, config, scale, sets, state, believe, update, (1.0,)))
+    return add_failures(optimise(key, scm, buffer, config, scale, sets, state, believe, update, (1.0,)))
 
 
 def effects_of_sets(

@@ -45,6 +45,9 @@ def check_index(index: object, num_vars: int, what: str) -> None:
         raise ValueError(f"{what} {index!r} is not one of the {num_vars} variables: give its index, 0 to {num_vars - 1}")
 
 
+EXPERIMENTS = 0x6E6F6973  # folded into a campaign's key before the step: far from any index that a method folds in or splits off
+
+
 class Optimum(NamedTuple):
     """The best single-variable intervention of a model: `variable`, `value`, and its E[Y | do]."""
 
@@ -134,6 +137,11 @@ class AbstractSCM(eqx.Module):
         means = jax.vmap(lambda v: self.mean_outcome(Intervention.single(variable, v, grid.shape[0])))(fine)
         best = jnp.argmin(means)
         return Optimum(variable, fine[best], means[best])
+
+
+def experiment_key(key: Key[Array, ""], step: Int[Array, ""] | int) -> Key[Array, ""]:
+    """The key of the exogenous noise of experiment `step` in a campaign with `key`: the same for every method, which makes comparisons paired."""
+    return jr.fold_in(jr.fold_in(key, EXPERIMENTS), step)
 
 
 def value_grid(low: Float[Array, " vars"], high: Float[Array, " vars"], num_values: int) -> Float[Array, "vars bins"]:

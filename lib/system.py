@@ -19,7 +19,7 @@ from lib.grpo import Groups, GRPOConfig, generate_group_interventions, update_ac
 from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution, PolicyConfig, check_state, make_state
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
-from lib.scm import AbstractSCM, Intervention, Task
+from lib.scm import AbstractSCM, Intervention, Task, experiment_key
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, observed_task
 
 
@@ -46,23 +46,23 @@ def run_campaign(
 ) -> OptimizationResult:
     """`num_steps` single-row experiments with any method.
 
-    `decide(key, buffer, step)` returns the next experiment and the action that the method would recommend now. The noise of experiment t depends on
-    `key` and t alone, so methods run with the same key are paired. The buffer needs `num_steps` free places behind its valid rows: `ValueError` if it
-    has fewer; where only a traced program can tell, every number of the result is nan.
+    `decide(key, buffer, step)` returns the next experiment and the action that the method would recommend now. The noise of experiment t is that of
+    `experiment_key(key, t)`, so methods run with the same key are paired. The buffer needs `num_steps` free places behind its valid rows:
+    `ValueError` if it has fewer; where only a traced program can tell, every number of the result is nan.
     """
+    method_key = jr.fold_in(key, 0)
     num_vars, start, capacity = scm.var_mask.shape[0], buffer.size, buffer.valid.shape[0]
     if capacity < num_steps or not isinstance(start, Tracer) and int(start) + num_steps > capacity:
         raise ValueError(f"the buffer has {capacity} places, too few for its rows and {num_steps} experiments: use grow()")
 
     def step(buffer, t):
-        noise_key, method_key = jr.split(jr.fold_in(key, t))
-        (variable, value), recommended = decide(method_key, buffer, t)
+        (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
         intervention = Intervention.single(variable, value, num_vars)
-        row = scm.sample(noise_key, intervention, 1)[0]
+        row = scm.sample(experiment_key(key, t), intervention, 1)[0]
         return buffer.write(start + t, intervention, row), (variable, value, jnp.take(row, scm.target), *recommended)
 
     buffer, (variable, value, outcome, *recommended) = jax.lax.scan(step, buffer, jnp.arange(num_steps))
-    _, last = decide(key, buffer, jnp.array(num_steps))
+    _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
     recommended_variable, recommended_value = (jnp.append(path, end) for path, end in zip(recommended, last, strict=True))
     result = OptimizationResult(variable, value, outcome, recommended_variable, recommended_value, buffer)
     fits = start + num_steps <= capacity

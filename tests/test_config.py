@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import jax
+import jax.random as jr
+import numpy as np
 import pytest
 
 from lib.artifacts import ArtifactError
 from lib.buffer import DataError
-from lib.config import errors_for_people, preset_arguments, use_compilation_cache
+from lib.config import errors_for_people, preset_arguments, stage_key, use_compilation_cache
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,15 @@ def test_compilation_cache_goes_where_it_is_told(tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_stages_and_uses_have_keys_of_their_own():
+    """None of them is what another stage splits off or folds in, although all start at the same seed."""
+    uses = [(stage, use) for stage in ("demos", "surrogate", "policy", "acbo", "evaluation") for use in ("problems", "play")]
+    keys = [stage_key(0, *use) for use in uses]
+    derived = [jr.key(0), *jr.split(jr.key(0), 64)]
+    for key in keys:
+        derived += [key, *jr.split(key, 64)]
+    numbers = np.stack([jr.key_data(key) for key in derived])
+    assert len(np.unique(numbers, axis=0)) == len(numbers)
+    assert (jr.key_data(stage_key(0, "demos", "play")) == jr.key_data(keys[1])).all()

@@ -1,12 +1,14 @@
 """Methods that play, and the comparison of an untrained system with a rival: what is measured, not how good it is."""
 
 import equinox as eqx
+import jax
 import jax.random as jr
 import numpy as np
 import pytest
 
 from lib.methods import METHODS, OptimizationScenario, evaluate_acquisition_performance, exploration_scenario, make_method
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
+from lib.scm import Intervention, experiment_key
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import TrainedACBOSystem
@@ -51,3 +53,16 @@ def test_exploration_means_few_rows_wide_ranges_and_valleys():
     assert scenario.num_obs < 50 and scenario.prior.max_vars == 8 and scenario.prior.min_size == scenario.prior.max_size == 5
     assert scenario.prior.mechanisms == ("fourier",) and scenario.prior.min_range > usual.min_range
     assert scenario.prior.max_lengthscale < usual.max_lengthscale
+
+
+@pytest.mark.parametrize("name", ["surrogate_ei", "parent_scale", "bo", "cbo_known_graph"])
+def test_the_noise_of_an_experiment_is_the_same_for_all_methods(system, name):
+    """What every method saw is what its experiments give with the noise of (key, step)."""
+    problems, _ = SCENARIO.draw(jr.key(0), 1, SIZES.num_bins)
+    scm, buffer = (jax.tree.map(lambda leaf: leaf[0], one) for one in (problems.scm, problems.buffer))
+    key = jr.key(5)
+    run = eqx.filter_jit(make_method(name, system, 12, 3))(key, scm, buffer)
+    for t in range(3):
+        intervention = Intervention.single(run.variable[t], run.value[t], 4)
+        row = scm.sample(experiment_key(key, t), intervention, 1)[0]
+        np.testing.assert_allclose(run.outcome[t], row[scm.target], atol=1e-4)

@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.artifacts import ArtifactError, read_header
+from lib.artifacts import ArtifactError, load_arrays, read_header
 from lib.buffer import DataError
 from lib.grpo import CampaignDesign, GRPOConfig
 from lib.policy import PolicyConfig
@@ -187,7 +187,7 @@ def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path)
 
 
 def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
-    with pytest.raises(ArtifactError, match="demos.npz.*01_extract_demos.py"):
+    with pytest.raises(ArtifactError, match="policy.eqx.*03_warmstart_acquisition.py"):
         EVALUATE.main(EVALUATE.Config(tmp_path))
 
 
@@ -250,3 +250,55 @@ def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
     wide, task = DEPLOY.padded(buffer, DEPLOY.observed_task(buffer, names.index("yield")))
     state = DEPLOY.decide(DEPLOY.TrainedACBOSystem.load(finished / "acbo.eqx"), wide, task, jax.numpy.array(3))[0]
     assert state.step == 2 and state.steps_left == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "said"),
+    [
+        (0, {"num_models": 0}, "num_models = 0 must be at least 1"),
+        (0, {"num_models": 2}, "num_models = 2 cannot be split"),
+        (1, {"steps": 0}, "steps = 0 must be at least 1"),
+        (1, {"steps": -1}, "steps = -1"),
+        (1, {"learning_rate": float("nan")}, "learning_rate = nan"),
+        (2, {"seed": 10**20}, "seed = 1000"),
+        (2, {"checkpoint_every": 2}, "iterations = 3 must be a multiple"),
+        (3, {"rounds": -1}, "rounds = -1"),
+        (3, {"seed": -1}, "seed = -1"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(stage, changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(configs(Path())[stage], **changes)
+
+
+def test_settings_of_evaluation_and_demo_that_cannot_be_meant_are_refused():
+    for settings in ({"num_problems": 0}, {"literature_seeds": 0}, {"sizes": (0,)}, {"transfer_size": 1}, {"seed": 2**32}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            EVALUATE.Config(**settings)
+    for settings in ({"seeds": 0}, {"steps": -1}, {"num_obs": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            DEPLOY.Demo(**settings)
+
+
+def test_training_takes_as_many_steps_as_it_was_told(finished):
+    """Neither the number of steps nor the interval of evaluations is a multiple of a chunk."""
+    folder = finished.parent / "uneven"
+    folder.mkdir()
+    (folder / "demos.npz").write_bytes((finished / "demos.npz").read_bytes())
+    STAGES[1].main(dataclasses.replace(configs(folder)[1], steps=5, evaluate_every=3))
+    assert read_header(folder / "surrogate.eqx")["step"] == 5
+    lines = [json.loads(line) for line in (folder / "logs" / "surrogate.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert ["validation_set_nll" in line for line in lines] == [False, True, True]
+
+
+def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
+    folder = finished.parent / "cold only"
+    folder.mkdir()
+    for name in ("surrogate.eqx", "bc_policy.eqx"):  # a clone that an earlier run left
+        (folder / name).write_bytes((finished / name).read_bytes())
+    imitation = STAGES[2].ImitationConfig(use_behavioral_cloning=False)
+    STAGES[2].main(dataclasses.replace(configs(folder)[2], imitation=imitation))
+    curves, header = load_arrays(folder / "curves.npz", "curves")
+    assert len(curves["validation"]) == 1 and header["hyperparameters"]["runs"] == ["cold"]
+    assert not (folder / "bc_policy.eqx").exists()
