@@ -149,7 +149,9 @@ def value_grid(low: Float[Array, " vars"], high: Float[Array, " vars"], num_valu
     return low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
 
 
-NUM_REFERENCE = 128  # antithetic noise rows behind every noise-free mean; the standard error of a mean is then well below .05 standard deviations
+# Antithetic noise rows behind every noise-free mean: exact for linear mechanisms. Over 200 systems of the prior the standard
+# error of a mean at the end of a range is .03 deviations (root mean square), .08 in one of twenty, .11 at most.
+NUM_REFERENCE = 128
 
 
 def antithetic_normal(seed: int, num_samples: int, num_vars: int) -> Float[Array, "samples vars"]:
