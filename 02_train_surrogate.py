@@ -230,23 +230,27 @@ def train_chunk(state: TrainState, batches: tuple[Example, ...], demos: ExpertEx
 
 @eqx.filter_jit
 def predict(model: ParentSetPredictionModel, examples: Example) -> dict[str, jax.Array]:
-    """What the model says of every example."""
+    """What the model says of every example, and its true effects in the same unit."""
 
     def one(example):
         output = model.predict(example.buffer, example.task)
         belief = {"marginals": output.marginals(), "log_prob": output.log_prob(example.parents), "possible": example.task.possible_parents}
-        return belief | {"mean": output.effect_mean, "std": output.effect_std}
+        effects = {"mean": output.effect_mean, "std": output.effect_std, "effects": example.effects}
+        return belief | {name: value / output.spread for name, value in effects.items()}  # in observed deviations of the target
 
     return jax.lax.map(one, examples, batch_size=32)
 
 
 def evaluate(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -> dict[str, float]:
-    """Accuracy on held-out problems of all buckets together: parents, effects, and how good the surface's best point is as an action."""
+    """Accuracy on held-out problems of all buckets together: parents, effects, and how good the surface's best point is as an action.
+
+    Effects and regret are in observed deviations of the target, so no unit matters.
+    """
     slots = max(batch.parents.shape[1] for batch in validation)
     parts = []
     for batch in validation:
         found = {name: np.asarray(value) for name, value in predict(model, batch).items()}
-        found |= {"parents": np.asarray(batch.parents), "effects": np.asarray(batch.effects)}
+        found["parents"] = np.asarray(batch.parents)
         filler = {"effects": np.inf, "std": 1.0}
 
         def widened(name, value, filler=filler):

@@ -126,18 +126,26 @@ def f1_of(counts) -> Float[np.ndarray, "*shape"]:
 
 
 def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
-    """The threshold t for which `scores >= t` has the largest pooled F1: choose it on validation problems. Lies halfway between two scores.
+    """The threshold t for which `scores >= t` has the largest mean F1 over problems, the figure that tables show: choose it on validation problems.
+    Lies halfway between two scores.
 
-    Raises `ValueError` if no variable is a true parent.
+    Raises `ValueError` if no variable is a true parent, or for NaN among the scores.
     """
     score, label = pooled(scores, truth, mask)
     if not label.any():
         raise ValueError("no true parent among these problems: no threshold is better than another")
+    problem = np.nonzero(np.asarray(mask, bool))[0]
     order = np.argsort(-score, kind="stable")
-    score, label = score[order], label[order]
-    f1 = 2 * label.cumsum() / (np.arange(1, len(score) + 1) + label.sum())  # if all down to this one are said
+    score, label, problem = score[order], label[order], problem[order]
+    change = np.zeros(len(score))  # of the sum of F1 over problems, when the next decision is said too
+    for p in np.unique(problem):
+        own = problem == p
+        parents, said = label[own].sum(), np.arange(own.sum() + 1)
+        hits = np.concatenate([[0], label[own].cumsum()])
+        f1 = np.where(said + parents > 0, 2 * hits / np.maximum(said + parents, 1), 1.0)
+        change[own] = np.diff(f1)
     last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
-    best = int(np.argmax(np.where(last, f1, -1.0)))
+    best = int(np.argmax(np.where(last, change.cumsum(), -np.inf)))
     return float(score[best] if best + 1 == len(score) else 0.5 * (score[best] + score[best + 1]))
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -302,3 +303,17 @@ def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
     curves, header = load_arrays(folder / "curves.npz", "curves")
     assert len(curves["validation"]) == 1 and header["hyperparameters"]["runs"] == ["cold"]
     assert not (folder / "bc_policy.eqx").exists()
+
+
+def test_validation_figures_have_no_unit(finished):
+    config = configs(finished)[1]
+    model = load_surrogate(finished / "surrogate.eqx")[0]
+    drawn = STAGES[1].draw_chunk(jr.key(0), jax.numpy.array(0), 2, config)
+    (batch,) = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
+    is_target = jax.numpy.arange(batch.parents.shape[1])[None] == batch.task.target[:, None]
+    scaled = batch.buffer.values * jax.numpy.where(is_target, 1000.0, 1.0)[:, None]
+    other = batch._replace(buffer=eqx.tree_at(lambda buffer: buffer.values, batch.buffer, scaled), effects=1000.0 * batch.effects)
+    one, two = (STAGES[1].evaluate(model, (examples,)) for examples in (batch, other))
+    assert one["validation_regret"] > 0
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
