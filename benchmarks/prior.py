@@ -1,8 +1,8 @@
 """The doubly robust prior in closed form against the original's networks, and on more systems than the networks could be run on.
 
-    PARENT_SCALE_CASES=<folder> python benchmarks/prior.py --num-problems 200
+    python benchmarks/prior.py --num-problems 200
 
-First part: recorded runs of the original code (`*_dr1_*.npz` in the folder that the environment variable names; skipped where there are none), both
+First part: recorded runs of the original code (`*_dr1_*.npz` in tests/cases, or in the folder that PARENT_SCALE_CASES names), both
 on the same observational rows. Second part: CBO-U's random systems, here with any target, while no published target has children. Writes `prior.md`
 to `--folder`.
 """
@@ -56,7 +56,7 @@ VARIANTS = {
     "cross-validated bandwidth": dict(bandwidth="cross_validation"),
     "median bandwidth, union": dict(union=True),
 }
-CASES = Path(os.environ.get("PARENT_SCALE_CASES", "../shared/reference/parent_scale_cases"))
+CASES = Path(os.environ.get("PARENT_SCALE_CASES", "tests/cases"))
 ORIGINAL_SECONDS = "18 to 71"  # one run of the original's prior, 5 to 50 variables, one thread on two shared cores
 QUALITY = ("parent F1", "expected F1", "coverage", "sets")
 
