@@ -23,7 +23,6 @@ from tabulate import tabulate
 from lib.benchmarks import make_benchmark
 from lib.buffer import DataError, ExperienceBuffer, read_bounds
 from lib.config import check_settings, errors_for_people, stage_key, use_compilation_cache
-from lib.policy import AcquisitionState
 from lib.scm import Intervention, Task
 from lib.scm_prior import initial_buffer
 from lib.surrogate import observed_task
@@ -33,6 +32,7 @@ from lib.system import TrainedACBOSystem, flip_target
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "pretrained" / "acbo.eqx"
 MAX_REMAINING = 1_000_000
+FARTHEST_RANGE = 1e6  # deviations: beyond, bounds and data have different units
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,20 @@ def decide(system: TrainedACBOSystem, buffer: ExperienceBuffer, task: Task, rema
 
 def suggest(config: Suggest) -> dict:
     """Answer for one data set; prints it and returns it."""
-    names, buffer = ExperienceBuffer.from_csv(config.data)
+    names, buffer, units = ExperienceBuffer.from_csv(config.data)
     if config.target not in names:
         raise DataError(f"{config.data}: no column '{config.target}' to use as target; the variables are {', '.join(names)}")
     target = names.index(config.target)
     task = observed_task(buffer, target)
+    low, high = units.raw(task.low), units.raw(task.high)
     if config.bounds is not None:
         low, high = read_bounds(config.bounds, names)
-        task = Task(task.target, low, high, task.var_mask)
+        far = np.where(low < high, np.maximum(np.abs(low - units.shift), np.abs(high - units.shift)) / units.spread, 0.0)
+        if far.max() > FARTHEST_RANGE:
+            name = names[int(far.argmax())]
+            raise DataError(f"{config.bounds}: the range of '{name}' ends {far.max():.0e} deviations from what was observed: check its unit")
+        first, last = (jnp.asarray(np.where(low < high, units.deviations(ends), 0.0), jnp.float32) for ends in (low, high))
+        task = Task(task.target, first, last, task.var_mask)
     if not bool(task.candidates.any()):
         raise DataError(f"{config.bounds or config.data}: no variable may be intervened on: give one besides '{config.target}' a range")
     system = TrainedACBOSystem.load(config.system)
@@ -130,11 +136,25 @@ def suggest(config: Suggest) -> dict:
     wide, wide_task = padded(flip_target(buffer, target) if sign < 0 else buffer, task)
     state, chosen, best, marginals, top = decide(system, wide, wide_task, jnp.array(config.remaining))
 
+    # --- back to the columns' own units and digits; predictions get two digits more, or a narrow band would be rounded away ---
+    def effect(variable, index):
+        mean, std = float(state.output.effect_mean[variable, index]), float(state.output.effect_std[variable, index])
+        return units.written(target, sign * mean, more=2), round(std * float(units.spread[target]), units.digits[target] + 2)
+
+    def setting(variable, deviation):
+        return min(max(units.written(variable, deviation), float(low[variable])), float(high[variable]))
+
     def described(choice):
         variable, value = int(choice[0]), float(choice[1])
-        index = int(np.abs(np.asarray(state.output.grid[variable]) - value).argmin())
-        mean, std = sign * float(state.output.effect_mean[variable, index]), float(state.output.effect_std[variable, index])
-        return {"variable": names[variable], "value": value, "predicted": mean, "std": std}
+        mean, std = effect(variable, int(np.abs(np.asarray(state.output.grid[variable]) - value).argmin()))
+        return {"variable": names[variable], "value": setting(variable, value), "predicted": mean, "std": std}
+
+    def best_effects():
+        """For every variable that may be set: its best value and the target expected there, best first."""
+        surface = np.where(np.asarray(state.task.candidates)[:, None], np.asarray(state.output.effect_mean), np.inf)
+        places = [(int(i), int(surface[i].argmin())) for i in np.argsort(surface.min(1)) if np.isfinite(surface[i]).all()]
+        found = [(i, setting(i, float(state.output.grid[i, b])), *effect(i, b)) for i, b in places]
+        return [{"variable": names[i], "value": value, "mean": mean, "std": std} for i, value, mean, std in found]
 
     answer = {
         "target": config.target,
@@ -146,28 +166,10 @@ def suggest(config: Suggest) -> dict:
             {"parents": sorted(members), "probability": p}
             for members, p in top.to_dict((*names, *[""] * (wide.values.shape[1] - len(names)))).items()
         ],
-        "best_effects": best_effects(state, names, sign),
+        "best_effects": best_effects(),
     }
     print(json.dumps(answer) if config.json else as_text(answer))
     return answer
-
-
-def best_effects(state: AcquisitionState, names: tuple[str, ...], sign: float) -> list[dict]:
-    """For every variable that may be set: its best value and the target expected there, best first."""
-    mean = np.where(np.asarray(state.task.candidates)[:, None], np.asarray(state.output.effect_mean), np.inf)
-    rows = []
-    for i in np.argsort(mean.min(1)):
-        if np.isfinite(mean[i]).all():
-            b = int(mean[i].argmin())
-            rows.append(
-                {
-                    "variable": names[i],
-                    "value": float(state.output.grid[i, b]),
-                    "mean": sign * float(mean[i, b]),
-                    "std": float(state.output.effect_std[i, b]),
-                }
-            )
-    return rows
 
 
 def as_text(answer: dict) -> str:

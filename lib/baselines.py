@@ -210,7 +210,7 @@ def column_moments(x: Float[Array, "samples *rest"], rows: Bool[Array, " samples
     weight = rows.astype(x.dtype) / jnp.maximum(rows.sum(), 1)
     mean = jnp.tensordot(weight, x, 1)
     deviation = jnp.sqrt(jnp.tensordot(weight, jnp.square(x - mean[None]), 1))
-    return mean, jnp.where(deviation > 1e-6 * (1.0 + jnp.abs(mean)), deviation, 1.0)
+    return mean, jnp.where(deviation > 1e-6 * jnp.abs(mean), deviation, 1.0)
 
 
 def powers_of(z: Float[Array, "*shape"], degree: int) -> Float[Array, "*shape powers"]:

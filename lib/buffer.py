@@ -2,6 +2,8 @@
 
 import csv
 import math
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from lib.scm import Intervention
 
 MIN_OBSERVATIONS = 10
 INTERVENED = "intervened"
+CONSTANT = 1e-12  # a column whose deviation is a smaller share of its largest value than float64 can tell
 
 
 class DataError(ValueError):
@@ -83,13 +86,17 @@ class ExperienceBuffer(eqx.Module):
                 raise ValueError(f"the {what} has shape {shape}, the buffer {num_vars} variables: give one number for each")
         return ExperienceBuffer(self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True))
 
-    def to_csv(self, path: Path, names: tuple[str, ...]) -> None:
-        """Write the filled rows in the format that `from_csv` reads: digits that give the same float32 again, `a;b` where several were set."""
+    def to_csv(self, path: Path, names: tuple[str, ...], units: "Units | None" = None) -> None:
+        """Write the filled rows in the format that `from_csv` reads, `a;b` where several were set: what it reads is the same again.
+
+        With `units`, which `from_csv` gives, the values are deviations, and the file has the columns' own units.
+        """
+        values = np.asarray(self.values) if units is None else units.raw(np.asarray(self.values))
         temporary = Path(f"{path}.tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*names, INTERVENED])
-            for row, mask in zip(np.asarray(self.values)[np.asarray(self.valid)], np.asarray(self.intervened)[np.asarray(self.valid)], strict=True):
+            for row, mask in zip(values[np.asarray(self.valid)], np.asarray(self.intervened)[np.asarray(self.valid)], strict=True):
                 writer.writerow([*(str(v) for v in row), ";".join(names[i] for i in np.flatnonzero(mask))])
         temporary.rename(path)
 
@@ -98,7 +105,8 @@ class ExperienceBuffer(eqx.Module):
         """Read experiments: a column per variable, a row per experiment; a column `intervened` names the variable set by hand (`a;b`
         where several were, empty: observed).
 
-        Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
+        The buffer holds deviations: the file is read in float64 and standardised (`Units`), because in float32 an offset of 1e7 deviations, or a
+        deviation of 1e-30, would be lost. Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
         """
         names, table = read_table(path)
         if INTERVENED not in names:
@@ -107,7 +115,7 @@ class ExperienceBuffer(eqx.Module):
         variables = tuple(n for n in names if n != INTERVENED)
         if len(variables) < 2:
             raise DataError(f"{path}: only {len(variables)} variable column(s): give the target and at least one other variable")
-        values, intervened = np.zeros((len(table), len(variables)), np.float32), np.zeros((len(table), len(variables)), bool)
+        values, intervened = np.zeros((len(table), len(variables))), np.zeros((len(table), len(variables)), bool)
         for r, (line, row) in enumerate(table):
             for chosen in filter(None, (name.strip() for name in row[column].split(";"))):
                 if chosen not in variables:
@@ -121,19 +129,61 @@ class ExperienceBuffer(eqx.Module):
             raise DataError(
                 f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least {MIN_OBSERVATIONS} are needed: add observations"
             )
-        constant = [n for i, n in enumerate(variables) if np.ptp(values[~intervened.any(1), i]) == 0]
+        observed = values[~intervened.any(1)]
+        constant = [n for n, varies in zip(variables, observed.std(0) > CONSTANT * np.abs(observed).max(0), strict=True) if not varies]
         if constant:
             raise DataError(
                 f"{path}, column '{constant[0]}': zero variance over the observational rows: drop the column or add rows in which it varies"
             )
-        return NamedBuffer(variables, ExperienceBuffer(jnp.asarray(values), jnp.asarray(intervened), jnp.ones(len(table), bool)))
+        digits = [max(decimals(row[names.index(name)]) for _, row in table) for name in variables]
+        units = Units.of(observed, digits)
+        buffer = ExperienceBuffer(jnp.asarray(units.deviations(values)), jnp.asarray(intervened), jnp.ones(len(table), bool))
+        return NamedBuffer(variables, buffer, units)
+
+
+class Units(NamedTuple):
+    """Units of a file's columns, on the host in float64: value = shift + spread * deviation.
+
+    `spread[vars]` is the power of two nearest to the deviation over the observational rows and `shift[vars]` a multiple of it near their mean, so
+    that nothing is lost on the way to deviations and back. `digits` are the decimals that each column is written with (negative: tens, hundreds).
+    """
+
+    shift: np.ndarray
+    spread: np.ndarray
+    digits: tuple[int, ...]
+
+    @staticmethod
+    def of(observed: np.ndarray, digits: Sequence[int]) -> "Units":
+        """From observational rows `[samples, vars]`, none of whose columns is constant."""
+        spread = 2.0 ** np.round(np.log2(observed.std(0)))
+        return Units(spread * np.round(observed.mean(0) / spread), spread, tuple(digits))
+
+    def deviations(self, values: np.ndarray) -> np.ndarray:
+        """`values[..., vars]` in deviations, float32."""
+        return ((values - self.shift) / self.spread).astype(np.float32)
+
+    def raw(self, deviations: np.ndarray | Array) -> np.ndarray:
+        """`deviations[..., vars]` in the columns' own units, float64."""
+        return self.shift + self.spread * np.asarray(deviations, float)
+
+    def written(self, variable: int, deviation: float, more: int = 0) -> float:
+        """One value in its column's unit and with its digits, or `more` of them."""
+        return round(float(self.shift[variable] + self.spread[variable] * deviation), self.digits[variable] + more)
 
 
 class NamedBuffer(NamedTuple):
-    """A buffer and the names of its columns."""
+    """A buffer in deviations, the names of its columns and their units."""
 
     names: tuple[str, ...]
     buffer: ExperienceBuffer
+    units: Units
+
+
+def decimals(cell: str) -> int:
+    """How many decimals a number is written with, negative where its last digit stands for tens or more."""
+    exponent = Decimal(cell.strip()).as_tuple().exponent
+    assert isinstance(exponent, int)  # finite: `parse_number` has read it
+    return -exponent
 
 
 def parse_number(cell: str, path: Path, line: int, name: str) -> float:
@@ -143,7 +193,7 @@ def parse_number(cell: str, path: Path, line: int, name: str) -> float:
         number = float(cell)
     except ValueError:
         raise DataError(f"{where}: '{cell}' is not a number: correct or remove the row") from None
-    if not math.isfinite(number) or abs(number) > 1e30:  # beyond this, float32 squares overflow
+    if not math.isfinite(number) or abs(number) > 1e30:  # no unit of anything
         raise DataError(f"{where}: '{cell}' is not a finite number below 1e30: correct or remove the row")
     return number
 
@@ -170,12 +220,14 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return names, rows[1:]
 
 
-def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
-    """Ranges of intervention from a CSV with columns `variable,low,high`; a variable that it does not list gets no range (width zero)."""
+def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Lows and highs `[vars]`, float64 in the columns' own units, from a CSV with columns `variable,low,high`; a variable that it does not list gets
+    no range (both zero).
+    """
     header, rows = read_table(path)
     if header != ["variable", "low", "high"]:
         raise DataError(f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high")
-    low, high = np.zeros(len(names), np.float32), np.zeros(len(names), np.float32)
+    low, high = np.zeros(len(names)), np.zeros(len(names))
     seen = set()
     for line, (name, a, b) in rows:
         if name.strip() in seen:
@@ -187,4 +239,4 @@ def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[Float[Array, " vars
         low[i], high[i] = parse_number(a, path, line, "low"), parse_number(b, path, line, "high")
         if low[i] >= high[i]:
             raise DataError(f"{path}, row {line}, columns 'low' and 'high': {a} is not below {b}: a range needs positive width")
-    return jnp.asarray(low), jnp.asarray(high)
+    return low, high

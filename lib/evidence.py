@@ -43,7 +43,7 @@ class Frame(NamedTuple):
         raw = jnp.where(buffer.valid[:, None] & task.var_mask[None], buffer.values, 0.0)
         shift = jnp.where(rows, raw, 0.0).sum(0) / count
         spread = jnp.sqrt(jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count)
-        spread = jnp.where(spread > 1e-6 * (1.0 + jnp.abs(shift)), spread, 1.0)
+        spread = jnp.where(spread > 1e-6 * jnp.abs(shift), spread, 1.0)  # relative: no unit is too small
         grid = jnp.clip((value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None], -MAX_DEVIATIONS, MAX_DEVIATIONS)
         return Frame(shift, spread, jnp.where(task.var_mask[:, None], grid, 0.0))
 

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.buffer import MIN_OBSERVATIONS, DataError, ExperienceBuffer, parse_number, read_bounds, read_table
+from lib.buffer import MIN_OBSERVATIONS, DataError, ExperienceBuffer, decimals, parse_number, read_bounds, read_table
 from lib.scm import Intervention
 
 
@@ -63,7 +63,7 @@ def test_csv_round_trip(tmp_path):
     read = ExperienceBuffer.from_csv(path)
     assert read.names == names
     filled = MIN_OBSERVATIONS + 1  # free places are not written
-    np.testing.assert_allclose(read.buffer.values, buffer.values[:filled], rtol=1e-5)
+    np.testing.assert_allclose(read.units.raw(read.buffer.values), buffer.values[:filled], rtol=1e-6, atol=1e-4)  # columns of deviation 100
     assert (read.buffer.intervened == buffer.intervened[:filled]).all() and read.buffer.valid.all()
 
 
@@ -76,16 +76,16 @@ def write(path, lines):
 
 
 def test_a_good_file(tmp_path):
-    names, buffer = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", [" a , b ,intervened", *GOOD[1:], "", " , , "]))
+    names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", [" a , b ,intervened", *GOOD[1:], "", " , , "]))
     assert names == ("a", "b")
     assert buffer.size == MIN_OBSERVATIONS + 1 and buffer.observational.sum() == MIN_OBSERVATIONS
-    assert buffer.values[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
+    assert units.raw(buffer.values)[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
 
 
 def test_the_intervened_column_may_stand_anywhere(tmp_path):
     lines = [",".join(np.array(line.split(","))[[2, 0, 1]]) for line in GOOD]
-    names, buffer = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", lines))
-    assert names == ("a", "b") and buffer.values[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
+    names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", lines))
+    assert names == ("a", "b") and units.raw(buffer.values)[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
 
 
 def replaced(line, text):
@@ -188,11 +188,32 @@ def test_a_short_row_is_refused():
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
     """All digits of float32, and every variable that was set."""
-    rows = 10.0 ** jr.randint(jr.key(1), (MIN_OBSERVATIONS, 3), -20, 19) * jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3))
+    rows = jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3))
     both = Intervention(jnp.array([True, False, True]), jnp.array([0.1, 0.0, 1 / 3]))
     buffer = (
         ExperienceBuffer(rows, jnp.zeros(rows.shape, bool), jnp.ones(len(rows), bool)).grow(1).add_intervention(both, jnp.array([0.1, 2.0, 1 / 3]))
     )
     buffer.to_csv(tmp_path / "data.csv", ("a", "b", "y"))
     assert (tmp_path / "data.csv").read_text().splitlines()[-1].endswith(",a;y")
-    assert eqx.tree_equal(ExperienceBuffer.from_csv(tmp_path / "data.csv").buffer, buffer)
+    names, read, units = ExperienceBuffer.from_csv(tmp_path / "data.csv")
+    np.testing.assert_allclose(units.raw(read.values), buffer.values, rtol=1e-6, atol=1e-7)
+    read.to_csv(tmp_path / "again.csv", names, units)
+    _, again, same = ExperienceBuffer.from_csv(tmp_path / "again.csv")
+    assert eqx.tree_equal(again, read) and (same.shift == units.shift).all() and (same.spread == units.spread).all()
+
+
+def test_no_unit_is_too_small_and_no_offset_too_large(tmp_path):
+    """The same deviations whatever the unit, and the digits of the file in what is written."""
+    numbers = np.round(np.random.default_rng(0).normal(size=(MIN_OBSERVATIONS + 2, 2)), 3)
+
+    def read(scale, offset, name):
+        lines = ["a,b,intervened", *(f"{offset + scale * a:.17g},{b}," for a, b in numbers)]
+        _, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / name, lines))
+        return units.raw(buffer.values)[:, 0], np.asarray(buffer.values)[:, 0] * units.spread[0] / scale, units
+
+    for scale, offset in ((2.0**-80, 0.0), (1e-9, 0.0), (1.0, 2.0**26), (2.0**60, 0.0), (1e25, 0.0)):
+        raw, values, units = read(scale, offset, "units.csv")
+        np.testing.assert_allclose((raw - offset) / scale, numbers[:, 0], atol=1e-5)
+        np.testing.assert_allclose(values - values.mean(), numbers[:, 0] - numbers[:, 0].mean(), atol=1e-5)
+    assert read(1.0, 0.0, "units.csv")[2].digits[1] == 3
+    assert [decimals(cell) for cell in ("1.50", "12", "6.000738e+10", " -3e-9 ")] == [2, 0, -4, 9]

@@ -247,7 +247,7 @@ def test_suggest_refuses_an_impossible_number_of_experiments(tmp_path, remaining
 
 
 def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
-    names, buffer = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
+    names, buffer, _ = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
     wide, task = DEPLOY.padded(buffer, DEPLOY.observed_task(buffer, names.index("yield")))
     state = DEPLOY.decide(DEPLOY.TrainedACBOSystem.load(finished / "acbo.eqx"), wide, task, jax.numpy.array(3))[0]
     assert state.step == 2 and state.steps_left == 3
@@ -317,3 +317,40 @@ def test_validation_figures_have_no_unit(finished):
     assert one["validation_regret"] > 0
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_units_do_not_matter(tmp_path):
+    """Temperature times 2^30, catalyst times 2^-30, the target with an offset of 2^20: the same answer, in these units."""
+    factor = {"temperature": 2.0**30, "catalyst": 2.0**-30}
+
+    def converted(path, column):
+        header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+        for row in rows:
+            for i, name in enumerate(header):
+                unit = factor.get(row[0] if column else name, 1.0)
+                if (not column or i > 0) and name != "intervened":
+                    row[i] = repr(float(row[i]) * unit + (2.0**20 if name == "yield" else 0.0))
+        (tmp_path / path.name).write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
+        return tmp_path / path.name
+
+    data, bounds = ROOT / "examples" / "experiments.csv", ROOT / "examples" / "bounds.csv"
+    plain = DEPLOY.suggest(DEPLOY.Suggest(data, "yield", objective="max", bounds=bounds))
+    other = DEPLOY.suggest(DEPLOY.Suggest(converted(data, False), "yield", objective="max", bounds=converted(bounds, True)))
+    for action in ("next_experiment", "recommended_action"):
+        one, two = plain[action], other[action]
+        assert one["variable"] == two["variable"]
+        assert two["value"] == pytest.approx(one["value"] * factor.get(one["variable"], 1.0), rel=0.01)
+        assert two["predicted"] - 2.0**20 == pytest.approx(one["predicted"], abs=0.1) and two["std"] == pytest.approx(one["std"], abs=0.05)
+    assert other["parents"] == pytest.approx(plain["parents"], abs=0.02)
+
+
+def test_large_numbers_are_answered_with_numbers(tmp_path):
+    """Values of 1e25 once gave infinity; ranges in another unit than the data are refused."""
+    rng = np.random.default_rng(0)
+    rows = [f"{1e25 * a:.6e},{b:.3f},{1e25 * (a + b):.6e}," for a, b in rng.normal(size=(20, 2))]
+    (tmp_path / "large.csv").write_text("\n".join(["a,b,y,intervened", *rows]) + "\n")
+    answer = DEPLOY.suggest(DEPLOY.Suggest(tmp_path / "large.csv", "y"))
+    assert all(np.isfinite([e["value"], e["mean"], e["std"]]).all() for e in answer["best_effects"])
+    (tmp_path / "bounds.csv").write_text("variable,low,high\nb,-1e20,1e20\n")
+    with pytest.raises(DataError, match="'b' ends .* deviations from what was observed"):
+        DEPLOY.suggest(DEPLOY.Suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv"))
