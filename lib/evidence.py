@@ -45,7 +45,8 @@ class Frame(NamedTuple):
         spread = jnp.sqrt(jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count)
         spread = jnp.where(spread > 1e-6 * jnp.abs(shift), spread, 1.0)  # relative: no unit is too small
         grid = jnp.clip((value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None], -MAX_DEVIATIONS, MAX_DEVIATIONS)
-        return Frame(shift, spread, jnp.where(task.var_mask[:, None], grid, 0.0))
+        ranged = task.var_mask & (task.high > task.low)  # what has no range is looked at around its mean, whatever its units call zero
+        return Frame(shift, spread, jnp.where(ranged[:, None], grid, 0.0))
 
 
 class Rows(NamedTuple):

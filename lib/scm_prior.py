@@ -212,14 +212,14 @@ def sample_scm_and_family(key: Key[Array, ""], prior: SCMPrior) -> tuple[Synthet
 def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Int[Array, ""], Bool[Array, ""]]:
     """One draw, the family of its graph, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
-    graph_key, uniform_key, normal_key = jr.split(key, 3)
+    graph_key, uniform_key, normal_key, noise_key = jr.split(key, 4)
     names = dict(size=(), family=(), mechanism=(), target=(), order=(d,), length=(d,), noise=(d,), range=(2, d))
     u = draw(jr.uniform, uniform_key, **names, weight=(d, d), sign=(d, d), phase=(d, NUM_FEATURES))
     n = draw(jr.normal, normal_key, frequency=(d, d, NUM_FEATURES), amplitude=(d, NUM_FEATURES))
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = jnp.array([FAMILIES.index(f) for f in prior.families])[whole(u["family"], 0, len(prior.families))]
     mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[whole(u["mechanism"], 0, len(prior.mechanisms))]
-    kind = jr.uniform(jr.fold_in(uniform_key, 1))
+    kind = jr.uniform(noise_key)
     length = between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale))
     lengthscale = jnp.exp(jnp.where(mechanism == MECHANISMS.index("polynomial"), jnp.log(GENTLE), length))
     low, high = between(u["range"], prior.min_range, prior.max_range)

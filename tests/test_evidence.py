@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -188,3 +189,13 @@ def test_outliers_and_constant_columns(problem):
     assert float(jnp.abs(rows.values).max()) <= MAX_DEVIATIONS and float(jnp.abs(rows.values[:, 3]).max()) == 0.0
     for part in (statistics_of(sums, task), evidence_of(sums, frame, task)):
         assert bool(jnp.isfinite(part).all())
+
+
+def test_a_variable_without_a_range_is_looked_at_around_its_mean():
+    """An offset of such a variable once moved its grid, and with it every answer."""
+    values = jr.normal(jr.key(0), (20, 3))
+    task = Task(jnp.array(2), jnp.array([-1.0, 0.0, 0.0]), jnp.array([1.0, 0.0, 0.0]), jnp.ones(3, bool))
+    for offset in (0.0, 8.0):
+        moved = values + jnp.array([0.0, offset, -offset])[None]
+        frame = Frame.of(ExperienceBuffer(moved, jnp.zeros((20, 3), bool), jnp.ones(20, bool)), task, 5)
+        assert not frame.grid[1:].any() and frame.grid[0].any()
