@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import surrogate as benchmark
 from lib.buffer import DataError
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.metrics import paired_difference, parent_f1, render, summarise, write_results
 from lib.system import load_surrogate
 
@@ -42,6 +42,9 @@ class Config:
     """Held-out problems per number of variables."""
     folder: Path = Path("artifacts/ablation")
     """Where weights and tables go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 VARIANTS = {

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from lib.benchmarks import erdos_renyi
-from lib.config import use_compilation_cache
+from lib.config import check_settings, use_compilation_cache
 from lib.metrics import replace_text, summarise
 from lib.scm import Intervention, value_grid
 from lib.scm_prior import SCMPrior, sample_scm
@@ -55,6 +55,9 @@ class Config:
     """Seed of the systems, and the first one of CBO-U's."""
     folder: Path = Path("artifacts/expert")
     """Where table and figure go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 KINDS = {"SCMPrior": "black", "CBO-U linear": "tab:blue", "CBO-U nonlinear": "tab:orange"}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import surrogate as benchmark
 from lib.buffer import ExperienceBuffer
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.metrics import paired_difference, render, summarise, write_results
 from lib.scm import MECHANISMS, SyntheticSCM, antithetic_normal, value_grid
 
@@ -45,6 +45,9 @@ class Config:
     """Held-out problems per cell."""
     folder: Path = Path("artifacts/ceiling")
     """Where the table goes."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 LENGTHSCALES = (0.4, 0.7, 1.0, 1.5, 2.5)

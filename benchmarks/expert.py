@@ -33,7 +33,7 @@ import tabulate
 import tyro
 
 from lib.causal_gp import aggregate_effects
-from lib.config import use_compilation_cache
+from lib.config import check_settings, use_compilation_cache
 from lib.metrics import replace_text
 from lib.parent_scale import (
     ParentScaleConfig,
@@ -70,6 +70,9 @@ class Config:
     """Seed of the systems."""
     folder: Path = Path("artifacts/expert")
     """Where the table goes."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 def seconds(function, *args) -> tuple[float, Any]:

@@ -24,7 +24,7 @@ import tyro
 
 from benchmarks.surrogate import ACBO, MIXED, Problems, Report, host, score_effects, score_parents, share_of_improvement, trained_prior
 from benchmarks.surrogate import Config as ReportConfig
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.enumeration import enumerated_effects, enumerated_posterior
 from lib.metrics import auroc, paired_difference, parent_f1, render, summarise, write_results
 from lib.scm_prior import SCMPrior
@@ -42,6 +42,9 @@ class Config:
     """Held-out problems per cell."""
     folder: Path = Path("artifacts/fidelity")
     """Where weights and tables go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 # Flags of 02_train_surrogate.py: the enumerated prior, and no expert.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.surrogate import NARROW, confounded
 from lib import baselines
 from lib.buffer import DataError
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, Simulator, collect_campaign, draw_problems, expected_reward, grpo_loss, reward_table
 from lib.methods import ON_SURFACE, POLICIES, OptimizationScenario, exploration_scenario, in_batches, make_method
 from lib.metrics import Record, median_seconds, normalised_regret, paired_difference, render, summarise, write_results
@@ -63,6 +63,9 @@ class Config:
     """Seed of the problems; unlike any training seed."""
     out: Path = Path("artifacts/policy")
     """Where tables go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 STEPS = (1, 3, 5, 10, 20)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lib.artifacts import load_arrays, read_header
 from lib.buffer import DataError
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.methods import OptimizationScenario, exploration_scenario
 from lib.metrics import Record, convergence_ratio, paired_difference, render, summarise, write_results
 from lib.scm_prior import SCMPrior
@@ -60,6 +60,9 @@ class Config:
     """Where weights go."""
     out: Path = Path("artifacts/policy_training")
     """Where tables and the figure go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 AS_IT_IS, CLONE = "as it is", "its clone, before GRPO"

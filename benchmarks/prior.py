@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from lib.benchmarks import erdos_renyi
-from lib.config import use_compilation_cache
+from lib.config import check_settings, use_compilation_cache
 from lib.doubly_robust import doubly_robust_prior
 from lib.metrics import f1_of, paired_difference, replace_text, summarise
 
@@ -49,6 +49,9 @@ class Config:
     """Seed of the first random system."""
     folder: Path = Path("artifacts/expert")
     """Where the tables go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 VARIANTS = {

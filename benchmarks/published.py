@@ -33,7 +33,7 @@ from tqdm import tqdm
 from lib.artifacts import fingerprint
 from lib.benchmarks import BENCHMARKS, ERDOS_RENYI_SIZES, erdos_renyi, make_benchmark
 from lib.buffer import ExperienceBuffer
-from lib.config import use_compilation_cache
+from lib.config import check_settings, use_compilation_cache
 from lib.metrics import normalised_regret, replace_text, summarise
 from lib.parent_scale import ParentScaleConfig, run_parent_scale
 from lib.scm import AbstractSCM, Intervention
@@ -70,6 +70,9 @@ class Config:
     """Seeds in one program; one from 100 variables on."""
     folder: Path = Path("artifacts/expert")
     """Where tables, figure and raw results go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 TRIALS = (1, 3, 10, 30)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from lib import baselines
 from lib.artifacts import read_header
 from lib.buffer import DataError, ExperienceBuffer
-from lib.config import errors_for_people, use_compilation_cache
+from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.methods import in_batches
 from lib.metrics import (
     Record,
@@ -80,6 +80,9 @@ class Config:
     """Seed of the problems; unlike any training seed."""
     folder: Path = Path("artifacts/surrogate")
     """Where tables and figures go."""
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 ACBO = "acbo"

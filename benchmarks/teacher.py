@@ -23,7 +23,7 @@ import tabulate
 import tyro
 from tqdm import tqdm
 
-from lib.config import use_compilation_cache
+from lib.config import check_settings, use_compilation_cache
 from lib.metrics import f1_of, normalised_regret, paired_difference, summarise
 from lib.parent_scale import ParentScaleConfig, run_parent_scale
 from lib.scm import Intervention
@@ -62,6 +62,7 @@ class Config:
     """Where the tables go."""
 
     def __post_init__(self):
+        check_settings(self)
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown or not self.variants:
             raise ValueError(f"unknown variant {unknown[:1]}: choose from {', '.join(VARIANTS)}")

@@ -354,3 +354,18 @@ def test_large_numbers_are_answered_with_numbers(tmp_path):
     (tmp_path / "bounds.csv").write_text("variable,low,high\nb,-1e20,1e20\n")
     with pytest.raises(DataError, match="'b' ends .* deviations from what was observed"):
         DEPLOY.suggest(DEPLOY.Suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv"))
+
+
+@pytest.mark.parametrize("study", sorted([*(ROOT / "benchmarks").glob("*.py"), ROOT / "studies" / "weights.py"]), ids=lambda path: path.stem)
+def test_studies_refuse_counts_that_cannot_be_meant(study):
+    found = importlib.util.spec_from_file_location(f"study_{study.stem}", study)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    given = {"systems": (Path("acbo.eqx"),)} if study.stem == "weights" else {}
+    counts = [field.name for field in dataclasses.fields(module.Config) if field.type is int and not field.name.endswith("seed")]
+    assert counts
+    for name in counts:
+        with pytest.raises(ValueError, match=name):
+            module.Config(**given, **{name: -1})

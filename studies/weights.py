@@ -1,0 +1,106 @@
+"""Trained systems side by side in the own simulator: the same problems, first data and noise.
+
+    python studies/weights.py --systems pretrained/acbo.eqx artifacts/small/acbo.eqx
+
+Per number of variables: parent F1 before any experiment, and simple regret (0 the best single
+intervention, 1 doing nothing) of the recommended action before the first and after 1, 5 and 10
+experiments of the system's own policy, each with its 95 % interval over problems; below, the
+paired difference of every other system to the first. Prints Markdown.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as `python studies/weights.py`
+
+import equinox as eqx
+import jax
+import numpy as np
+import tyro
+from tabulate import tabulate
+
+from lib.config import check_settings, errors_for_people, stage_key, use_compilation_cache
+from lib.methods import OptimizationScenario
+from lib.metrics import paired_difference, parent_f1, summarise
+from lib.scm_prior import SCMPrior
+from lib.system import TrainedACBOSystem
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared, and on what."""
+
+    systems: tuple[Path, ...]
+    """Trained systems; differences are to the first."""
+    sizes: tuple[int, ...] = (5, 8)
+    """Numbers of variables."""
+    num_obs: int = 50
+    """Observational rows at the start, beside two interventions per variable."""
+    num_problems: int = 300
+    """Held-out problems per size."""
+    seed: int = 6_000_003
+    """Seed of problems and noise; no other script has it."""
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+STEPS = (0, 1, 5, 10)
+
+
+@eqx.filter_jit
+def marginals(system: TrainedACBOSystem, problems) -> jax.Array:
+    """P(parent) `[batch, vars]` at the start of every problem."""
+
+    def one(problem):
+        return system.surrogate.predict(problem.buffer, problem.scm.task).marginals()
+
+    return jax.lax.map(one, problems, batch_size=30)
+
+
+def measure(system: TrainedACBOSystem, size: int, config: Config) -> dict[str, np.ndarray]:
+    """Figures per problem `[batch]` of one system."""
+    prior = SCMPrior(max_vars=max(size, 8), min_size=size, max_size=size)
+    scenario = OptimizationScenario(f"d={size}", prior, config.num_obs, num_steps=max(STEPS))
+    keys = (stage_key(config.seed, "weights", use, f"d={size}") for use in ("problems", "play"))
+    problem_key, play_key = keys
+    problems, optima = scenario.draw(
+        problem_key, config.num_problems, system.surrogate.config.num_bins
+    )
+    regret = scenario.regret("acbo", system, problems, optima, play_key)
+    truth = problems.truth.parents
+    possible = jax.vmap(lambda scm: scm.task.possible_parents)(problems.scm)
+    f1 = parent_f1(np.asarray(marginals(system, problems)) > 0.5, truth, possible)
+    return {"parent F1": f1.per_problem} | {f"regret after {t}": regret[:, t] for t in STEPS}
+
+
+def main(config: Config) -> dict[tuple[int, Path], dict[str, np.ndarray]]:
+    """Measure every system and print the tables; returns the figures per problem."""
+    use_compilation_cache(Path("artifacts/cache"))
+    systems = {path: TrainedACBOSystem.load(path) for path in config.systems}
+    found = {
+        (d, path): measure(system, d, config)
+        for d in config.sizes
+        for path, system in systems.items()
+    }
+    rows = []
+    for (size, path), figures in found.items():
+        first = found[size, config.systems[0]]
+        cells = [
+            f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in map(summarise, figures.values())
+        ]
+        rows.append([size, str(path), *cells])
+        if path != config.systems[0]:
+            more = [paired_difference(figures[name], first[name]) for name in figures]
+            cells = [f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in more]
+            rows.append([size, "less the first, paired", *cells])
+    names = list(next(iter(found.values())))
+    print(tabulate(rows, ["variables", "system", *names], tablefmt="github", disable_numparse=True))
+    return found
+
+
+if __name__ == "__main__":
+    with errors_for_people():
+        main(tyro.cli(Config, description=__doc__))
