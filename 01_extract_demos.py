@@ -2,7 +2,7 @@
 
 - Reads   nothing
 - Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
-- Time    `small` about 2 minutes on 2 CPU cores.
+- Time    `small` about 2 minutes on 2 busy CPU cores.
 
     python 01_extract_demos.py small --num-models 64
 
@@ -98,7 +98,7 @@ class Config:
 
 PRESETS = {
     "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4)),
-    "small": ("about 2 minutes on 2 CPU cores", Config()),
+    "small": ("about 2 minutes on 2 busy CPU cores", Config()),
     "hour": (
         "larger systems",
         Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=10, max_size=10), num_models=1000, num_obs=200, num_steps=20, batch=50),

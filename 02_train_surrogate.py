@@ -2,7 +2,7 @@
 
 - Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 5 minutes on 2 CPU cores, `hour` 12,000 steps of .25 s, so about 55 by estimate.
+- Time    `small` about 11 minutes on 2 busy CPU cores, `hour` 12,000 steps of .25 s, so about 55 by estimate.
 
     python 02_train_surrogate.py small --steps 2000
 
@@ -128,7 +128,7 @@ PRESETS = {
             checkpoint_every=20,
         ),
     ),
-    "small": ("about 5 minutes on 2 CPU cores", Config()),
+    "small": ("about 11 minutes on 2 busy CPU cores", Config()),
     "hour": (
         "larger, about 55 minutes on 2 CPU cores",
         Config(

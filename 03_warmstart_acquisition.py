@@ -2,7 +2,7 @@
 
 - Reads   artifacts/<preset>/demos.npz (not with --imitation.no-use-behavioral-cloning), surrogate.eqx
 - Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone, if there is one), curves.npz, and logs/policy.jsonl beside them
-- Time    `small` about 5 minutes on 2 CPU cores.
+- Time    `small` about 6 minutes on 2 busy CPU cores.
 
     python 03_warmstart_acquisition.py small --iterations 200
 
@@ -152,7 +152,7 @@ PRESETS = {
             checkpoint_every=2,
         ),
     ),
-    "small": ("about 5 minutes on 2 CPU cores", AcquisitionConfig()),
+    "small": ("about 6 minutes on 2 busy CPU cores", AcquisitionConfig()),
     "hour": (
         "at most 60 minutes on 2 CPU cores",
         AcquisitionConfig(

@@ -2,7 +2,7 @@
 
 - Reads   artifacts/<preset>/surrogate.eqx, policy.eqx
 - Writes  artifacts/<preset>/acbo.eqx, and logs/e2e.jsonl beside it
-- Time    `small` about 3 minutes on 2 CPU cores.
+- Time    `small` about 3 minutes on 2 busy CPU cores.
 
     python 04_train_e2e.py small --rounds 100
 
@@ -99,7 +99,7 @@ PRESETS = {
             checkpoint_every=2,
         ),
     ),
-    "small": ("about 3 minutes on 2 CPU cores", Config()),
+    "small": ("about 3 minutes on 2 busy CPU cores", Config()),
     "hour": ("at most 60 minutes on 2 CPU cores", Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), rounds=600)),
     "paper": (
         "sizes of the design documents, for one GPU",

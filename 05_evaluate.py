@@ -3,7 +3,7 @@
 - Reads   artifacts/<preset>/surrogate.eqx, policy.eqx, bc_policy.eqx (if something was cloned), curves.npz, acbo.eqx
 - Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as .png,
         raw/*.npz (per-problem results, so a stopped run goes on)
-- Time    `small` about 4 minutes on 2 CPU cores.
+- Time    `small` about 8 minutes on 2 busy CPU cores.
 
     python 05_evaluate.py small --num-problems 1000
 
@@ -117,7 +117,7 @@ PRESETS = {
             transfer_size=8,
         ),
     ),
-    "small": ("about 4 minutes on 2 CPU cores", Config()),
+    "small": ("about 8 minutes on 2 busy CPU cores", Config()),
     "hour": (
         "larger systems and more problems",
         Config(Path("artifacts/hour"), sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64),

@@ -24,7 +24,7 @@ import numpy as np
 
 
 SCHEMA = 2  # 2: the checksum covers the header
-HEADER_FIELDS = ("schema", "stage", "config", "hyperparameters", "seed", "step", "parents", "versions", "metrics", "checksum")
+HEADER_FIELDS = ("schema", "stage", "config", "hyperparameters", "seed", "step", "parents", "versions", "code", "metrics", "checksum")
 REMAKE = {
     "demos": "python 01_extract_demos.py",
     "surrogate": "python 02_train_surrogate.py",
@@ -140,10 +140,14 @@ def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -
     """SHA-256 of what a stage's result depends on: the bytes of its `script` and of all of `lib`, its config (a dataclass, paths left out), the files
     it reads, and the versions in use. Finished artifacts are loaded whatever code wrote them; only what is half done must not go on with other code.
     """
-    code = [digest(path) for path in (Path(script), *sorted(Path(__file__).parent.glob("*.py")))]
-    inputs = [digest(path) for path in parents]
+    code, inputs = [digest(Path(script)), code_digest()], [digest(path) for path in parents]
     content = {"schema": SCHEMA, "code": code, "config": plain(dataclasses.asdict(config)), "parents": inputs, "versions": versions()}
     return hashlib.sha256(encode(content)).hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 over the bytes of all of `lib`."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
 def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> None:
@@ -204,7 +208,7 @@ def make_header(stage, config, hyperparameters, seed, step, parents, metrics) ->
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
     made_from = {p.name: digest(p) for p in parents}
-    values = (SCHEMA, stage, config, hyperparameters, seed, step, made_from, versions(), metrics, "")
+    values = (SCHEMA, stage, config, hyperparameters, seed, step, made_from, versions(), code_digest(), metrics, "")
     return plain(dict(zip(HEADER_FIELDS, values, strict=True)))
 
 

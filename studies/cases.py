@@ -2,7 +2,7 @@
 
 From the repository root (a good minute on a CPU):
 
-    python studies/cases.py --folder ../shared/cases --system pretrained/acbo.eqx
+    python studies/cases.py --folder FOLDER --system pretrained/acbo.eqx
 
 Reads: `06_deploy.py` and `lib` of the current folder, a trained system, and the folder of files,
 whose README.md says what each of them is. Writes nothing: prints a Markdown table, the criteria
@@ -258,8 +258,7 @@ def judge(deploy, folder, system, case, first):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kept = Path(__file__).parent / "cases"
-    parser.add_argument("--folder", type=Path, default=kept, help="folder of the files")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the files")
     parser.add_argument("--system", help="trained system; the default of suggest if left out")
     args = parser.parse_args()
     if not args.folder.is_dir():

@@ -95,21 +95,21 @@ def inside_bands(system: TrainedACBOSystem, problems) -> tuple[jax.Array, jax.Ar
     return jax.lax.map(one, problems)
 
 
-def measure_bands(system: TrainedACBOSystem, size: int, config: Config) -> list[str]:
-    """Coverage of the bands by size of effect, pooled, with intervals over problems."""
+def measure_bands(system: TrainedACBOSystem, size: int, config: Config) -> tuple[list[str], list[str]]:
+    """Coverage of the bands by size of effect, pooled, with intervals over problems; and the share of the effects of that size."""
     prior = SCMPrior(max_vars=size, min_size=size, max_size=size)
     scenario = OptimizationScenario(f"d={size}", prior, config.num_obs)
     key = stage_key(config.seed, "weights", "bands", f"d={size}")
     problems, _ = scenario.draw(key, config.band_problems, system.surrogate.config.num_bins)
     effect, inside = (np.asarray(x) for x in inside_bands(system, problems))
-    cells = []
+    cells, shares = [], []
     for low, high in ((0.0, np.inf), *EFFECTS.values()):
         chosen = (effect >= low) & (effect < high)
         counts = np.stack([(inside & chosen).sum((1, 2)), chosen.sum((1, 2))], 1).astype(float)
         found = bootstrap(lambda c: float(c[:, 0].sum() / max(c[:, 1].sum(), 1)), counts)
-        share = counts[:, 1].sum() / np.isfinite(effect).sum()
-        cells.append(f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] ({share:.0%})")
-    return cells
+        cells.append(f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]")
+        shares.append(f"{counts[:, 1].sum() / np.isfinite(effect).sum():.2f}")
+    return cells, shares
 
 
 def main(config: Config) -> dict[tuple[int, Path], dict[str, np.ndarray]]:
@@ -121,23 +121,21 @@ def main(config: Config) -> dict[tuple[int, Path], dict[str, np.ndarray]]:
     for (size, path), figures in found.items():
         first = found[size, config.systems[0]]
         cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in map(summarise, figures.values())]
-        rows.append([size, str(path), *cells])
+        rows.append([f"{path.stem}, {size} variables", *cells])
         if path != config.systems[0]:
             more = [paired_difference(figures[name], first[name]) for name in figures]
             cells = [f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in more]
-            rows.append([size, "less the first, paired", *cells])
+            rows.append([f"{path.stem} less {config.systems[0].stem}, {size} variables", *cells])
     names = list(next(iter(found.values())))
-    print(tabulate(rows, ["variables", "system", *names], tablefmt="github", disable_numparse=True))
-    bands = [[size, str(path), *measure_bands(system, size, config)] for size in config.band_sizes for path, system in systems.items()]
-    print("\n90 % bands hold, by size of effect (and its share of all effects):\n")
-    print(
-        tabulate(
-            bands,
-            ["variables", "system", "all", *EFFECTS],
-            tablefmt="github",
-            disable_numparse=True,
-        )
-    )
+    print(tabulate(rows, ["system", *names], tablefmt="github", disable_numparse=True))
+    bands = []
+    for size in config.band_sizes:
+        for path, system in systems.items():
+            cells, shares = measure_bands(system, size, config)
+            bands.append([f"{path.stem}, {size} variables", *cells])
+        bands.append([f"share of effects, {size} variables", *shares])
+    print("\n90 % bands hold, by size of effect:\n")
+    print(tabulate(bands, ["system", "all", *EFFECTS], tablefmt="github", disable_numparse=True))
     return found
 
 
