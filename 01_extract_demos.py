@@ -1,4 +1,5 @@
-"""Stage 1: sample causal models, run the expert on each, validate, filter, split and augment what it did.
+"""Stage 1: sample causal models, run the expert on each, validate, filter, split and augment what
+it did.
 
 - Reads   nothing
 - Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
@@ -6,9 +7,10 @@
 
     python 01_extract_demos.py small --num-models 64
 
-Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on, its posterior after every experiment and its
-whole acquisition surface. A demonstration is kept if it is consistent (its stored posterior follows from its stored data, replayed) and good enough
-by what the expert itself can see (length, final entropy); ground truth takes no part in the choice.
+Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on,
+its posterior after every experiment and its whole acquisition surface. A demonstration is kept if
+it is consistent (its stored posterior follows from its stored data, replayed) and good enough by
+what the expert itself can see (length, final entropy); ground truth takes no part in the choice.
 """
 
 import sys
@@ -27,7 +29,13 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
 from lib.buffer import DataError
-from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
+from lib.config import (
+    check_settings,
+    errors_for_people,
+    preset_arguments,
+    stage_key,
+    use_compilation_cache,
+)
 from lib.parent_scale import ParentScaleConfig
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
@@ -67,9 +75,13 @@ class Config:
     num_steps: int = 10
     """Experiments per run."""
     candidate_sets: Literal["bootstraps", "union"] = "union"
-    """Candidate parent sets: those that bootstraps select, or also the subsets of the variables selected most often, the better teacher (README)."""
+    """Candidate parent sets: those that bootstraps select, or also the subsets of the variables
+    selected most often, the better teacher (README).
+    """
     num_bins: int = 16
-    """Values per variable in the stored acquisition surface; the surrogate and the policy use the same grid."""
+    """Values per variable in the stored acquisition surface; the surrogate and the policy use the
+    same grid.
+    """
 
     # --- what is kept ---
     min_trajectory_length: int = 5
@@ -79,7 +91,9 @@ class Config:
     validation_split: float = 0.2
     """Share of models held out."""
     augmentation_factor: int = 2
-    """How many times as many training demonstrations after renaming variables and flipping signs."""
+    """How many times as many training demonstrations after renaming variables and flipping
+    signs.
+    """
 
     # --- bookkeeping ---
     batch: int = 16
@@ -88,49 +102,86 @@ class Config:
     def __post_init__(self):
         check_settings(self)
         if not 0 < round(self.num_models * self.validation_split) < self.num_models:
-            raise ValueError(f"num_models = {self.num_models} cannot be split with validation_split = {self.validation_split}: each side needs one")
+            raise ValueError(
+                f"num_models = {self.num_models} cannot be split with "
+                f"validation_split = {self.validation_split}: each side needs one"
+            )
 
     @property
     def expert(self) -> ParentScaleConfig:
         """Settings of the expert."""
-        return ParentScaleConfig(num_obs=self.num_obs, num_steps=self.num_steps, num_bins=self.num_bins, candidate_sets=self.candidate_sets)
+        return ParentScaleConfig(
+            num_obs=self.num_obs,
+            num_steps=self.num_steps,
+            num_bins=self.num_bins,
+            candidate_sets=self.candidate_sets,
+        )
 
 
 PRESETS = {
-    "smoke": ("seconds, for CI", Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4)),
+    "smoke": (
+        "seconds, for CI",
+        Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4),
+    ),
     "small": ("about 2 minutes on 2 busy CPU cores", Config()),
     "hour": (
         "larger systems",
-        Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=10, max_size=10), num_models=1000, num_obs=200, num_steps=20, batch=50),
+        Config(
+            Path("artifacts/hour"),
+            prior=SCMPrior(max_vars=10, max_size=10),
+            num_models=1000,
+            num_obs=200,
+            num_steps=20,
+            batch=50,
+        ),
     ),
     "paper": (
         "sizes of the design documents",
-        Config(Path("artifacts/paper"), prior=SCMPrior(max_vars=20, max_size=20), num_models=1000, num_obs=200, num_steps=30),
+        Config(
+            Path("artifacts/paper"),
+            prior=SCMPrior(max_vars=20, max_size=20),
+            num_models=1000,
+            num_obs=200,
+            num_steps=30,
+        ),
     ),
 }
 
 
 @eqx.filter_jit
 def draw_batch(key: jax.Array, config: Config):
-    """Models, their graph families and their first data (leading axis `batch`), with free places for the expert's experiments."""
+    """Models, their graph families and their first data (leading axis `batch`), with free places
+    for the expert's experiments.
+    """
     capacity = config.num_obs + config.per_variable * config.prior.max_vars + config.num_steps
 
     def one(key):
         scm_key, data_key = jr.split(key)
         scm, family = sample_scm_and_family(scm_key, config.prior)
-        return scm, family, initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity)
+        return (
+            scm,
+            family,
+            initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity),
+        )
 
     return jax.vmap(one)(jr.split(key, config.batch))
 
 
 def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
-    """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the marginals, entropy in nats."""
+    """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the
+    marginals, entropy in nats.
+    """
 
     @eqx.filter_jit
     def read(trajectories):
         def one(trajectory):
             posterior = trajectory.posterior(-1)
-            return posterior.marginals(), trajectory.scm.parents, posterior.log_prob(trajectory.scm.parents), posterior.entropy()
+            return (
+                posterior.marginals(),
+                trajectory.scm.parents,
+                posterior.log_prob(trajectory.scm.parents),
+                posterior.entropy(),
+            )
 
         return jax.vmap(one)(trajectories)
 
@@ -143,8 +194,12 @@ def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     }
 
 
-def yields(trajectories: ExpertTrajectory, families: jax.Array, kept: np.ndarray) -> dict[str, dict[str, dict[str, int]]]:
-    """How many of a batch of models there are and how many were `kept[batch]`, by graph family, mechanism and number of variables."""
+def yields(
+    trajectories: ExpertTrajectory, families: jax.Array, kept: np.ndarray
+) -> dict[str, dict[str, dict[str, int]]]:
+    """How many of a batch of models there are and how many were `kept[batch]`, by graph family,
+    mechanism and number of variables.
+    """
     scm = trajectories.scm
     kinds = {
         "family": np.array(FAMILIES)[np.asarray(families)],
@@ -152,7 +207,13 @@ def yields(trajectories: ExpertTrajectory, families: jax.Array, kept: np.ndarray
         "variables": np.asarray(scm.var_mask.sum(1)),
     }
     return {
-        kind: {str(label): {"models": int((labels == label).sum()), "kept": int((kept & (labels == label)).sum())} for label in np.unique(labels)}
+        kind: {
+            str(label): {
+                "models": int((labels == label).sum()),
+                "kept": int((kept & (labels == label)).sum()),
+            }
+            for label in np.unique(labels)
+        }
         for kind, labels in kinds.items()
     }
 
@@ -161,7 +222,9 @@ def main(config: Config) -> Path:
     """Make the demonstrations and write them; returns the artifact's path."""
     use_compilation_cache(config.folder.parent / "cache")
     out, checkpoint_path = config.folder / "demos.npz", config.folder / "demos.ckpt"
-    problem_key, expert_key, augment_key = (stage_key(config.seed, "demos", name) for name in ("problems", "expert", "augmentation"))
+    problem_key, expert_key, augment_key = (
+        stage_key(config.seed, "demos", name) for name in ("problems", "expert", "augmentation")
+    )
     num_batches = -(-config.num_models // config.batch)
 
     # --- start, or continue ---
@@ -179,24 +242,46 @@ def main(config: Config) -> Path:
 
     # --- run the expert ---
     log = TrainingLog(config.folder / "logs" / "demos.jsonl", start)
-    with tqdm(total=num_batches * config.batch, initial=start * config.batch, desc="expert", unit="model", mininterval=2) as bar:
+    with tqdm(
+        total=num_batches * config.batch,
+        initial=start * config.batch,
+        desc="expert",
+        unit="model",
+        mininterval=2,
+    ) as bar:
         for index in range(start, num_batches):
             batch, families, consistent = run_batch(index)
-            runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, (batch, families, consistent))
+            runs = jax.tree.map(
+                lambda whole, part, i=index: whole.at[i].set(part),
+                runs,
+                (batch, families, consistent),
+            )
             if index + 1 < num_batches:
                 save_checkpoint(checkpoint_path, runs, fingerprint=mark, step=index + 1)
             quality = describe(batch)
-            log.write(step=index + 1, consistent=float(consistent.mean()), failures=int(batch.failures.sum()), **quality)
+            log.write(
+                step=index + 1,
+                consistent=float(consistent.mean()),
+                failures=int(batch.failures.sum()),
+                **quality,
+            )
             bar.update(config.batch)
-            bar.set_postfix(f1=f"{quality['parent_f1']:.2f}", true_set=f"{quality['true_set_probability']:.2f}")
+            bar.set_postfix(
+                f1=f"{quality['parent_f1']:.2f}", true_set=f"{quality['true_set_probability']:.2f}"
+            )
 
     # --- filter, split, augment, write ---
-    trajectories, families, consistent = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], runs)
-    good = validate_demonstration_quality(trajectories, config.min_trajectory_length, config.max_posterior_entropy)
+    trajectories, families, consistent = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], runs
+    )
+    good = validate_demonstration_quality(
+        trajectories, config.min_trajectory_length, config.max_posterior_entropy
+    )
     kept = np.asarray(consistent & good)
     if not 0 < round(kept.sum() * config.validation_split) < kept.sum():
         raise DataError(
-            f"{kept.sum()} of {config.num_models} demonstrations were kept, too few to hold {config.validation_split:.0%} out: "
+            f"{kept.sum()} of {config.num_models} demonstrations were kept, too few to hold "
+            f"{config.validation_split:.0%} out: "
             "raise --num-models, or --max-posterior-entropy"
         )
     chosen = take(trajectories, np.flatnonzero(kept))
@@ -221,12 +306,25 @@ def main(config: Config) -> Path:
         metrics=metrics | {"yield": by_kind},
     )
     checkpoint_path.unlink(missing_ok=True)
-    print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()))
-    rows = [[kind, label, n["models"], n["kept"], f"{n['kept'] / n['models']:.0%}"] for kind, part in by_kind.items() for label, n in part.items()]
+    print(
+        "  ".join(
+            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in metrics.items()
+        )
+    )
+    rows = [
+        [kind, label, n["models"], n["kept"], f"{n['kept'] / n['models']:.0%}"]
+        for kind, part in by_kind.items()
+        for label, n in part.items()
+    ]
     print(tabulate(rows, headers=["", "", "models", "kept", "yield"], disable_numparse=True))
     return out
 
 
 if __name__ == "__main__":
     with errors_for_people():
-        main(tyro.extras.overridable_config_cli(PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__))
+        main(
+            tyro.extras.overridable_config_cli(
+                PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__
+            )
+        )

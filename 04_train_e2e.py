@@ -6,11 +6,13 @@
 
     python 04_train_e2e.py small --rounds 100
 
-A round: the policy plays a batch of campaigns on problems of the present difficulty and is updated by GRPO; the surrogate is then updated on fresh
-simulations and on the data that the policy has just collected, cut at a random moment. The surrogate thus learns on what it will be asked about.
+A round: the policy plays a batch of campaigns on problems of the present difficulty and is updated
+by GRPO; the surrogate is then updated on fresh simulations and on the data that the policy has just
+collected, cut at a random moment. The surrogate thus learns on what it will be asked about.
 
 Deviations from multi_stage_training.md, stage 3:
-1. models are simulated, so the surrogate learns from the true parents and effects of every problem instead of from one buffer at a time;
+1. models are simulated, so the surrogate learns from the true parents and effects of every problem
+   instead of from one buffer at a time;
 2. both updates use batches of problems and groups of candidates, not one problem and one action.
 """
 
@@ -29,8 +31,23 @@ from tqdm import tqdm
 
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
 from lib.buffer import ExperienceBuffer
-from lib.config import check_settings, errors_for_people, preset_arguments, stage_key, use_compilation_cache
-from lib.grpo import CampaignDesign, Groups, GRPOConfig, Problem, Simulator, collect_campaign, draw_problems, update_acquisition_grpo
+from lib.config import (
+    check_settings,
+    errors_for_people,
+    preset_arguments,
+    stage_key,
+    use_compilation_cache,
+)
+from lib.grpo import (
+    CampaignDesign,
+    Groups,
+    GRPOConfig,
+    Problem,
+    Simulator,
+    collect_campaign,
+    draw_problems,
+    update_acquisition_grpo,
+)
 from lib.policy import AcquisitionPolicyNetwork
 from lib.rewards import RewardConfig
 from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
@@ -56,7 +73,9 @@ class Config:
     campaign: CampaignDesign = field(default_factory=CampaignDesign)
     """How campaigns start and how long they are."""
     levels: int = 3
-    """Levels of difficulty; each lasts an equal share of the rounds, the last of them twice as long."""
+    """Levels of difficulty; each lasts an equal share of the rounds, the last of them twice as
+    long.
+    """
 
     # --- training ---
     grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(learning_rate=3e-4))
@@ -100,7 +119,10 @@ PRESETS = {
         ),
     ),
     "small": ("about 3 minutes on 2 busy CPU cores", Config()),
-    "hour": ("at most 60 minutes on 2 CPU cores", Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), rounds=600)),
+    "hour": (
+        "at most 60 minutes on 2 CPU cores",
+        Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), rounds=600),
+    ),
     "paper": (
         "sizes of the design documents, for one GPU",
         Config(
@@ -125,7 +147,8 @@ class TrainState(eqx.Module):
 
 
 def adjust_difficulty(step: int, config: Config) -> tuple[SCMPrior, CampaignDesign]:
-    """Problems of round `step`: small linear systems with many rows first, the whole distribution at the last level (multi_stage_training.md).
+    """Problems of round `step`: small linear systems with many rows first, the whole distribution
+    at the last level (multi_stage_training.md).
 
     Each level has one program: within it nothing depends on `step`.
     """
@@ -135,14 +158,29 @@ def adjust_difficulty(step: int, config: Config) -> tuple[SCMPrior, CampaignDesi
     share = (level + 1) / config.levels
     largest = config.prior.min_size + round(share * (config.prior.max_size - config.prior.min_size))
     mechanisms = config.prior.mechanisms[:1] if level == 0 else config.prior.mechanisms
-    prior = replace(config.prior, max_size=largest, mechanisms=mechanisms, max_noise=max(config.prior.min_noise, share * config.prior.max_noise))
-    return prior, replace(config.campaign, min_obs=round(config.campaign.max_obs * (1 - share)) + round(share * config.campaign.min_obs))
+    prior = replace(
+        config.prior,
+        max_size=largest,
+        mechanisms=mechanisms,
+        max_noise=max(config.prior.min_noise, share * config.prior.max_noise),
+    )
+    return prior, replace(
+        config.campaign,
+        min_obs=round(config.campaign.max_obs * (1 - share))
+        + round(share * config.campaign.min_obs),
+    )
 
 
-def make_optimisers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+def make_optimisers(
+    config: Config,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Optimisers of the surrogate and of the policy."""
-    surrogate = optax.cosine_decay_schedule(config.surrogate_learning_rate, config.rounds * config.surrogate_steps)
-    policy = optax.cosine_decay_schedule(config.grpo.learning_rate, config.rounds * config.grpo.grpo_epochs)
+    surrogate = optax.cosine_decay_schedule(
+        config.surrogate_learning_rate, config.rounds * config.surrogate_steps
+    )
+    policy = optax.cosine_decay_schedule(
+        config.grpo.learning_rate, config.rounds * config.grpo.grpo_epochs
+    )
     return (
         surrogate_optimiser(surrogate),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adam(policy)),
@@ -150,35 +188,57 @@ def make_optimisers(config: Config) -> tuple[optax.GradientTransformation, optax
 
 
 @eqx.filter_jit
-def play(key: jax.Array, system: TrainedACBOSystem, problems: Problem, config: Config) -> tuple[Groups, ExperienceBuffer]:
-    """Campaigns with the present policy: groups `[problems * steps]`, final buffers `[problems]`."""
+def play(
+    key: jax.Array, system: TrainedACBOSystem, problems: Problem, config: Config
+) -> tuple[Groups, ExperienceBuffer]:
+    """Campaigns with the present policy: groups `[problems * steps]`, final buffers
+    `[problems]`.
+    """
 
     def one(key, problem):
         simulator = Simulator(system.surrogate, problem.scm, problem.truth, config.rewards)
-        return collect_campaign(key, simulator, system.policy, problem.buffer, config.campaign.num_steps, config.grpo)
+        return collect_campaign(
+            key, simulator, system.policy, problem.buffer, config.campaign.num_steps, config.grpo
+        )
 
     groups, buffers = jax.vmap(one)(jr.split(key, config.problems_per_round), problems)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups), buffers
 
 
 @eqx.filter_jit
-def train_acquisition_component(state: TrainState, reference: AcquisitionPolicyNetwork, groups: Groups, config: Config):
+def train_acquisition_component(
+    state: TrainState, reference: AcquisitionPolicyNetwork, groups: Groups, config: Config
+):
     """GRPO steps of the policy on the groups of a round."""
     _, optimiser = make_optimisers(config)
     policy, optimiser_state, metrics = update_acquisition_grpo(
-        state.system.policy, state.policy_optimiser, optimiser, reference, groups, config.grpo, config.grpo.kl_weight
+        state.system.policy,
+        state.policy_optimiser,
+        optimiser,
+        reference,
+        groups,
+        config.grpo,
+        config.grpo.kl_weight,
     )
-    return TrainState(TrainedACBOSystem(state.system.surrogate, policy), state.surrogate_optimiser, optimiser_state), metrics
+    return TrainState(
+        TrainedACBOSystem(state.system.surrogate, policy),
+        state.surrogate_optimiser,
+        optimiser_state,
+    ), metrics
 
 
-def collected_examples(key: jax.Array, problems: Problem, buffers: ExperienceBuffer, capacity: int) -> Example:
+def collected_examples(
+    key: jax.Array, problems: Problem, buffers: ExperienceBuffer, capacity: int
+) -> Example:
     """The campaigns' data, each cut at a random moment, as training examples for the surrogate."""
 
     def one(key, scm, truth, buffer):
         rows = jnp.arange(buffer.valid.shape[0])
         first = (buffer.observational & buffer.valid).sum()
         kept = buffer.valid & (rows < jr.randint(key, (), first, buffer.size + 1))
-        cut = ExperienceBuffer(jnp.where(kept[:, None], buffer.values, 0.0), buffer.intervened & kept[:, None], kept)
+        cut = ExperienceBuffer(
+            jnp.where(kept[:, None], buffer.values, 0.0), buffer.intervened & kept[:, None], kept
+        )
         return Example(cut.grow(capacity - rows.shape[0]), scm.task, truth.parents, truth.effects)
 
     keys = jr.split(key, buffers.valid.shape[0])
@@ -186,26 +246,36 @@ def collected_examples(key: jax.Array, problems: Problem, buffers: ExperienceBuf
 
 
 @eqx.filter_jit
-def train_surrogate_component(key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config):
+def train_surrogate_component(
+    key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config
+):
     """`surrogate_steps` gradient steps on fresh simulations and on the collected data."""
     optimiser, _ = make_optimisers(config)
     weights = LossWeights(effects=config.effect_weight)
-    dynamic, static = eqx.partition((state.system.surrogate, state.surrogate_optimiser), eqx.is_array)
+    dynamic, static = eqx.partition(
+        (state.system.surrogate, state.surrogate_optimiser), eqx.is_array
+    )
 
     def step(dynamic, key):
         surrogate, optimiser_state = eqx.combine(dynamic, static)
         fresh_key, cut_key = jr.split(key)
         keys = jr.split(fresh_key, config.models_per_step)
-        fresh = jax.vmap(lambda k: sample_examples(k, config.prior, config.design, surrogate.config.num_bins))(keys)
+        fresh = jax.vmap(
+            lambda k: sample_examples(k, config.prior, config.design, surrogate.config.num_bins)
+        )(keys)
         fresh = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fresh)
         collected = collected_examples(cut_key, problems, buffers, fresh.buffer.valid.shape[1])
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
-        surrogate, optimiser_state, losses = update_surrogate(surrogate, optimiser_state, optimiser, [examples], None, weights)
+        surrogate, optimiser_state, losses = update_surrogate(
+            surrogate, optimiser_state, optimiser, [examples], None, weights
+        )
         return eqx.filter((surrogate, optimiser_state), eqx.is_array), losses
 
     dynamic, losses = jax.lax.scan(step, dynamic, jr.split(key, config.surrogate_steps))
     surrogate, optimiser_state = eqx.combine(dynamic, static)
-    state = TrainState(TrainedACBOSystem(surrogate, state.system.policy), optimiser_state, state.policy_optimiser)
+    state = TrainState(
+        TrainedACBOSystem(surrogate, state.system.policy), optimiser_state, state.policy_optimiser
+    )
     return state, jax.tree.map(jnp.mean, losses)
 
 
@@ -214,7 +284,9 @@ def main(config: Config) -> Path:
     use_compilation_cache(config.folder.parent / "cache")
     inputs = [config.folder / "surrogate.eqx", config.folder / "policy.eqx"]
     out, checkpoint_path = config.folder / "acbo.eqx", config.folder / "acbo.ckpt"
-    problem_key, play_key, surrogate_key = (stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate"))
+    problem_key, play_key, surrogate_key = (
+        stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate")
+    )
 
     # --- read; build, or continue ---
     (surrogate, _), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
@@ -230,26 +302,54 @@ def main(config: Config) -> Path:
 
     # --- train in turns ---
     log, record = TrainingLog(config.folder / "logs" / "e2e.jsonl", start), {}
-    with tqdm(total=config.rounds, initial=start, desc="end to end", unit="round", mininterval=2) as bar:
+    with tqdm(
+        total=config.rounds, initial=start, desc="end to end", unit="round", mininterval=2
+    ) as bar:
         for step in range(start, config.rounds):
             prior, campaign = adjust_difficulty(step, config)
-            problems = draw_problems(jr.fold_in(problem_key, step), config.problems_per_round, prior, campaign, surrogate.config.num_bins)
+            problems = draw_problems(
+                jr.fold_in(problem_key, step),
+                config.problems_per_round,
+                prior,
+                campaign,
+                surrogate.config.num_bins,
+            )
             groups, buffers = play(jr.fold_in(play_key, step), state.system, problems, config)
             state, metrics = train_acquisition_component(state, policy, groups, config)
-            state, losses = train_surrogate_component(jr.fold_in(surrogate_key, step), state, problems, buffers, config)
-            record = {name: float(np.asarray(value)) for name, value in (metrics._asdict() | losses._asdict()).items()}
+            state, losses = train_surrogate_component(
+                jr.fold_in(surrogate_key, step), state, problems, buffers, config
+            )
+            record = {
+                name: float(np.asarray(value))
+                for name, value in (metrics._asdict() | losses._asdict()).items()
+            }
             log.write(step=step + 1, largest=prior.max_size, **record)
             if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.rounds:
                 save_checkpoint(checkpoint_path, state, fingerprint=mark, step=step + 1)
             bar.update()
-            bar.set_postfix(reward=f"{record['reward']:.3f}", nll=f"{record['parent_nll']:.3f}", vars=prior.max_size)
+            bar.set_postfix(
+                reward=f"{record['reward']:.3f}",
+                nll=f"{record['parent_nll']:.3f}",
+                vars=prior.max_size,
+            )
 
     # --- write ---
-    state.system.save(out, config=asdict(config), seed=config.seed, step=config.rounds, parents=inputs, metrics=record)
+    state.system.save(
+        out,
+        config=asdict(config),
+        seed=config.seed,
+        step=config.rounds,
+        parents=inputs,
+        metrics=record,
+    )
     checkpoint_path.unlink(missing_ok=True)
     return out
 
 
 if __name__ == "__main__":
     with errors_for_people():
-        main(tyro.extras.overridable_config_cli(PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__))
+        main(
+            tyro.extras.overridable_config_cli(
+                PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__
+            )
+        )

@@ -1,12 +1,15 @@
-"""What each ingredient of the surrogate's training buys: `small` with one thing changed at a time, all for the same number of steps.
+"""What each ingredient of the surrogate's training buys: `small` with one thing changed at a time,
+all for the same number of steps.
 
     python benchmarks/ablation.py --steps 1000
 
-Each variant is a call of 02_train_surrogate.py with the flags in `VARIANTS`; one that is trained already, for as many steps, is not trained again.
-Then all are held against the first on the same held-out problems, with 200, 100 (which is what the demonstrations start from) and 48 observational
-rows and two interventions per variable, at 5, 8 and 10 variables together, and where a parent of the target has a substitute that is nearly
-collinear with it. Differences are paired, with 95 % intervals over problems; what training with another seed changes is a variant of its own.
-Reads artifacts/small/demos.npz.
+Each variant is a call of 02_train_surrogate.py with the flags in `VARIANTS`; one that is trained
+already, for as many steps, is not trained again. Then all are held against the first on the same
+held-out problems, with 200, 100 (which is what the demonstrations start from) and 48 observational
+rows and two interventions per variable, at 5, 8 and 10 variables together, and where a parent of
+the target has a substitute that is nearly collinear with it. Differences are paired, with 95 %
+intervals over problems; what training with another seed changes is a variant of its own. Reads
+artifacts/small/demos.npz.
 """
 
 import subprocess
@@ -74,21 +77,39 @@ def train(config: Config, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "demos.npz").unlink(missing_ok=True)
         (folder / "demos.npz").hardlink_to(config.demos)
-        settings = ("--folder", folder, "--steps", config.steps, "--evaluate-every", config.steps, *VARIANTS[name])
-        subprocess.run([sys.executable, "02_train_surrogate.py", "small", *map(str, settings)], check=True)
+        settings = (
+            "--folder",
+            folder,
+            "--steps",
+            config.steps,
+            "--evaluate-every",
+            config.steps,
+            *VARIANTS[name],
+        )
+        subprocess.run(
+            [sys.executable, "02_train_surrogate.py", "small", *map(str, settings)], check=True
+        )
     return folder / "surrogate.eqx"
 
 
-def qualities(model, header: dict, problems: list[benchmark.Problems]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Per problem, whatever the weights were trained for; and how collinear a parent and another candidate are."""
+def qualities(
+    model, header: dict, problems: list[benchmark.Problems]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Per problem, whatever the weights were trained for; and how collinear a parent and another
+    candidate are.
+    """
     found, weights = [], header["config"]["weights"]
     for batch in problems:
-        scores = benchmark.host(benchmark.score_parents(model, batch) | benchmark.score_effects(model, batch))
+        scores = benchmark.host(
+            benchmark.score_parents(model, batch) | benchmark.score_effects(model, batch)
+        )
         usable = np.isfinite(scores["effects"])
         error = np.where(usable, scores["effects"] - scores["mean"], 0.0)
         parents = {
             "set NLL": -scores["log_prob"],
-            "parent F1": parent_f1(scores[benchmark.ACBO] > 0.5, scores["parents"], scores["possible"]).per_problem,
+            "parent F1": parent_f1(
+                scores[benchmark.ACBO] > 0.5, scores["parents"], scores["possible"]
+            ).per_problem,
         }
         effects = {
             "effect RMSE": np.sqrt((error**2).sum((1, 2)) / usable.sum((1, 2))),
@@ -104,7 +125,9 @@ def main(config: Config) -> None:
     """Train what is missing, measure all, print and write the table."""
     unknown = [name for name in config.variants if name not in VARIANTS]
     if unknown:
-        raise DataError(f"variants: unknown {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+        raise DataError(
+            f"variants: unknown {', '.join(unknown)}; choose from {', '.join(VARIANTS)}"
+        )
     use_compilation_cache(Path("artifacts/cache"))
     wanted = dict.fromkeys(("as it is", *(config.variants or VARIANTS)))
     weights = {name: train(config, name) for name in tqdm(wanted, desc="training")}
@@ -116,13 +139,20 @@ def main(config: Config) -> None:
         first, _ = qualities(*models["as it is"], problems)
         for name, model in tqdm(models.items(), desc=f"{num_obs} rows"):
             values, collinear = qualities(*model, problems)
-            rows = {f"{num_obs} rows": np.ones(len(collinear), bool), f"{num_obs} rows, collinear parents": collinear > COLLINEAR}
+            rows = {
+                f"{num_obs} rows": np.ones(len(collinear), bool),
+                f"{num_obs} rows, collinear parents": collinear > COLLINEAR,
+            }
             for task, kept in rows.items():
                 for metric, value in values.items():
-                    report.add("ablation", task, name, metric, summarise(value[kept]), int(kept.sum()))
+                    report.add(
+                        "ablation", task, name, metric, summarise(value[kept]), int(kept.sum())
+                    )
                     if name != "as it is":
                         change = paired_difference(value[kept], first[metric][kept])
-                        report.add("ablation", task, name, f"{metric}, change", change, int(kept.sum()))
+                        report.add(
+                            "ablation", task, name, f"{metric}, change", change, int(kept.sum())
+                        )
     write_results(config.folder, report.records)
     print(render(report.records, "ablation"))
 

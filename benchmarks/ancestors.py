@@ -1,9 +1,11 @@
-"""The room above an expert that only considers parents: how often the best single intervention is on another ancestor, and what ignoring it costs.
+"""The room above an expert that only considers parents: how often the best single intervention is
+on another ancestor, and what ignoring it costs.
 
     python benchmarks/ancestors.py --num-problems 300
 
-From noise-free E[Y | do] over a grid of values, on systems of `SCMPrior` and on CBO-U's random ones. Cost of restricting oneself to parents: (best
-over parents - best over all) / (nothing - best over all), 1 at most, as one may always do nothing. Writes `ancestors.md` and `ancestors.png` to
+From noise-free E[Y | do] over a grid of values, on systems of `SCMPrior` and on CBO-U's random
+ones. Cost of restricting oneself to parents: (best over parents - best over all) / (nothing - best
+over all), 1 at most, as one may always do nothing. Writes `ancestors.md` and `ancestors.png` to
 `--folder`.
 """
 
@@ -71,30 +73,46 @@ def draw(keys, prior: SCMPrior):
 
 @eqx.filter_jit
 def best_interventions(scms, num_values: int):
-    """Least E[Y | do] over all variables and over parents (inf without any), E[Y], and whether the first is on a parent (leading axis)."""
+    """Least E[Y | do] over all variables and over parents (inf without any), E[Y], and whether the
+    first is on a parent (leading axis).
+    """
 
     def one(scm):
         least = scm.effect_table(value_grid(scm.low, scm.high, num_values)).min(1)
         nothing = scm.mean_outcome(Intervention.none(scm.low.shape[0]))
-        return least.min(), jnp.where(scm.parents, least, jnp.inf).min(), nothing, scm.parents[jnp.argmin(least)]
+        return (
+            least.min(),
+            jnp.where(scm.parents, least, jnp.inf).min(),
+            nothing,
+            scm.parents[jnp.argmin(least)],
+        )
 
     return jax.vmap(one)(scms)
 
 
 def measure(kind: str, size: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Per system: whether its best intervention is on a non-parent, and the cost of parents only. Systems that nothing improves are left out."""
+    """Per system: whether its best intervention is on a non-parent, and the cost of parents only.
+    Systems that nothing improves are left out.
+    """
     count = config.num_problems if kind == "SCMPrior" else config.erdos_problems
     parts = []
-    for start in tqdm(range(0, count, config.batch), desc=f"{kind}, d = {size}", unit="batch", leave=False):
+    for start in tqdm(
+        range(0, count, config.batch), desc=f"{kind}, d = {size}", unit="batch", leave=False
+    ):
         if kind == "SCMPrior":
             keys = jr.split(jr.fold_in(jr.fold_in(jr.key(config.seed), size), start), config.batch)
             scms = draw(keys, SCMPrior(max_vars=size, min_size=size, max_size=size))
         else:
             seeds = range(config.seed + start, config.seed + start + config.batch)
-            scms = [erdos_renyi(seed, size, kind == "CBO-U linear", per_variable=0, childless=False)[0] for seed in seeds]
+            scms = [
+                erdos_renyi(seed, size, kind == "CBO-U linear", per_variable=0, childless=False)[0]
+                for seed in seeds
+            ]
             scms = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scms)
         parts.append([np.asarray(x, float) for x in best_interventions(scms, config.num_values)])
-    best, best_parent, nothing, on_parent = (np.concatenate(x)[:count] for x in zip(*parts, strict=True))
+    best, best_parent, nothing, on_parent = (
+        np.concatenate(x)[:count] for x in zip(*parts, strict=True)
+    )
     kept = nothing > best
     cost = (np.minimum(best_parent, nothing) - best)[kept] / (nothing - best)[kept]
     return (on_parent == 0)[kept], cost
@@ -110,25 +128,53 @@ def table(results: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]) -> str:
     """Share and cost by kind and size, with 95 % intervals."""
     style = "{:.3f} [{:.3f}, {:.3f}]".format
     rows = [
-        [kind, str(size), str(len(other)), style(*interval(other)), style(*interval(cost)), f"{cost[other].mean():.3f}" if other.any() else "-"]
+        [
+            kind,
+            str(size),
+            str(len(other)),
+            style(*interval(other)),
+            style(*interval(cost)),
+            f"{cost[other].mean():.3f}" if other.any() else "-",
+        ]
         for (kind, size), (other, cost) in results.items()
     ]
-    header = ["systems", "d", "n", "best is on a non-parent", "cost of parents only", "cost where it is"]
+    header = [
+        "systems",
+        "d",
+        "n",
+        "best is on a non-parent",
+        "cost of parents only",
+        "cost where it is",
+    ]
     return tabulate.tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 
 def draw_figure(results: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     """Share and cost against the number of variables."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
-    labels = ("share of systems whose best\nintervention is on a non-parent", "mean cost of parents only\n(share of the possible improvement)")
+    labels = (
+        "share of systems whose best\nintervention is on a non-parent",
+        "mean cost of parents only\n(share of the possible improvement)",
+    )
     for panel, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         for index, (kind, colour) in enumerate(KINDS.items()):
             sizes = [size for name, size in results if name == kind]
             if not sizes:
                 continue
             value, low, high = np.array([interval(results[kind, size][panel]) for size in sizes]).T
-            at = np.array(sizes) * 1.02 ** (index - 1)  # side by side, so that intervals do not hide each other
-            axis.errorbar(at, value, [value - low, high - value], color=colour, label=kind, marker="o", markersize=4, capsize=2, clip_on=False)
+            # side by side, so that intervals do not hide each other
+            at = np.array(sizes) * 1.02 ** (index - 1)
+            axis.errorbar(
+                at,
+                value,
+                [value - low, high - value],
+                color=colour,
+                label=kind,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                clip_on=False,
+            )
         ticks = sorted({size for _, size in results})
         axis.set_xscale("log")
         axis.set_xticks(ticks, [str(size) for size in ticks])
@@ -143,12 +189,20 @@ def draw_figure(results: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], p
 def main(config: Config) -> None:
     """Measure every kind and size; print and write table and figure."""
     use_compilation_cache(Path("artifacts/cache"))
-    tasks = [(kind, size) for kind in KINDS for size in (config.sizes if kind == "SCMPrior" else config.erdos_sizes)]
-    results = {(kind, size): measure(kind, size, config) for kind, size in tqdm(tasks, desc="kinds and sizes")}
+    tasks = [
+        (kind, size)
+        for kind in KINDS
+        for size in (config.sizes if kind == "SCMPrior" else config.erdos_sizes)
+    ]
+    results = {
+        (kind, size): measure(kind, size, config)
+        for kind, size in tqdm(tasks, desc="kinds and sizes")
+    }
     text = "\n\n".join(
         [
             "# The room above an expert that only considers parents",
-            f"Noise-free E[Y given do] on {config.num_values} values per variable; one variable is set at a time. Cost 0: a parent is as good as any "
+            f"Noise-free E[Y given do] on {config.num_values} values per variable; one variable "
+            "is set at a time. Cost 0: a parent is as good as any "
             "variable, 1: with parents alone nothing can be gained. Intervals are 95 %.",
             table(results),
         ]

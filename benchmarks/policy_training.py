@@ -1,11 +1,14 @@
-"""How the policy learns: the warm start beside its cold twin over several seeds, and what each ingredient of stage 3 buys.
+"""How the policy learns: the warm start beside its cold twin over several seeds, and what each
+ingredient of stage 3 buys.
 
     python benchmarks/policy_training.py --parts twins variants
 
-`twins`: 03_warmstart_acquisition.py at its `small` preset with `num_twins` seeds, and once more with expected improvement cloned; a figure of the
-curves, and how soon either warm start is where the cold one ends. `variants`: stage 3 with one thing changed at a time, by the flags in `VARIANTS`,
-each with the same number of simulated experiments, without the twin and with seeds 0, 1 and so on. Then all are held against the first, as it is, and
-against expected improvement on the same surface, on the same held-out problems; differences are paired, with 95 % intervals over problems, whose
+`twins`: 03_warmstart_acquisition.py at its `small` preset with `num_twins` seeds, and once more
+with expected improvement cloned; a figure of the curves, and how soon either warm start is where
+the cold one ends. `variants`: stage 3 with one thing changed at a time, by the flags in `VARIANTS`,
+each with the same number of simulated experiments, without the twin and with seeds 0, 1 and so on.
+Then all are held against the first, as it is, and against expected improvement on the same surface,
+on the same held-out problems; differences are paired, with 95 % intervals over problems, whose
 regret is the mean over seeds. What is trained already is not trained again.
 """
 
@@ -27,7 +30,14 @@ from lib.artifacts import load_arrays, read_header
 from lib.buffer import DataError
 from lib.config import check_settings, errors_for_people, use_compilation_cache
 from lib.methods import OptimizationScenario, exploration_scenario
-from lib.metrics import Record, convergence_ratio, paired_difference, render, summarise, write_results
+from lib.metrics import (
+    Record,
+    convergence_ratio,
+    paired_difference,
+    render,
+    summarise,
+    write_results,
+)
 from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 
@@ -86,7 +96,8 @@ VARIANTS = {
     "last weights": ("--average", "0"),
 }
 STEPS = (1, 3, 5, 10)
-STARTS = ("cloned from the expert", "cold", "cloned from expected improvement")  # the first two are twins; the third sees the same problems
+# the first two are twins; the third sees the same problems
+STARTS = ("cloned from the expert", "cold", "cloned from expected improvement")
 RETURN = "share of the training needed, by the return on validation problems"
 
 
@@ -98,7 +109,19 @@ def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
         for file in ("demos.npz", "surrogate.eqx"):
             (folder / file).unlink(missing_ok=True)
             (folder / file).hardlink_to(config.folder / file)
-        subprocess.run([sys.executable, "03_warmstart_acquisition.py", "small", "--folder", str(folder), "--seed", str(seed), *flags], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "03_warmstart_acquisition.py",
+                "small",
+                "--folder",
+                str(folder),
+                "--seed",
+                str(seed),
+                *flags,
+            ],
+            check=True,
+        )
     return folder
 
 
@@ -106,37 +129,91 @@ def train(config: Config, name: str, seed: int, flags: tuple[str, ...]) -> Path:
 
 
 def measure_twins(config: Config) -> list[Record]:
-    """Share of the training that either warm start needs to where the cold one ends, per seed and of the mean curves; the figure."""
-    flags = {"twins": (), "twins, expected improvement cloned": ("--imitation.teacher", "expected_improvement", "--no-cold-twin")}
+    """Share of the training that either warm start needs to where the cold one ends, per seed and
+    of the mean curves; the figure.
+    """
+    flags = {
+        "twins": (),
+        "twins, expected improvement cloned": (
+            "--imitation.teacher",
+            "expected_improvement",
+            "--no-cold-twin",
+        ),
+    }
     jobs = [(name, seed) for name in flags for seed in range(config.num_twins)]
     folders = {job: train(config, *job, flags[job[0]]) for job in tqdm(jobs, desc="twins")}
-    loaded = {job: load_arrays(folder / "curves.npz", "curves")[0] for job, folder in folders.items()}
+    loaded = {
+        job: load_arrays(folder / "curves.npz", "curves")[0] for job, folder in folders.items()
+    }
 
     def together(metric):
-        return np.stack([np.concatenate([loaded[name, seed][metric] for name in flags]) for seed in range(config.num_twins)])
+        return np.stack(
+            [
+                np.concatenate([loaded[name, seed][metric] for name in flags])
+                for seed in range(config.num_twins)
+            ]
+        )
 
-    curves = {metric: together(metric) for metric in ("validation", "optimization", "entropy", "kl", "dead_groups")}  # [seeds, starts, iterations]
+    # [seeds, starts, iterations]
+    curves = {
+        metric: together(metric)
+        for metric in ("validation", "optimization", "entropy", "kl", "dead_groups")
+    }
     records = []
 
     def add(task, method, metric, estimate, n, unit=""):
         value, low, high = estimate
-        records.append(Record("convergence", task, method, metric, float(value), float(low), float(high), n, unit))
+        records.append(
+            Record(
+                "convergence", task, method, metric, float(value), float(low), float(high), n, unit
+            )
+        )
 
-    returns = curves["validation"].mean(-1)  # of the averaged policies, mean over the experiments of a campaign
+    # of the averaged policies, mean over the experiments of a campaign
+    returns = curves["validation"].mean(-1)
     cold = STARTS.index("cold")
     for row, start in enumerate(STARTS):
-        for name, of in {"training to the cold end": {}, "training to 95 % of the cold best": {"share": 0.95}}.items() if row != cold else ():
-            each, task = np.array([convergence_ratio(one[[row, cold]], **of) for one in returns]), f"{RETURN}: {start}"
+        for name, of in (
+            {
+                "training to the cold end": {},
+                "training to 95 % of the cold best": {"share": 0.95},
+            }.items()
+            if row != cold
+            else ()
+        ):
+            each, task = (
+                np.array([convergence_ratio(one[[row, cold]], **of) for one in returns]),
+                f"{RETURN}: {start}",
+            )
             for seed, ratio in enumerate(each):
                 add(task, f"seed {seed}", name, (ratio, -np.inf, np.inf), 1)
             add(task, "mean of the seeds", name, summarise(each), len(each))
-            add(task, "the seeds' mean curve", name, (convergence_ratio(returns.mean(0)[[row, cold]], **of), -np.inf, np.inf), len(each))
-        for name, step in {"before GRPO": 0, "halfway": returns.shape[2] // 2, "at the end": -1}.items():
+            add(
+                task,
+                "the seeds' mean curve",
+                name,
+                (convergence_ratio(returns.mean(0)[[row, cold]], **of), -np.inf, np.inf),
+                len(each),
+            )
+        for name, step in {
+            "before GRPO": 0,
+            "halfway": returns.shape[2] // 2,
+            "at the end": -1,
+        }.items():
             add("return", start, name, summarise(returns[:, row, step]), len(returns))
             if row != cold:
-                add("return", f"{start}, above cold, paired", name, paired_difference(returns[:, row, step], returns[:, cold, step]), len(returns))
+                add(
+                    "return",
+                    f"{start}, above cold, paired",
+                    name,
+                    paired_difference(returns[:, row, step], returns[:, cold, step]),
+                    len(returns),
+                )
         for metric in ("optimization", "entropy", "kl", "dead_groups"):
-            for when, part in {"first 20 iterations": slice(0, 20), "last 20 iterations": slice(-20, None)}.items():
+            for when, part in {
+                "first 20 iterations": slice(0, 20),
+                "last 20 iterations": slice(-20, None),
+            }.items():
                 values = curves[metric][:, row, part].mean(1)
                 add(when, start, metric, summarise(values), len(values))
     draw_curves(curves, config.out / "curves.png")
@@ -144,7 +221,9 @@ def measure_twins(config: Config) -> list[Record]:
 
 
 def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> None:
-    """Return, entropy, divergence and dead groups of every start: a thin line per seed, a thick one for their mean; smoothed but for the return."""
+    """Return, entropy, divergence and dead groups of every start: a thin line per seed, a thick one
+    for their mean; smoothed but for the return.
+    """
     panels = {
         "validation": "return on validation problems",
         "entropy": "entropy of the policy (nats)",
@@ -154,12 +233,19 @@ def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> 
     iterations = curves["entropy"].shape[-1]
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for row, (start, colour) in enumerate(zip(STARTS, ("tab:blue", "tab:orange", "tab:green"), strict=True)):
+        for row, (start, colour) in enumerate(
+            zip(STARTS, ("tab:blue", "tab:orange", "tab:green"), strict=True)
+        ):
             if name == "validation":
                 lines = curves[name][:, row].mean(-1)
                 steps = np.linspace(0, iterations, lines.shape[1])
             else:
-                lines = np.stack([np.convolve(line, np.ones(window) / window, "valid") for line in curves[name][:, row]])
+                lines = np.stack(
+                    [
+                        np.convolve(line, np.ones(window) / window, "valid")
+                        for line in curves[name][:, row]
+                    ]
+                )
                 steps = np.arange(lines.shape[1]) + window
             axis.plot(steps, lines.T, color=colour, linewidth=0.7, alpha=0.35)
             axis.plot(steps, lines.mean(0), color=colour, linewidth=2.2, label=start)
@@ -176,47 +262,97 @@ def draw_curves(curves: dict[str, np.ndarray], path: Path, window: int = 10) -> 
 
 
 def measure_variants(config: Config) -> list[Record]:
-    """Regret of every variant, and its change against the default and against expected improvement."""
+    """Regret of every variant, and its change against the default and against expected
+    improvement.
+    """
     wanted = dict.fromkeys((AS_IT_IS, *(config.variants or VARIANTS)))
-    jobs = [(seed, name) for seed in range(config.num_seeds) for name in wanted]  # a run that is stopped has some seeds of all
+    # a run that is stopped has some seeds of all
+    jobs = [(seed, name) for seed in range(config.num_seeds) for name in wanted]
     flags = ("--no-cold-twin", "--iterations", str(config.iterations))
     folders = {}
     for seed, name in tqdm(jobs, desc="training"):
-        folders[seed, name] = train(config, f"{name}, {config.iterations} iterations", seed, (*flags, *VARIANTS[name]))
+        folders[seed, name] = train(
+            config, f"{name}, {config.iterations} iterations", seed, (*flags, *VARIANTS[name])
+        )
     surrogate, records = load_surrogate(config.folder / "surrogate.eqx")[0], []
     for name in wanted:
-        agreements = [read_header(folders[seed, name] / "bc_policy.eqx")["metrics"] for seed in range(config.num_seeds)]
+        agreements = [
+            read_header(folders[seed, name] / "bc_policy.eqx")["metrics"]
+            for seed in range(config.num_seeds)
+        ]
         for metric in ("variable_agreement", "value_agreement") if agreements[0] else ():
             value = np.mean([one[metric] for one in agreements])
-            records.append(Record("variants", "the clone and the expert", name, metric, float(value), -np.inf, np.inf, len(agreements), ""))
+            records.append(
+                Record(
+                    "variants",
+                    "the clone and the expert",
+                    name,
+                    metric,
+                    float(value),
+                    -np.inf,
+                    np.inf,
+                    len(agreements),
+                    "",
+                )
+            )
     plain = OptimizationScenario("50 rows, d=8", SCMPrior(min_size=8, max_size=8), num_obs=50)
     for index, scenario in enumerate((plain, replace(exploration_scenario(8, 8), num_steps=10))):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(config.seed), index))
         problems, optima = scenario.draw(draw_key, config.num_problems, surrogate.config.num_bins)
 
         def play(name, policy, scenario=scenario, problems=problems, optima=optima, key=play_key):
-            return scenario.regret(name, TrainedACBOSystem(surrogate, policy), problems, optima, key)
+            return scenario.regret(
+                name, TrainedACBOSystem(surrogate, policy), problems, optima, key
+            )
 
         def over_seeds(name, file, play=play):
-            return np.stack([play("acbo", load_policy(folders[seed, name] / file)[0]) for seed in range(config.num_seeds)])
+            return np.stack(
+                [
+                    play("acbo", load_policy(folders[seed, name] / file)[0])
+                    for seed in range(config.num_seeds)
+                ]
+            )
 
         found = {name: over_seeds(name, "policy.eqx") for name in tqdm(wanted, desc=scenario.name)}
         found[CLONE] = over_seeds(AS_IT_IS, "bc_policy.eqx")
-        default, rival = found[AS_IT_IS].mean(0), play("surrogate_ei", load_policy(folders[0, AS_IT_IS] / "policy.eqx")[0])
+        default, rival = (
+            found[AS_IT_IS].mean(0),
+            play("surrogate_ei", load_policy(folders[0, AS_IT_IS] / "policy.eqx")[0]),
+        )
         for name, values in found.items():
             mean = values.mean(0)
             for step in STEPS:
                 cells = {
                     "regret": summarise(mean[:, step]),
                     "less expected improvement's": paired_difference(mean[:, step], rival[:, step]),
-                    "less the default's": paired_difference(mean[:, step], default[:, step]) if name != AS_IT_IS else None,
-                    "deviation over seeds": (values[:, :, step].mean(1).std(ddof=1), -np.inf, np.inf) if len(values) > 1 else None,
+                    "less the default's": paired_difference(mean[:, step], default[:, step])
+                    if name != AS_IT_IS
+                    else None,
+                    "deviation over seeds": (
+                        values[:, :, step].mean(1).std(ddof=1),
+                        -np.inf,
+                        np.inf,
+                    )
+                    if len(values) > 1
+                    else None,
                 }
                 for metric, estimate in cells.items():
                     if estimate is not None:
                         value, low, high = estimate
                         task = f"{scenario.name}, after {step}"
-                        records.append(Record("variants", task, name, metric, float(value), float(low), float(high), len(mean), ""))
+                        records.append(
+                            Record(
+                                "variants",
+                                task,
+                                name,
+                                metric,
+                                float(value),
+                                float(low),
+                                float(high),
+                                len(mean),
+                                "",
+                            )
+                        )
     return records
 
 

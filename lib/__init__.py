@@ -1,1 +1,3 @@
-"""Mathematics and modules of amortised causal Bayesian optimisation; the numbered scripts hold loops, flags and printing."""
+"""Mathematics and modules of amortised causal Bayesian optimisation; the numbered scripts hold
+loops, flags and printing.
+"""

@@ -1,8 +1,11 @@
-"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result, on one machine; only the log holds times.
+"""Files that the stages hand to each other, checkpoints, and training logs. One seed, one result,
+on one machine; only the log holds times.
 
-An artifact has a header (`HEADER_FIELDS`). `.eqx` is one line of JSON, the header, then the leaves of a module; `.npz` is named arrays plus the same
-JSON as a unicode scalar named `header`, read with `allow_pickle=False`. Both are written under a temporary name and then renamed, so a file that
-exists is complete. Loaders raise `ArtifactError` instead of returning something else than what was saved.
+An artifact has a header (`HEADER_FIELDS`). `.eqx` is one line of JSON, the header, then the leaves
+of a module; `.npz` is named arrays plus the same JSON as a unicode scalar named `header`, read with
+`allow_pickle=False`. Both are written under a temporary name and then renamed, so a file that
+exists is complete. Loaders raise `ArtifactError` instead of returning something else than what was
+saved.
 """
 
 import dataclasses
@@ -24,7 +27,19 @@ import numpy as np
 
 
 SCHEMA = 2  # 2: the checksum covers the header
-HEADER_FIELDS = ("schema", "stage", "config", "hyperparameters", "seed", "step", "parents", "versions", "code", "metrics", "checksum")
+HEADER_FIELDS = (
+    "schema",
+    "stage",
+    "config",
+    "hyperparameters",
+    "seed",
+    "step",
+    "parents",
+    "versions",
+    "code",
+    "metrics",
+    "checksum",
+)
 REMAKE = {
     "demos": "python 01_extract_demos.py",
     "surrogate": "python 02_train_surrogate.py",
@@ -36,11 +51,15 @@ REMAKE = {
 
 
 class ArtifactError(ValueError):
-    """A file cannot be used, or must not be written; the message names the file, what is wrong and the command that remakes it."""
+    """A file cannot be used, or must not be written; the message names the file, what is wrong and
+    the command that remakes it.
+    """
 
     def __init__(self, path: Path, problem: str, stage: str | None = None):
         command = REMAKE.get(path.stem if stage is None else stage)
-        super().__init__(f"{path}: {problem}" + (f": make it again with `{command}`" if command else ""))
+        super().__init__(
+            f"{path}: {problem}" + (f": make it again with `{command}`" if command else "")
+        )
 
 
 def save_module(
@@ -55,8 +74,9 @@ def save_module(
     parents: Sequence[Path] = (),
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write `module` to the `.eqx` file `path`. `hyperparameters` is what `load_module` needs to build a module of the same shape; `parents` are the
-    artifacts that it was made from. Fields of `config` that are paths are left out: where a file lies is no part of what it holds.
+    """Write `module` to the `.eqx` file `path`. `hyperparameters` is what `load_module` needs to
+    build a module of the same shape; `parents` are the artifacts that it was made from. Fields of
+    `config` that are paths are left out: where a file lies is no part of what it holds.
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
@@ -66,18 +86,25 @@ def save_module(
     replace_file(path, encode(header) + b"\n" + payload)
 
 
-def load_module(path: Path, stage: str, build: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
-    """The module in `path` and its header; `build(hyperparameters)` makes a module of the right shape, whose leaves are then replaced.
+def load_module(
+    path: Path, stage: str, build: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The module in `path` and its header; `build(hyperparameters)` makes a module of the right
+    shape, whose leaves are then replaced.
 
-    Raises `ArtifactError` if the file is missing, truncated, edited, of another stage or schema, or has other shapes than `build` gives.
+    Raises `ArtifactError` if the file is missing, truncated, edited, of another stage or schema, or
+    has other shapes than `build` gives.
     """
     header, payload = split(path, stage)
     check_header(path, header, stage)
     check_checksum(path, payload, header, stage)
     try:
-        like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))  # shapes only: nothing is initialised to be thrown away
+        # shapes only: nothing is initialised to be thrown away
+        like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))
     except (TypeError, KeyError) as error:
-        raise ArtifactError(path, f"its hyperparameters do not fit this version of the code ({error})", stage) from error
+        raise ArtifactError(
+            path, f"its hyperparameters do not fit this version of the code ({error})", stage
+        ) from error
     return deserialise(path, payload, like, stage), header
 
 
@@ -93,7 +120,9 @@ def save_arrays(
     parents: Sequence[Path] = (),
     metrics: Mapping[str, Any],
 ) -> None:
-    """Write named arrays to the `.npz` file `path`; arguments and errors as for `save_module`. The name `header` is taken."""
+    """Write named arrays to the `.npz` file `path`; arguments and errors as for `save_module`. The
+    name `header` is taken.
+    """
     if "header" in arrays:
         raise ValueError("'header' is the name of the header itself: call the array something else")
     host = {name: np.asarray(array) for name, array in arrays.items()}
@@ -106,7 +135,9 @@ def save_arrays(
 
 
 def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays in `path` by name, and its header. `ArtifactError` if the file is missing, truncated, edited, or of another stage or schema."""
+    """The arrays in `path` by name, and its header. `ArtifactError` if the file is missing,
+    truncated, edited, or of another stage or schema.
+    """
     arrays = read_npz(path, stage)
     header = parse_header(path, str(arrays.pop("header", "")), stage)
     check_header(path, header, stage)
@@ -115,7 +146,9 @@ def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of an artifact of any stage and schema, without its payload. Raises `ArtifactError` if there is none."""
+    """The header of an artifact of any stage and schema, without its payload. Raises
+    `ArtifactError` if there is none.
+    """
     if path.suffix == ".npz":
         return parse_header(path, str(read_npz(path, None, only="header").get("header", "")), None)
     return split(path, None)[0]
@@ -137,31 +170,49 @@ class Checkpoint(NamedTuple):
 
 
 def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -> str:
-    """SHA-256 of what a stage's result depends on: the bytes of its `script` and of all of `lib`, its config (a dataclass, paths left out), the files
-    it reads, and the versions in use. Finished artifacts are loaded whatever code wrote them; only what is half done must not go on with other code.
+    """SHA-256 of what a stage's result depends on: the bytes of its `script` and of all of `lib`,
+    its config (a dataclass, paths left out), the files it reads, and the versions in use. Finished
+    artifacts are loaded whatever code wrote them; only what is half done must not go on with other
+    code.
     """
     code, inputs = [digest(Path(script)), code_digest()], [digest(path) for path in parents]
-    content = {"schema": SCHEMA, "code": code, "config": plain(dataclasses.asdict(config)), "parents": inputs, "versions": versions()}
+    content = {
+        "schema": SCHEMA,
+        "code": code,
+        "config": plain(dataclasses.asdict(config)),
+        "parents": inputs,
+        "versions": versions(),
+    }
     return hashlib.sha256(encode(content)).hexdigest()
 
 
 def code_digest() -> str:
     """SHA-256 over the bytes of all of `lib`."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    ).hexdigest()
 
 
 def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> None:
-    """Replace the checkpoint at `path` by `tree`, a pytree without typed keys (store the seed, and fold the step in). `ArtifactError` for NaN."""
+    """Replace the checkpoint at `path` by `tree`, a pytree without typed keys (store the seed, and
+    fold the step in). `ArtifactError` for NaN.
+    """
     payload = serialise(path, tree)
-    header = {"schema": SCHEMA, "fingerprint": fingerprint, "step": int(step), "checksum": hashlib.sha256(payload).hexdigest()}
+    header = {
+        "schema": SCHEMA,
+        "fingerprint": fingerprint,
+        "step": int(step),
+        "checksum": hashlib.sha256(payload).hexdigest(),
+    }
     replace_file(path, encode(header) + b"\n" + payload)
 
 
 def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | None:
-    """The checkpoint at `path`, in the form of `like`; None if there is none, or if it belongs to another config, other inputs, other code
-    or other versions.
+    """The checkpoint at `path`, in the form of `like`; None if there is none, or if it belongs to
+    another config, other inputs, other code or other versions.
 
-    Raises `ArtifactError` if it is damaged: a killed run never leaves half a file, so something else changed it.
+    Raises `ArtifactError` if it is damaged: a killed run never leaves half a file, so something
+    else changed it.
     """
     if not path.exists():
         return None
@@ -169,26 +220,42 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | Non
     if header.get("fingerprint") != fingerprint:
         return None
     if hashlib.sha256(payload).hexdigest() != header.get("checksum"):
-        raise ArtifactError(path, "the checkpoint is truncated or was edited; delete it to start the stage from the beginning")
+        raise ArtifactError(
+            path,
+            "the checkpoint is truncated or was edited; delete it to start "
+            "the stage from the beginning",
+        )
     return Checkpoint(deserialise(path, payload, like, None), header["step"])
 
 
 class TrainingLog:
-    """JSON lines, one record per `write`: `step`, the metrics, and `time` (seconds since 1970, the one place for wall-clock times).
+    """JSON lines, one record per `write`: `step`, the metrics, and `time` (seconds since 1970, the
+    one place for wall-clock times).
 
-    `resume_step` is the number of steps that the resumed checkpoint has done, 0 for a new run. Records of later steps, and a line that a kill cut
-    short, are dropped, so a run that was stopped and resumed ends with the records of one that was not.
+    `resume_step` is the number of steps that the resumed checkpoint has done, 0 for a new run.
+    Records of later steps, and a line that a kill cut short, are dropped, so a run that was stopped
+    and resumed ends with the records of one that was not.
     """
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
-        kept = [record for record in read_log(path) if record["step"] <= resume_step] if resume_step > 0 and path.exists() else []
+        kept = (
+            [record for record in read_log(path) if record["step"] <= resume_step]
+            if resume_step > 0 and path.exists()
+            else []
+        )
         replace_file(path, b"".join(encode(record) + b"\n" for record in kept))
 
     def write(self, *, step: int, **metrics: Any) -> None:
-        """Append one record. Raises `ValueError` if a metric is not finite: the run has diverged, or the metric divides by zero."""
+        """Append one record. Raises `ValueError` if a metric is not finite: the run has diverged,
+        or the metric divides by zero.
+        """
         record = plain({"step": step, **metrics, "time": round(time.time(), 3)})
-        wrong = [name for name, value in record.items() if isinstance(value, float) and not np.isfinite(value)]
+        wrong = [
+            name
+            for name, value in record.items()
+            if isinstance(value, float) and not np.isfinite(value)
+        ]
         if wrong:
             raise ValueError(f"{self.path}, step {step}: {wrong[0]} is {record[wrong[0]]}")
         with open(self.path, "ab") as file:
@@ -197,18 +264,36 @@ class TrainingLog:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All complete records of a `TrainingLog`, in order."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 # --- the header ---
 
 
 def make_header(stage, config, hyperparameters, seed, step, parents, metrics) -> dict[str, Any]:
-    """The header of an artifact, as plain JSON types (`HEADER_FIELDS`), its checksum still empty. `ValueError` for a stage that no script makes."""
+    """The header of an artifact, as plain JSON types (`HEADER_FIELDS`), its checksum still empty.
+    `ValueError` for a stage that no script makes.
+    """
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
     made_from = {p.name: digest(p) for p in parents}
-    values = (SCHEMA, stage, config, hyperparameters, seed, step, made_from, versions(), code_digest(), metrics, "")
+    values = (
+        SCHEMA,
+        stage,
+        config,
+        hyperparameters,
+        seed,
+        step,
+        made_from,
+        versions(),
+        code_digest(),
+        metrics,
+        "",
+    )
     return plain(dict(zip(HEADER_FIELDS, values, strict=True)))
 
 
@@ -218,7 +303,9 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON types: arrays become lists, tuples lists, and dictionary entries that are paths are left out."""
+    """`value` in JSON types: arrays become lists, tuples lists, and dictionary entries that are
+    paths are left out.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items() if not isinstance(v, Path)}
     if isinstance(value, (list, tuple)):
@@ -237,7 +324,9 @@ def parse_header(path: Path, text: str, stage: str | None) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ArtifactError(path, "truncated, edited, or not an artifact: its header cannot be read", stage) from error
+        raise ArtifactError(
+            path, "truncated, edited, or not an artifact: its header cannot be read", stage
+        ) from error
     if not isinstance(header, dict):
         raise ArtifactError(path, "not an artifact: its header is not a JSON object", stage)
     return header
@@ -247,29 +336,45 @@ def check_header(path: Path, header: dict[str, Any], stage: str) -> None:
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
     if header.get("schema") != SCHEMA:
-        raise ArtifactError(path, f"wrong schema: the file has {header.get('schema')}, this code reads {SCHEMA}", stage)
+        raise ArtifactError(
+            path,
+            f"wrong schema: the file has {header.get('schema')}, this code reads {SCHEMA}",
+            stage,
+        )
     missing = [field for field in HEADER_FIELDS if field not in header]
     if missing:
-        raise ArtifactError(path, f"edited, or not an artifact: its header lacks '{missing[0]}'", stage)
+        raise ArtifactError(
+            path, f"edited, or not an artifact: its header lacks '{missing[0]}'", stage
+        )
     if header["stage"] != stage:
-        raise ArtifactError(path, f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed", stage)
+        raise ArtifactError(
+            path, f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed", stage
+        )
 
 
 def checksum(header: Mapping[str, Any], payload: bytes) -> str:
-    """SHA-256 over the header, its own entry `checksum` left out, and the payload: an edited setting is found like an edited weight."""
-    return hashlib.sha256(encode({k: v for k, v in header.items() if k != "checksum"}) + b"\n" + payload).hexdigest()
+    """SHA-256 over the header, its own entry `checksum` left out, and the payload: an edited
+    setting is found like an edited weight.
+    """
+    return hashlib.sha256(
+        encode({k: v for k, v in header.items() if k != "checksum"}) + b"\n" + payload
+    ).hexdigest()
 
 
 def check_checksum(path: Path, payload: bytes, header: dict[str, Any], stage: str) -> None:
     if checksum(header, payload) != header["checksum"]:
-        raise ArtifactError(path, "truncated or edited: its header and content do not match its checksum", stage)
+        raise ArtifactError(
+            path, "truncated or edited: its header and content do not match its checksum", stage
+        )
 
 
 # --- bytes ---
 
 
 def serialise(path: Path, tree: Any) -> bytes:
-    """The leaves of `tree`, in order, as `.npy` blocks; `path` is for the message if one holds NaN."""
+    """The leaves of `tree`, in order, as `.npy` blocks; `path` is for the message if one holds
+    NaN.
+    """
     refuse_nan(path, tree)
     stream = io.BytesIO()
     eqx.tree_serialise_leaves(stream, tree)
@@ -282,16 +387,26 @@ def deserialise(path: Path, payload: bytes, like: Any, stage: str | None) -> Any
     try:
         tree = eqx.tree_deserialise_leaves(stream, like)
     except (RuntimeError, ValueError, EOFError) as error:
-        raise ArtifactError(path, f"wrong shapes: it holds other leaves than this version of the code ({error})", stage) from error
+        raise ArtifactError(
+            path,
+            f"wrong shapes: it holds other leaves than this version of the code ({error})",
+            stage,
+        ) from error
     if stream.read(1):
-        raise ArtifactError(path, "wrong shapes: it holds more leaves than this version of the code", stage)
+        raise ArtifactError(
+            path, "wrong shapes: it holds more leaves than this version of the code", stage
+        )
     return tree
 
 
 def refuse_nan(path: Path, tree: Any) -> None:
     for where, leaf in jtu.tree_leaves_with_path(tree):
         if eqx.is_inexact_array_like(leaf) and np.isnan(np.asarray(leaf)).any():
-            raise ArtifactError(path, f"not written, NaN in {jtu.keystr(where)}: training has diverged, or the data are damaged")
+            raise ArtifactError(
+                path,
+                f"not written, NaN in {jtu.keystr(where)}: training has "
+                "diverged, or the data are damaged",
+            )
 
 
 def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -299,7 +414,10 @@ def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     found = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
-        found.update(f"{name} {array.dtype.str} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+        found.update(
+            f"{name} {array.dtype.str} {array.shape} ".encode()
+            + np.ascontiguousarray(array).tobytes()
+        )
     return found.hexdigest()
 
 
@@ -327,11 +445,15 @@ def read_npz(path: Path, stage: str | None, only: str | None = None) -> dict[str
         with np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if only in (None, name)}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError) as error:
-        raise ArtifactError(path, f"truncated or edited: not a complete .npz file ({error})", stage) from error
+        raise ArtifactError(
+            path, f"truncated or edited: not a complete .npz file ({error})", stage
+        ) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, then rename: a killed process leaves the old file or the new one, never half of it."""
+    """Write `content` beside `path`, then rename: a killed process leaves the old file or the new
+    one, never half of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)

@@ -1,4 +1,6 @@
-"""`ExperienceBuffer`: what has been observed and what has been done, as fixed-size arrays that jit, vmap and scan."""
+"""`ExperienceBuffer`: what has been observed and what has been done, as fixed-size arrays that jit,
+vmap and scan.
+"""
 
 import csv
 import math
@@ -18,7 +20,8 @@ from lib.scm import Intervention
 
 MIN_OBSERVATIONS = 10
 INTERVENED = "intervened"
-CONSTANT = 1e-12  # a column whose deviation is a smaller share of its largest value than float64 can tell
+# a column whose deviation is a smaller share of its largest value than float64 can tell
+CONSTANT = 1e-12
 
 
 class DataError(ValueError):
@@ -28,7 +31,8 @@ class DataError(ValueError):
 class ExperienceBuffer(eqx.Module):
     """Rows of experience; immutable, every `add_*` returns a new buffer.
 
-    `values[samples, vars]`, `intervened[samples, vars]` (true where the value was set by hand), `valid[samples]` (false rows are free space).
+    `values[samples, vars]`, `intervened[samples, vars]` (true where the value was set by hand),
+    `valid[samples]` (false rows are free space).
     """
 
     values: Float[Array, "samples vars"]
@@ -38,7 +42,11 @@ class ExperienceBuffer(eqx.Module):
     @staticmethod
     def empty(num_vars: int, capacity: int) -> "ExperienceBuffer":
         """A buffer with room for `capacity` rows of `num_vars` variables."""
-        return ExperienceBuffer(jnp.zeros((capacity, num_vars)), jnp.zeros((capacity, num_vars), bool), jnp.zeros(capacity, bool))
+        return ExperienceBuffer(
+            jnp.zeros((capacity, num_vars)),
+            jnp.zeros((capacity, num_vars), bool),
+            jnp.zeros(capacity, bool),
+        )
 
     @property
     def size(self):
@@ -53,99 +61,159 @@ class ExperienceBuffer(eqx.Module):
     def grow(self, extra: int) -> "ExperienceBuffer":
         """The same rows with `extra` more free places at the end."""
         return ExperienceBuffer(
-            jnp.pad(self.values, ((0, extra), (0, 0))), jnp.pad(self.intervened, ((0, extra), (0, 0))), jnp.pad(self.valid, (0, extra))
+            jnp.pad(self.values, ((0, extra), (0, 0))),
+            jnp.pad(self.intervened, ((0, extra), (0, 0))),
+            jnp.pad(self.valid, (0, extra)),
         )
 
     def first(self, count) -> "ExperienceBuffer":
         """What was known when `count` rows were filled; the others are free places again."""
         known = self.valid & (jnp.arange(self.valid.shape[0]) < count)
-        return ExperienceBuffer(jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known)
+        return ExperienceBuffer(
+            jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known
+        )
 
     def add_observation(self, row: Float[Array, " vars"]) -> "ExperienceBuffer":
         """One more passively observed row."""
         return self.add_intervention(Intervention.none(self.values.shape[1]), row)
 
-    def add_intervention(self, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
+    def add_intervention(
+        self, intervention: Intervention, outcome: Float[Array, " vars"]
+    ) -> "ExperienceBuffer":
         """One more row, observed under `intervention`.
 
-        The row takes the first free place; rows are filled from the front. Raises `ValueError` if the buffer is full. Inside `jit` that cannot be
-        known (a host callback could tell, and can deadlock on CPU): there the caller reserves capacity.
+        The row takes the first free place; rows are filled from the front. Raises `ValueError` if
+        the buffer is full. Inside `jit` that cannot be known (a host callback could tell, and can
+        deadlock on CPU): there the caller reserves capacity.
         """
         if not isinstance(self.valid, Tracer) and self.size >= self.valid.shape[0]:
-            raise ValueError(f"the ExperienceBuffer is full ({self.valid.shape[0]} rows): make room with grow()")
+            raise ValueError(
+                f"the ExperienceBuffer is full ({self.valid.shape[0]} rows): make room with grow()"
+            )
         return self.write(self.size, intervention, outcome)
 
-    def write(self, index, intervention: Intervention, outcome: Float[Array, " vars"]) -> "ExperienceBuffer":
-        """`add_intervention` at a known free place, without the check of room: for loops that count their own steps.
+    def write(
+        self, index, intervention: Intervention, outcome: Float[Array, " vars"]
+    ) -> "ExperienceBuffer":
+        """`add_intervention` at a known free place, without the check of room: for loops that count
+        their own steps.
 
-        Raises `ValueError` unless `outcome` has one number, and `intervention` one flag, per variable.
+        Raises `ValueError` unless `outcome` has one number, and `intervention` one flag, per
+        variable.
         """
         num_vars = self.values.shape[1]
-        for what, shape in (("outcome", jnp.shape(outcome)), ("intervention", intervention.mask.shape)):
+        for what, shape in (
+            ("outcome", jnp.shape(outcome)),
+            ("intervention", intervention.mask.shape),
+        ):
             if shape != (num_vars,):
-                raise ValueError(f"the {what} has shape {shape}, the buffer {num_vars} variables: give one number for each")
-        return ExperienceBuffer(self.values.at[index].set(outcome), self.intervened.at[index].set(intervention.mask), self.valid.at[index].set(True))
+                raise ValueError(
+                    f"the {what} has shape {shape}, the buffer {num_vars} variables: "
+                    "give one number for each"
+                )
+        return ExperienceBuffer(
+            self.values.at[index].set(outcome),
+            self.intervened.at[index].set(intervention.mask),
+            self.valid.at[index].set(True),
+        )
 
     def to_csv(self, path: Path, names: tuple[str, ...], units: "Units | None" = None) -> None:
-        """Write the filled rows in the format that `from_csv` reads, `a;b` where several were set: what it reads is the same again.
+        """Write the filled rows in the format that `from_csv` reads, `a;b` where several were set:
+        what it reads is the same again.
 
-        With `units`, which `from_csv` gives, the values are deviations, and the file has the columns' own units.
+        With `units`, which `from_csv` gives, the values are deviations, and the file has the
+        columns' own units.
         """
         values = np.asarray(self.values) if units is None else units.raw(np.asarray(self.values))
         temporary = Path(f"{path}.tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*names, INTERVENED])
-            for row, mask in zip(values[np.asarray(self.valid)], np.asarray(self.intervened)[np.asarray(self.valid)], strict=True):
-                writer.writerow([*(str(v) for v in row), ";".join(names[i] for i in np.flatnonzero(mask))])
+            for row, mask in zip(
+                values[np.asarray(self.valid)],
+                np.asarray(self.intervened)[np.asarray(self.valid)],
+                strict=True,
+            ):
+                writer.writerow(
+                    [*(str(v) for v in row), ";".join(names[i] for i in np.flatnonzero(mask))]
+                )
         temporary.rename(path)
 
     @staticmethod
     def from_csv(path: Path) -> "NamedBuffer":
-        """Read experiments: a column per variable, a row per experiment; a column `intervened` names the variable set by hand (`a;b`
-        where several were, empty: observed).
+        """Read experiments: a column per variable, a row per experiment; a column `intervened`
+        names the variable set by hand (`a;b` where several were, empty: observed).
 
-        The buffer holds deviations: the file is read in float64 and standardised (`Units`), because in float32 an offset of 1e7 deviations, or a
-        deviation of 1e-30, would be lost. Raises `DataError` naming file, row and column for anything that cannot be used as it stands.
+        The buffer holds deviations: the file is read in float64 and standardised (`Units`), because
+        in float32 an offset of 1e7 deviations, or a deviation of 1e-30, would be lost. Raises
+        `DataError` naming file, row and column for anything that cannot be used as it stands.
         """
         names, table = read_table(path)
         if INTERVENED not in names:
-            raise DataError(f"{path}: no column '{INTERVENED}': add one, empty for observations, else the variable that was set by hand")
+            raise DataError(
+                f"{path}: no column '{INTERVENED}': add one, empty for observations, "
+                "else the variable that was set by hand"
+            )
         column = names.index(INTERVENED)
         variables = tuple(n for n in names if n != INTERVENED)
         if len(variables) < 2:
-            raise DataError(f"{path}: only {len(variables)} variable column(s): give the target and at least one other variable")
-        values, intervened = np.zeros((len(table), len(variables))), np.zeros((len(table), len(variables)), bool)
+            raise DataError(
+                f"{path}: only {len(variables)} variable column(s): give the target "
+                "and at least one other variable"
+            )
+        values, intervened = (
+            np.zeros((len(table), len(variables))),
+            np.zeros((len(table), len(variables)), bool),
+        )
         for r, (line, row) in enumerate(table):
             for chosen in filter(None, (name.strip() for name in row[column].split(";"))):
                 if chosen not in variables:
                     where = f"{path}, row {line}, column '{INTERVENED}'"
-                    raise DataError(f"{where}: '{chosen}' is not a column; the variables are {', '.join(variables)}")
+                    raise DataError(
+                        f"{where}: '{chosen}' is not a column; the variables are "
+                        f"{', '.join(variables)}"
+                    )
                 intervened[r, variables.index(chosen)] = True
             cells = [c for i, c in enumerate(row) if i != column]
-            values[r] = [parse_number(cell, path, line, name) for cell, name in zip(cells, variables, strict=True)]
+            values[r] = [
+                parse_number(cell, path, line, name)
+                for cell, name in zip(cells, variables, strict=True)
+            ]
         observations = int((~intervened.any(1)).sum())
         if observations < MIN_OBSERVATIONS:
             raise DataError(
-                f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least {MIN_OBSERVATIONS} are needed: add observations"
+                f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least "
+                f"{MIN_OBSERVATIONS} are needed: add observations"
             )
         observed = values[~intervened.any(1)]
-        constant = [n for n, varies in zip(variables, observed.std(0) > CONSTANT * np.abs(observed).max(0), strict=True) if not varies]
+        constant = [
+            n
+            for n, varies in zip(
+                variables, observed.std(0) > CONSTANT * np.abs(observed).max(0), strict=True
+            )
+            if not varies
+        ]
         if constant:
             raise DataError(
-                f"{path}, column '{constant[0]}': zero variance over the observational rows: drop the column or add rows in which it varies"
+                f"{path}, column '{constant[0]}': zero variance over the observational rows: drop "
+                "the column or add rows in which it varies"
             )
         digits = [max(decimals(row[names.index(name)]) for _, row in table) for name in variables]
         units = Units.of(observed, digits)
-        buffer = ExperienceBuffer(jnp.asarray(units.deviations(values)), jnp.asarray(intervened), jnp.ones(len(table), bool))
+        buffer = ExperienceBuffer(
+            jnp.asarray(units.deviations(values)),
+            jnp.asarray(intervened),
+            jnp.ones(len(table), bool),
+        )
         return NamedBuffer(variables, buffer, units)
 
 
 class Units(NamedTuple):
     """Units of a file's columns, on the host in float64: value = shift + spread * deviation.
 
-    `spread[vars]` is the power of two nearest to the deviation over the observational rows and `shift[vars]` a multiple of it near their mean, so
-    that nothing is lost on the way to deviations and back. `digits` are the decimals that each column is written with (negative: tens, hundreds).
+    `spread[vars]` is the power of two nearest to the deviation over the observational rows and
+    `shift[vars]` a multiple of it near their mean, so that nothing is lost on the way to deviations
+    and back. `digits` are the decimals that each column is written with (negative: tens, hundreds).
     """
 
     shift: np.ndarray
@@ -168,7 +236,10 @@ class Units(NamedTuple):
 
     def written(self, variable: int, deviation: float, more: int = 0) -> float:
         """One value in its column's unit and with its digits, or `more` of them."""
-        return round(float(self.shift[variable] + self.spread[variable] * deviation), self.digits[variable] + more)
+        return round(
+            float(self.shift[variable] + self.spread[variable] * deviation),
+            self.digits[variable] + more,
+        )
 
 
 class NamedBuffer(NamedTuple):
@@ -180,7 +251,9 @@ class NamedBuffer(NamedTuple):
 
 
 def decimals(cell: str) -> int:
-    """How many decimals a number is written with, negative where its last digit stands for tens or more."""
+    """How many decimals a number is written with, negative where its last digit stands for tens or
+    more.
+    """
     exponent = Decimal(cell.strip()).as_tuple().exponent
     assert isinstance(exponent, int)  # finite: `parse_number` has read it
     return -exponent
@@ -194,12 +267,16 @@ def parse_number(cell: str, path: Path, line: int, name: str) -> float:
     except ValueError:
         raise DataError(f"{where}: '{cell}' is not a number: correct or remove the row") from None
     if not math.isfinite(number) or abs(number) > 1e30:  # no unit of anything
-        raise DataError(f"{where}: '{cell}' is not a finite number below 1e30: correct or remove the row")
+        raise DataError(
+            f"{where}: '{cell}' is not a finite number below 1e30: correct or remove the row"
+        )
     return number
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header of a CSV file, and its rows with their line numbers, blank lines left out; raises `DataError` where it is missing, empty or ragged."""
+    """Header of a CSV file, and its rows with their line numbers, blank lines left out; raises
+    `DataError` where it is missing, empty or ragged.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -207,36 +284,55 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give the path of a CSV file") from None
     except (UnicodeDecodeError, csv.Error, IsADirectoryError, PermissionError) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error}): save it as comma-separated UTF-8 text") from None
+        raise DataError(
+            f"{path}: cannot be read as CSV ({error}): save it as comma-separated UTF-8 text"
+        ) from None
     if not rows:
         raise DataError(f"{path}: empty: the first row names the columns")
     names = [name.strip() for name in rows[0][1]]
     duplicate = [name for i, name in enumerate(names) if name in names[:i] or not name]
     if duplicate:
-        raise DataError(f"{path}, row 1: column name '{duplicate[0]}' is empty or used twice: name every column once")
+        raise DataError(
+            f"{path}, row 1: column name '{duplicate[0]}' is empty or used twice: "
+            "name every column once"
+        )
     for line, row in rows[1:]:
         if len(row) != len(names):
-            raise DataError(f"{path}, row {line}: {len(row)} cells, but the header has {len(names)} columns: complete the row")
+            raise DataError(
+                f"{path}, row {line}: {len(row)} cells, but the header has "
+                f"{len(names)} columns: complete the row"
+            )
     return names, rows[1:]
 
 
 def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Lows and highs `[vars]`, float64 in the columns' own units, from a CSV with columns `variable,low,high`; a variable that it does not list gets
-    no range (both zero).
+    """Lows and highs `[vars]`, float64 in the columns' own units, from a CSV with columns
+    `variable,low,high`; a variable that it does not list gets no range (both zero).
     """
     header, rows = read_table(path)
     if header != ["variable", "low", "high"]:
-        raise DataError(f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high")
+        raise DataError(
+            f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high"
+        )
     low, high = np.zeros(len(names)), np.zeros(len(names))
     seen = set()
     for line, (name, a, b) in rows:
         if name.strip() in seen:
-            raise DataError(f"{path}, row {line}, column 'variable': '{name}' has a range already: keep one of the two")
+            raise DataError(
+                f"{path}, row {line}, column 'variable': '{name}' has a range "
+                "already: keep one of the two"
+            )
         seen.add(name.strip())
         if name.strip() not in names:
-            raise DataError(f"{path}, row {line}, column 'variable': '{name}' is not in the data; the variables are {', '.join(names)}")
+            raise DataError(
+                f"{path}, row {line}, column 'variable': '{name}' is not in the data; "
+                f"the variables are {', '.join(names)}"
+            )
         i = names.index(name.strip())
         low[i], high[i] = parse_number(a, path, line, "low"), parse_number(b, path, line, "high")
         if low[i] >= high[i]:
-            raise DataError(f"{path}, row {line}, columns 'low' and 'high': {a} is not below {b}: a range needs positive width")
+            raise DataError(
+                f"{path}, row {line}, columns 'low' and 'high': {a} is not below {b}: "
+                "a range needs positive width"
+            )
     return low, high

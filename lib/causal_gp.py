@@ -1,7 +1,9 @@
-"""Gaussian processes of the expert: star-graph effects of interventions, and the causal-prior surrogate with expected improvement.
+"""Gaussian processes of the expert: star-graph effects of interventions, and the causal-prior
+surrogate with expected improvement.
 
-PARENT_SCALE (Durand, Annadani, Bauer, Parbhoo 2025) and Aglietti et al., "Causal Bayesian Optimization" (AISTATS 2020). Everything is for
-one problem, in whatever units the caller uses; batch with `jax.vmap`.
+PARENT_SCALE (Durand, Annadani, Bauer, Parbhoo 2025) and Aglietti et al., "Causal Bayesian
+Optimization" (AISTATS 2020). Everything is for one problem, in whatever units the caller uses;
+batch with `jax.vmap`.
 """
 
 from typing import NamedTuple
@@ -18,12 +20,15 @@ from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_
 
 # --- star-graph Gaussian processes: Y ~ x_g on observational rows ---
 
-STAR_LENGTHSCALES = (0.5, 1.0, 2.0, 4.0, 8.0)  # in standard deviations of the inputs; 8 is a straight line over the data
-STAR_NOISE_RATIOS = (3e-4, 3e-3, 0.03, 0.2, 1.0)  # noise variance / kernel amplitude; the least keeps float32 systems regular
+# in standard deviations of the inputs; 8 is a straight line over the data
+STAR_LENGTHSCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
+# noise variance / kernel amplitude; the least keeps float32 systems regular
+STAR_NOISE_RATIOS = (3e-4, 3e-3, 0.03, 0.2, 1.0)
 
 
 class StarGP(NamedTuple):
-    """Hyperparameters of one zero-mean GP per parent set: kernel `amplitude * exp(-|x - x'|^2 / 2 lengthscale^2)` plus `noise` (a variance).
+    """Hyperparameters of one zero-mean GP per parent set: kernel `amplitude * exp(-|x - x'|^2 / 2
+    lengthscale^2)` plus `noise` (a variance).
 
     `failures` counts the hyperparameters that were left out because their Cholesky factor failed.
     """
@@ -37,8 +42,9 @@ class StarGP(NamedTuple):
 class StarEffects(NamedTuple):
     """What each set's GP says of do(X_i = v), each `[sets, vars, bins]`.
 
-    `mean` and `variance` are averages over rows of the GP's mean and predictive variance (observation noise included); `spread` is the variance
-    over rows of the GP's mean: how much Y still varies through the other parents.
+    `mean` and `variance` are averages over rows of the GP's mean and predictive variance
+    (observation noise included); `spread` is the variance over rows of the GP's mean: how much Y
+    still varies through the other parents.
     """
 
     mean: Float[Array, "sets vars bins"]
@@ -58,32 +64,44 @@ def fit_star_gp(
     live: Bool[Array, " sets"] | None = None,
     max_rows: int = 100,
 ) -> StarGP:
-    """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and noise ratio, the amplitude in closed form.
+    """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and
+    noise ratio, the amplitude in closed form.
 
-    `x` standardised, `y` centred. Only the first `max_rows` rows are used here (the cost is cubic, and hyperparameters need fewer rows than
-    predictions do); `star_effects` uses them all. Sets that are not `live` get ones, without any work.
+    `x` standardised, `y` centred. Only the first `max_rows` rows are used here (the cost is cubic,
+    and hyperparameters need fewer rows than predictions do); `star_effects` uses them all. Sets
+    that are not `live` get ones, without any work.
     """
     x, y = x[:max_rows], y[:max_rows]
     live = jnp.ones(sets.shape[0], bool) if live is None else live
-    return jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))(live, sets, squared_distances(x), y)
+    return jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))(
+        live, sets, squared_distances(x), y
+    )
 
 
-@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
+# one set after the other: under `vmap` a condition would compute both of its branches
+@sequential_vmap
 def fit_one_star_gp(alive, members, squares, y) -> StarGP:
     """Hyperparameters of one set, from squared distances `squares[vars, samples, samples]`."""
     num_rows = y.shape[0]
 
     def fit():
         distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
-        lengthscales, ratios = jnp.array(STAR_LENGTHSCALES, y.dtype), jnp.array(STAR_NOISE_RATIOS, y.dtype)
+        lengthscales, ratios = (
+            jnp.array(STAR_LENGTHSCALES, y.dtype),
+            jnp.array(STAR_NOISE_RATIOS, y.dtype),
+        )
 
         def score(lengthscale, ratio):
             factor = cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(num_rows))
             whitened = forward_solve(factor, y[:, None])
             amplitude = (whitened**2).mean()
-            return -num_rows / 2 * jnp.log(amplitude) - jnp.log(jnp.diagonal(factor)).sum(), amplitude
+            return -num_rows / 2 * jnp.log(amplitude) - jnp.log(
+                jnp.diagonal(factor)
+            ).sum(), amplitude
 
-        scores, amplitudes = jax.lax.map(lambda length: jax.vmap(lambda r: score(length, r))(ratios), lengthscales)
+        scores, amplitudes = jax.lax.map(
+            lambda length: jax.vmap(lambda r: score(length, r))(ratios), lengthscales
+        )
         failed = ~jnp.isfinite(scores)
         i, j = jnp.unravel_index(jnp.argmax(jnp.where(failed, -jnp.inf, scores)), scores.shape)
         return StarGP(amplitudes[i, j], lengthscales[i], amplitudes[i, j] * ratios[j], failed.sum())
@@ -92,27 +110,38 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
     return jax.lax.cond(alive, fit, lambda: StarGP(one, one, one, jnp.zeros((), int)))
 
 
-PUBLISHED_LONGEST, PUBLISHED_NOISE, PUBLISHED_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5  # what its `safe_optimization` allows
+# what its `safe_optimization` allows
+PUBLISHED_LONGEST, PUBLISHED_NOISE, PUBLISHED_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5
 
 
 def fit_star_gp_published(
-    x: Float[Array, "samples vars"], y: Float[Array, " samples"], sets: Bool[Array, "sets vars"], live: Bool[Array, " sets"] | None = None
+    x: Float[Array, "samples vars"],
+    y: Float[Array, " samples"],
+    sets: Bool[Array, "sets vars"],
+    live: Bool[Array, " sets"] | None = None,
 ) -> StarGP:
-    """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient ascent from (1, 1, 1), then its limits.
+    """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient
+    ascent from (1, 1, 1), then its limits.
 
-    A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay: on linear systems its do-effects fall back to
-    zero between the rows. Sets that are not `live` get ones, without any work.
+    A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay:
+    on linear systems its do-effects fall back to zero between the rows. Sets that are not `live`
+    get ones, without any work.
     """
     live = jnp.ones(sets.shape[0], bool) if live is None else live
     with jax.enable_x64(True):
         wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
-        gp = jax.vmap(fit_one_star_gp_published, in_axes=(0, 0, None, None))(live, sets, squared_distances(wide_x), wide_y)
+        gp = jax.vmap(fit_one_star_gp_published, in_axes=(0, 0, None, None))(
+            live, sets, squared_distances(wide_x), wide_y
+        )
         return StarGP(*(p.astype(x.dtype) for p in gp))
 
 
-@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
+# one set after the other: under `vmap` a condition would compute both of its branches
+@sequential_vmap
 def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
-    """Amplitude, lengthscale and noise of one set, from squared distances `squares[vars, samples, samples]`."""
+    """Amplitude, lengthscale and noise of one set, from squared distances `squares[vars, samples,
+    samples]`.
+    """
     optimiser, start = optax.lbfgs(), jnp.zeros(3, y.dtype)
     distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
 
@@ -121,14 +150,17 @@ def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, 
         kernel = amplitude * jnp.exp(-distance / (2 * lengthscale**2)) + noise * jnp.eye(y.shape[0])
         inverse, log_det = inverse_and_log_det(jax.lax.stop_gradient(kernel))
         alpha = inverse @ y
-        # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2 (Rasmussen and Williams 2006, eq. 5.9).
+        # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2
+        # (Rasmussen and Williams 2006, eq. 5.9).
         slope = -0.5 * (kernel * (alpha[:, None] * alpha[None] - inverse)).sum()
         return 0.5 * (y @ alpha + log_det) + slope - jax.lax.stop_gradient(slope)
 
     def improve(carry):
         logs, state, value, _, step = carry
         gradient = jax.grad(loss)(logs)
-        updates, state = optimiser.update(gradient, state, logs, value=value, grad=gradient, value_fn=loss)
+        updates, state = optimiser.update(
+            gradient, state, logs, value=value, grad=gradient, value_fn=loss
+        )
         after = loss(logs + updates)
         return logs + updates, state, after, value - after, step + 1
 
@@ -137,10 +169,16 @@ def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, 
         return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
 
     def fit():
-        logs, *_ = jax.lax.while_loop(going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0))
+        logs, *_ = jax.lax.while_loop(
+            going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0)
+        )
         amplitude, lengthscale, noise = jnp.exp(logs)
         lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
-        return jnp.maximum(amplitude, PUBLISHED_AMPLITUDE), lengthscale, jnp.clip(noise, *PUBLISHED_NOISE)
+        return (
+            jnp.maximum(amplitude, PUBLISHED_AMPLITUDE),
+            lengthscale,
+            jnp.clip(noise, *PUBLISHED_NOISE),
+        )
 
     one = jnp.ones((), y.dtype)
     return jax.lax.cond(alive, fit, lambda: (one, one, one))
@@ -154,26 +192,35 @@ def star_effects(
     grid: Float[Array, "vars bins"],
     live: Bool[Array, " sets"] | None = None,
 ) -> StarEffects:
-    """do(X_i = v) in the star graph of every set, for every variable and value on `grid`: X_i is set to v in each row, the other parents keep theirs.
+    """do(X_i = v) in the star graph of every set, for every variable and value on `grid`: X_i is
+    set to v in each row, the other parents keep theirs.
 
-    The RBF kernel is a product over variables, so with A_rn the kernel between rows without variable i and b_n(v) that of variable i alone,
-    the row averages are sum_n mean_r(A_rn) alpha_n b_n(v), and b' (K^-1 o A'A/R) b: no loop over values and rows. Constant in v for variables
-    that are not in the set. Sets that are not `live` get zeros, without any work.
+    The RBF kernel is a product over variables, so with A_rn the kernel between rows without
+    variable i and b_n(v) that of variable i alone, the row averages are sum_n mean_r(A_rn) alpha_n
+    b_n(v), and b' (K^-1 o A'A/R) b: no loop over values and rows. Constant in v for variables that
+    are not in the set. Sets that are not `live` get zeros, without any work.
     """
     live = jnp.ones(sets.shape[0], bool) if live is None else live
-    # An amplitude far above the noise is common (a smooth function is nearly a straight line); in float32 the difference
-    # `amplitude - explained` then has no correct digit.
+    # An amplitude far above the noise is common (a smooth function is nearly a straight line); in
+    # float32 the difference `amplitude - explained` then has no correct digit.
     with jax.enable_x64(True):
-        wide_x, wide_y, wide_gp, wide_grid = jax.tree.map(lambda a: a.astype(jnp.float64), (x, y, gp[:3], grid))
+        wide_x, wide_y, wide_gp, wide_grid = jax.tree.map(
+            lambda a: a.astype(jnp.float64), (x, y, gp[:3], grid)
+        )
         to_grid = (wide_grid[:, :, None] - wide_x.T[:, None, :]) ** 2  # [vars, bins, samples]
         one_set = jax.vmap(effects_of_one_set, in_axes=(0, 0, 0, 0, 0, None, None, None))
         effects = one_set(live, sets, *wide_gp, squared_distances(wide_x), to_grid, wide_y)
         return jax.tree.map(lambda a: a.astype(x.dtype), effects)
 
 
-@sequential_vmap  # one set after the other: under `vmap` a condition would compute both of its branches
-def effects_of_one_set(alive, members, amplitude, lengthscale, noise, squares, to_grid, y) -> StarEffects:
-    """Effects `[vars, bins]` of one set; `squares[vars, samples, samples]` and `to_grid[vars, bins, samples]` are squared distances."""
+# one set after the other: under `vmap` a condition would compute both of its branches
+@sequential_vmap
+def effects_of_one_set(
+    alive, members, amplitude, lengthscale, noise, squares, to_grid, y
+) -> StarEffects:
+    """Effects `[vars, bins]` of one set; `squares[vars, samples, samples]` and `to_grid[vars, bins,
+    samples]` are squared distances.
+    """
     num_rows, scale = y.shape[0], -0.5 / lengthscale**2
 
     def all_variables():
@@ -183,21 +230,32 @@ def effects_of_one_set(alive, members, amplitude, lengthscale, noise, squares, t
         alpha = inverse @ y
 
         def with_others(others, own):
-            """Row averages where `others[samples, samples]` is the kernel without the variable, `own[bins, samples]` that of the variable alone."""
+            """Row averages where `others[samples, samples]` is the kernel without the variable,
+            `own[bins, samples]` that of the variable alone.
+            """
             second = others.T @ others / num_rows
             weighted = own * alpha[None, :]
             mean = weighted @ others.mean(0)
             mean_square = ((weighted @ second) * weighted).sum(1)
             explained = ((own @ (inverse * second)) * own).sum(1)
-            return StarEffects(mean, jnp.maximum(amplitude - explained, 0.0) + noise, jnp.maximum(mean_square - mean**2, 0.0))
+            return StarEffects(
+                mean,
+                jnp.maximum(amplitude - explained, 0.0) + noise,
+                jnp.maximum(mean_square - mean**2, 0.0),
+            )
 
-        constant = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, to_grid.shape[1:2]), with_others(kernel, jnp.ones((1, num_rows), y.dtype)))
+        constant = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, to_grid.shape[1:2]),
+            with_others(kernel, jnp.ones((1, num_rows), y.dtype)),
+        )
 
         def one_variable(args):
             member, square, to_value = args
 
             def moved():
-                return with_others(amplitude * jnp.exp(scale * (distance - square)), jnp.exp(scale * to_value))
+                return with_others(
+                    amplitude * jnp.exp(scale * (distance - square)), jnp.exp(scale * to_value)
+                )
 
             return jax.lax.cond(member, moved, lambda: constant)
 
@@ -213,7 +271,8 @@ def effects_of_one_set(alive, members, amplitude, lengthscale, noise, squares, t
 class CausalPrior(NamedTuple):
     """Belief about E[Y | do(X_i = v)] before interventional data, each `[vars, bins]`.
 
-    `mean`, `deviation` (its standard deviation) and `noise`, the variance of one outcome Y under do(X_i = v).
+    `mean`, `deviation` (its standard deviation) and `noise`, the variance of one outcome Y under
+    do(X_i = v).
     """
 
     mean: Float[Array, "vars bins"]
@@ -221,11 +280,13 @@ class CausalPrior(NamedTuple):
     noise: Float[Array, "vars bins"]
 
 
-def aggregate_effects(log_probs: Float[Array, " sets"], effects: StarEffects, gp: StarGP) -> CausalPrior:
+def aggregate_effects(
+    log_probs: Float[Array, " sets"], effects: StarEffects, gp: StarGP
+) -> CausalPrior:
     """Average over parent sets by the laws of total expectation and variance.
 
-    The variance is that of PARENT_SCALE, sum_g P(g) (v_g + m_g^2) - m^2, where v_g includes observation noise; `noise` adds to the GP's noise
-    the spread over rows, averaged over P(g).
+    The variance is that of PARENT_SCALE, sum_g P(g) (v_g + m_g^2) - m^2, where v_g includes
+    observation noise; `noise` adds to the GP's noise the spread over rows, averaged over P(g).
     """
     probs = jnp.exp(log_probs)
     mean = jnp.tensordot(probs, effects.mean, 1)
@@ -241,7 +302,9 @@ AMPLITUDES = (0.01, 0.04, 0.16, 0.64)  # sf^2, in units of the observational var
 
 
 class CausalGP(eqx.Module):
-    """A fitted GP for one variable: mean m(.), kernel sf^2 RBF + s(x) s(x'), with m and s linear between the values of `grid`."""
+    """A fitted GP for one variable: mean m(.), kernel sf^2 RBF + s(x) s(x'), with m and s linear
+    between the values of `grid`.
+    """
 
     grid: Float[Array, " bins"]
     mean: Float[Array, " bins"]
@@ -258,7 +321,9 @@ class CausalGP(eqx.Module):
         """Prior covariance between the effects at two lists of values."""
         return causal_kernel(self.grid, self.deviation, self.amplitude, self.lengthscale, a, b)
 
-    def __call__(self, values: Float[Array, " values"]) -> tuple[Float[Array, " values"], Float[Array, " values"]]:
+    def __call__(
+        self, values: Float[Array, " values"]
+    ) -> tuple[Float[Array, " values"], Float[Array, " values"]]:
         """Posterior mean and standard deviation of E[Y | do(X = v)] at `values`."""
         cross = self.kernel(self.points, values) * self.used[:, None]
         whitened = forward_solve(self.factor, cross)
@@ -273,18 +338,37 @@ def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
     return rbf + jnp.interp(a, grid, deviation)[:, None] * jnp.interp(b, grid, deviation)[None, :]
 
 
-def condition_causal_gp(grid, mean, deviation, points, outcomes, noise, used, amplitude, lengthscale) -> tuple[CausalGP, Float[Array, ""]]:
-    """The GP with these hyperparameters given `outcomes` at `points` with noise variances `noise` (where `used`), and its log evidence."""
+def condition_causal_gp(
+    grid, mean, deviation, points, outcomes, noise, used, amplitude, lengthscale
+) -> tuple[CausalGP, Float[Array, ""]]:
+    """The GP with these hyperparameters given `outcomes` at `points` with noise variances `noise`
+    (where `used`), and its log evidence.
+    """
     kernel = causal_kernel(grid, deviation, amplitude, lengthscale, points, points)
-    # Outcomes nearly free of noise make the system singular to rounding: a hundred epsilons of the prior variance are added.
+    # Outcomes nearly free of noise make the system singular to rounding: a hundred epsilons of the
+    # prior variance are added.
     diagonal = noise + 100 * jnp.finfo(kernel.dtype).eps * jnp.diagonal(kernel)
-    factor = cholesky(jnp.where(used[:, None] & used[None, :], kernel, 0.0) + jnp.diag(jnp.where(used, diagonal, 1.0)))
+    factor = cholesky(
+        jnp.where(used[:, None] & used[None, :], kernel, 0.0)
+        + jnp.diag(jnp.where(used, diagonal, 1.0))
+    )
     residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
     whitened = forward_solve(factor, residual[:, None])
     evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
     weights = backward_solve(factor, whitened)[:, 0]
     failed = ~jnp.isfinite(evidence)
-    return CausalGP(grid, mean, deviation, points, used, factor, weights, amplitude, lengthscale, failed.astype(int)), evidence
+    return CausalGP(
+        grid,
+        mean,
+        deviation,
+        points,
+        used,
+        factor,
+        weights,
+        amplitude,
+        lengthscale,
+        failed.astype(int),
+    ), evidence
 
 
 def fit_causal_gp(
@@ -298,31 +382,59 @@ def fit_causal_gp(
     unit: Float[Array, ""] | float = 1.0,
     noise_scales: tuple[float, ...] = (1.0,),
 ) -> CausalGP:
-    """GP of one variable given outcomes at `points` with noise variances `noise`; rows with `used` false are ignored.
+    """GP of one variable given outcomes at `points` with noise variances `noise`; rows with `used`
+    false are ignored.
 
-    Hyperparameters maximise the marginal likelihood over LENGTHSCALES x AMPLITUDES (times `unit`, the variance of Y) x `noise_scales`, with a
-    weak log-normal prior that decides where there are no data. `grid` is increasing; a range of zero width is allowed and never explored.
+    Hyperparameters maximise the marginal likelihood over LENGTHSCALES x AMPLITUDES (times `unit`,
+    the variance of Y) x `noise_scales`, with a weak log-normal prior that decides where there are
+    no data. `grid` is increasing; a range of zero width is allowed and never explored.
     """
     width = jnp.maximum(grid[-1] - grid[0], 1e-6)
     lengthscales, amplitudes, scales = (
         axis.reshape(-1)
-        for axis in jnp.meshgrid(jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales), indexing="ij")
+        for axis in jnp.meshgrid(
+            jnp.array(LENGTHSCALES) * width,
+            jnp.array(AMPLITUDES) * unit,
+            jnp.array(noise_scales),
+            indexing="ij",
+        )
     )
-    evidence, failed = evidences(grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales)
-    scores = evidence - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2 - 0.125 * jnp.log(amplitudes / (0.1 * unit)) ** 2
+    evidence, failed = evidences(
+        grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales
+    )
+    scores = (
+        evidence
+        - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2
+        - 0.125 * jnp.log(amplitudes / (0.1 * unit)) ** 2
+    )
     best = jnp.argmax(jnp.where(failed, -jnp.inf, scores))
-    gp, _ = condition_causal_gp(grid, mean, deviation, points, outcomes, scales[best] * noise, used, amplitudes[best], lengthscales[best])
+    gp, _ = condition_causal_gp(
+        grid,
+        mean,
+        deviation,
+        points,
+        outcomes,
+        scales[best] * noise,
+        used,
+        amplitudes[best],
+        lengthscales[best],
+    )
     return eqx.tree_at(lambda gp: gp.failures, gp, failed.sum())
 
 
-PLACES = (4, 8, 16, 32, 64)  # rows that a likelihood is computed on: the first of these that holds all that are used
+# rows that a likelihood is computed on: the first of these that holds all that are used
+PLACES = (4, 8, 16, 32, 64)
 
 
-@sequential_vmap  # one variable after the other: under `vmap` a switch would compute all of its branches
-def evidences(grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales):
+# one variable after the other: under `vmap` a switch would compute all of its branches
+@sequential_vmap
+def evidences(
+    grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales
+):
     """Log evidence and whether it failed, each `[hyperparameters]`, of the GP of one variable.
 
-    A buffer has a place for every row of every variable, of which one variable uses few: they are moved to the front and the rest is cut off.
+    A buffer has a place for every row of every variable, of which one variable uses few: they are
+    moved to the front and the rest is cut off.
     """
     sizes = [*(size for size in PLACES if size < len(used)), len(used)]
     order = jnp.argsort(~used, stable=True)
@@ -333,43 +445,68 @@ def evidences(grid, mean, deviation, points, outcomes, noise, used, amplitudes, 
             points, outcomes, noise, used = (row[:size] for row in rows)
 
             def one(amplitude, lengthscale, scale):
-                gp, evidence = condition_causal_gp(grid, mean, deviation, points, outcomes, scale * noise, used, amplitude, lengthscale)
+                gp, evidence = condition_causal_gp(
+                    grid,
+                    mean,
+                    deviation,
+                    points,
+                    outcomes,
+                    scale * noise,
+                    used,
+                    amplitude,
+                    lengthscale,
+                )
                 return evidence, gp.failures > 0
 
             return jax.vmap(one)(amplitudes, lengthscales, scales)
 
         return compute
 
-    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), used.sum()), [on_the_first(size) for size in sizes])
+    return jax.lax.switch(
+        jnp.searchsorted(jnp.array(sizes), used.sum()), [on_the_first(size) for size in sizes]
+    )
 
 
 # --- acquisition ---
 
 
-def log_expected_improvement(mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float) -> Float[Array, "*shape"]:
-    """log E[max(best - f, 0)] for f ~ N(mean, std^2): the improvement is s (u Phi(u) + phi(u)) with u = (best - mean) / s.
+def log_expected_improvement(
+    mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float
+) -> Float[Array, "*shape"]:
+    """log E[max(best - f, 0)] for f ~ N(mean, std^2): the improvement is s (u Phi(u) + phi(u)) with
+    u = (best - mean) / s.
 
-    Below u = -5 by its asymptotic series, so that variables stay ranked where the improvement itself underflows (Ament et al. 2023).
+    Below u = -5 by its asymptotic series, so that variables stay ranked where the improvement
+    itself underflows (Ament et al. 2023).
     """
     u = (best - mean) / std
     near, far = jnp.maximum(u, -5.0), jnp.minimum(u, -5.0)
     direct = jnp.log(near * jax.scipy.stats.norm.cdf(near) + jax.scipy.stats.norm.pdf(near))
-    tail = jax.scipy.stats.norm.logpdf(far) - 2 * jnp.log(-far) + jnp.log1p(-3 / far**2 + 15 / far**4)
+    tail = (
+        jax.scipy.stats.norm.logpdf(far) - 2 * jnp.log(-far) + jnp.log1p(-3 / far**2 + 15 / far**4)
+    )
     return jnp.log(std) + jnp.where(u > -5, direct, tail)
 
 
-def expected_improvement(mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float) -> Float[Array, "*shape"]:
+def expected_improvement(
+    mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float
+) -> Float[Array, "*shape"]:
     """E[max(best - f, 0)] for f ~ N(mean, std^2), in the units of `mean`."""
     return jnp.exp(log_expected_improvement(mean, std, best))
 
 
-def refine(score, grid: Float[Array, "vars bins"], table: Float[Array, "vars bins"], num_values: int = 17) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Variable and value that maximise `table[vars, bins]`, the value refined once between its neighbours on the grid.
+def refine(
+    score, grid: Float[Array, "vars bins"], table: Float[Array, "vars bins"], num_values: int = 17
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Variable and value that maximise `table[vars, bins]`, the value refined once between its
+    neighbours on the grid.
 
     `score(variable, values)` gives the same quantity at any `values`.
     """
     variable, index = jnp.unravel_index(jnp.argmax(table), table.shape)
     values = grid[variable]
     step = values[1] - values[0]
-    fine = jnp.clip(values[index] + step * jnp.linspace(-1.0, 1.0, num_values), values[0], values[-1])
+    fine = jnp.clip(
+        values[index] + step * jnp.linspace(-1.0, 1.0, num_values), values[0], values[-1]
+    )
     return variable, fine[jnp.argmax(score(variable, fine))]

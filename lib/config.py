@@ -1,4 +1,6 @@
-"""What every script shares before it starts: presets on the command line, the compilation cache, and errors meant for people."""
+"""What every script shares before it starts: presets on the command line, the compilation cache,
+and errors meant for people.
+"""
 
 import contextlib
 import math
@@ -18,14 +20,18 @@ from lib.buffer import DataError
 
 
 DEFAULT_PRESET = "small"
-LARGEST_SEED = 2**32 - 1  # without 64-bit integers a larger one would lose its upper half, and two seeds give one result
-MAY_BE_ZERO = ("per_variable", "max_interventions", "warmup_steps", "demos_per_step")  # and what is 0 by default
+# without 64-bit integers a larger one would lose its upper half, and two seeds give one result
+LARGEST_SEED = 2**32 - 1
+# and what is 0 by default
+MAY_BE_ZERO = ("per_variable", "max_interventions", "warmup_steps", "demos_per_step")
 
 
 def stage_key(seed: int, *names: str) -> jax.Array:
-    """The random key of one use, such as `stage_key(0, "surrogate", "problems")`: other names give other numbers, in every stage.
+    """The random key of one use, such as `stage_key(0, "surrogate", "problems")`: other names give
+    other numbers, in every stage.
 
-    `jr.split(key, n)[i]` equals `jr.fold_in(key, i)`, so a key must not be both split and folded, nor shared by two stages.
+    `jr.split(key, n)[i]` equals `jr.fold_in(key, i)`, so a key must not be both split and folded,
+    nor shared by two stages.
     """
     key = jr.key(seed)
     for name in names:
@@ -34,10 +40,12 @@ def stage_key(seed: int, *names: str) -> jax.Array:
 
 
 def check_settings(config: Any) -> None:
-    """Raise `ValueError`, which the command line prints as one line, for a setting that cannot be meant; also of settings within `config`.
+    """Raise `ValueError`, which the command line prints as one line, for a setting that cannot be
+    meant; also of settings within `config`.
 
-    Counts are at least 1 (0 in `MAY_BE_ZERO` and where 0 is the default) and fit 32 bits, seeds are whole numbers of 32 bits, and no number is
-    negative, infinite or NaN. What depends on several settings is checked by the class itself.
+    Counts are at least 1 (0 in `MAY_BE_ZERO` and where 0 is the default) and fit 32 bits, seeds are
+    whole numbers of 32 bits, and no number is negative, infinite or NaN. What depends on several
+    settings is checked by the class itself.
     """
     for field in fields(config):
         value = getattr(config, field.name)
@@ -52,13 +60,17 @@ def check_settings(config: Any) -> None:
             elif isinstance(one, int):
                 least = 0 if field.name in MAY_BE_ZERO or field.default == 0 else 1
                 if not least <= one < 2**31:
-                    raise ValueError(f"{field.name} = {one} must be at least {least} and below 2^31")
+                    raise ValueError(
+                        f"{field.name} = {one} must be at least {least} and below 2^31"
+                    )
             elif not (math.isfinite(one) and one >= 0):
                 raise ValueError(f"{field.name} = {one} must be a finite number, not negative")
 
 
 def preset_arguments(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the default preset put first where none is named: `--steps 10` means `small --steps 10`."""
+    """Command-line arguments with the default preset put first where none is named: `--steps 10`
+    means `small --steps 10`.
+    """
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if asks_for_help or (arguments and not arguments[0].startswith("-")):
         return list(arguments)
@@ -66,11 +78,14 @@ def preset_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compile fast, and keep compiled programs under `folder`: a second run, and another stage with the same program, skips compilation.
+    """Compile fast, and keep compiled programs under `folder`: a second run, and another stage with
+    the same program, skips compilation.
 
-    On the CPU, XLA's older emitter of kernels compiles a campaign with its rewards in 13.8 s instead of 34.5 s (jax 0.10.2, one core, as the tests
-    compile it), and its code is as fast (a GRPO iteration in 2.6 and 2.5 s). XLA reads the flag with the first program, so this comes before it.
-    Where `folder` cannot be written, as in a read-only checkout, programs are compiled anew in every process.
+    On the CPU, XLA's older emitter of kernels compiles a campaign with its rewards in 13.8 s
+    instead of 34.5 s (jax 0.10.2, one core, as the tests compile it), and its code is as fast (a
+    GRPO iteration in 2.6 and 2.5 s). XLA reads the flag with the first program, so this comes
+    before it. Where `folder` cannot be written, as in a read-only checkout, programs are compiled
+    anew in every process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_use_fusion_emitters" not in flags:
@@ -87,7 +102,9 @@ def use_compilation_cache(folder: Path) -> None:
 
 @contextlib.contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Print bad data, a bad artifact or an impossible setting as one line and leave with status 2; bugs keep their traceback."""
+    """Print bad data, a bad artifact or an impossible setting as one line and leave with status 2;
+    bugs keep their traceback.
+    """
     try:
         yield
     except (ArtifactError, DataError) as error:

@@ -1,11 +1,14 @@
-"""A prior over parent sets from observational data: bootstrapped doubly robust causal feature selection, in closed form.
+"""A prior over parent sets from observational data: bootstrapped doubly robust causal feature
+selection, in closed form.
 
-Quinzan, Soleymani, Jaillet, Rojas, Bauer, "DRCFS: Doubly Robust Causal Feature Selection" (ICML 2023), as PARENT_SCALE uses it. There every
-nuisance is a three-layer network; here it is a ridge regression on [1, x, random Fourier features], so that all bootstraps, folds and left-out
-variables are one batch of linear systems. Three further differences: rows keep their fold across bootstraps, so a row that a bootstrap drew
-twice is never on both sides of a split; the regression without a variable uses the features of the full one with that variable's
-frequencies set to zero, which pairs the two and removes noise from their difference; and leaving a parent out must make the product
-of residuals larger, where the published test also accepts a significant fall.
+Quinzan, Soleymani, Jaillet, Rojas, Bauer, "DRCFS: Doubly Robust Causal Feature Selection" (ICML
+2023), as PARENT_SCALE uses it. There every nuisance is a three-layer network; here it is a ridge
+regression on [1, x, random Fourier features], so that all bootstraps, folds and left-out variables
+are one batch of linear systems. Three further differences: rows keep their fold across bootstraps,
+so a row that a bootstrap drew twice is never on both sides of a split; the regression without a
+variable uses the features of the full one with that variable's frequencies set to zero, which pairs
+the two and removes noise from their difference; and leaving a parent out must make the product of
+residuals larger, where the published test also accepts a significant fall.
 """
 
 import itertools
@@ -40,25 +43,43 @@ def doubly_robust_prior(
     union: bool = False,
     drop_empty: bool = False,
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """Candidate parent sets of `target` and their log-probabilities: the frequencies with which bootstraps select them.
+    """Candidate parent sets of `target` and their log-probabilities: the frequencies with which
+    bootstraps select them.
 
-    `rows[samples, vars]` are observational, in any units; constant columns are never selected. The number of places for sets is
-    `max(num_bootstraps, vars)`, and no selected set can be lost; unused places (repeated sets too) have log-probability -inf. If every bootstrap
-    selects the empty set, the prior is uniform over single variables. `drop_empty` gives the empty set probability zero without renormalising the
-    rest, as the published code does. `penalty` is that of the Fourier features, per row.
+    `rows[samples, vars]` are observational, in any units; constant columns are never selected. The
+    number of places for sets is `max(num_bootstraps, vars)`, and no selected set can be lost;
+    unused places (repeated sets too) have log-probability -inf. If every bootstrap selects the
+    empty set, the prior is uniform over single variables. `drop_empty` gives the empty set
+    probability zero without renormalising the rest, as the published code does. `penalty` is that
+    of the Fourier features, per row.
 
-    With `union`, these frequencies get half of the probability and all subsets of the `UNION_SIZE` variables selected most often the other half
-    (`2 ** UNION_SIZE` more places): a true set that no bootstrap returned whole can then still be found.
+    With `union`, these frequencies get half of the probability and all subsets of the `UNION_SIZE`
+    variables selected most often the other half (`2 ** UNION_SIZE` more places): a true set that no
+    bootstrap returned whole can then still be found.
     """
     real = var_mask & (jnp.arange(var_mask.shape[0]) != target)
     feature_key, bootstrap_key = jr.split(key)
     x, y = standardise(rows), jnp.take(standardise(rows), target, axis=1)
     x = jnp.where(real[None, :], x, 0.0)
-    residuals = held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty, bandwidth)
+    residuals = held_out_residuals(
+        feature_key,
+        x,
+        y,
+        bootstrap_key,
+        num_bootstraps,
+        num_folds,
+        num_features,
+        penalty,
+        bandwidth,
+    )
     p_values = increase_p_values(*residuals)
     selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, alpha))(p_values)
     sets, log_probs = set_frequencies(selected, real, drop_empty)
-    return with_union(sets, log_probs, selected, p_values, real, drop_empty) if union else (sets, log_probs)
+    return (
+        with_union(sets, log_probs, selected, p_values, real, drop_empty)
+        if union
+        else (sets, log_probs)
+    )
 
 
 def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
@@ -68,11 +89,22 @@ def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples var
     return centred / jnp.where(deviation > 0, deviation, 1.0)
 
 
-def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty, bandwidth="median"):
+def held_out_residuals(
+    feature_key,
+    x,
+    y,
+    bootstrap_key,
+    num_bootstraps,
+    num_folds,
+    num_features,
+    penalty,
+    bandwidth="median",
+):
     """Products of the two nuisances' held-out residuals.
 
-    Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one left out), and how often each bootstrap drew
-    each row, `counts[bootstraps, samples]`. Rows are padded to a multiple of `num_folds`; padding has count zero.
+    Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one
+    left out), and how often each bootstrap drew each row, `counts[bootstraps, samples]`. Rows are
+    padded to a multiple of `num_folds`; padding has count zero.
     """
     num_rows, num_vars = x.shape
     omega_key, phase_key = jr.split(feature_key)
@@ -86,7 +118,8 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
 
     order_key, draw_key = jr.split(bootstrap_key)
     per_fold = -(-num_rows // num_folds)
-    order = jr.permutation(order_key, num_rows)  # one assignment of rows to folds, common to all bootstraps
+    # one assignment of rows to folds, common to all bootstraps
+    order = jr.permutation(order_key, num_rows)
     pad = num_folds * per_fold - num_rows
     drawn = jr.randint(draw_key, (num_bootstraps, num_rows), 0, num_rows)
     counts = jax.vmap(lambda d: jnp.bincount(d, length=num_rows))(drawn).astype(x.dtype)
@@ -95,32 +128,49 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
     x = jnp.pad(x[order], ((0, pad), (0, 0)))
     folds_y = jnp.pad(y[order], (0, pad)).reshape(num_folds, per_fold)
     # The intercept is penalised as weakly as the slopes: the data are standardised.
-    ridge = num_rows * jnp.concatenate([jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, penalty)])
+    ridge = num_rows * jnp.concatenate(
+        [jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, penalty)]
+    )
 
     def held_out(used, omega, phase, weights):
-        """Residuals of the regression on `used[samples, vars]` with row weights `[folds, rows]`, each fold predicted from the others."""
+        """Residuals of the regression on `used[samples, vars]` with row weights `[folds, rows]`,
+        each fold predicted from the others.
+        """
         waves = jnp.sqrt(2 / num_features) * jnp.cos(used @ omega + phase[None, :])
-        phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(num_folds, per_fold, -1)
+        phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(
+            num_folds, per_fold, -1
+        )
 
         def bootstrap(w):
             weighted = phi * w[:, :, None]
             gram = jnp.einsum("frm,frk->fmk", weighted, phi)
             moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
             train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
-            coefficients = jax.vmap(positive_solve)(train, (moment.sum(0)[None] - moment)[:, :, None])
+            coefficients = jax.vmap(positive_solve)(
+                train, (moment.sum(0)[None] - moment)[:, :, None]
+            )
             return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
 
         return jax.vmap(bootstrap)(weights)
 
     if bandwidth == "cross_validation":
-        once = (jnp.arange(num_folds * per_fold) < num_rows).astype(x.dtype).reshape(1, num_folds, per_fold)
+        once = (
+            (jnp.arange(num_folds * per_fold) < num_rows)
+            .astype(x.dtype)
+            .reshape(1, num_folds, per_fold)
+        )
         multiples = jnp.array(MULTIPLES)
-        errors = jax.lax.map(lambda m: (once.reshape(-1) * held_out(x, omega[0] / m, phase[0], once)[0] ** 2).sum(), multiples)
+        errors = jax.lax.map(
+            lambda m: (once.reshape(-1) * held_out(x, omega[0] / m, phase[0], once)[0] ** 2).sum(),
+            multiples,
+        )
         omega = omega / multiples[jnp.argmin(errors)]
 
     def products(kept):
         """Residual products [bootstraps, samples] of the regression on the variables in `kept`."""
-        return jax.vmap(lambda omega, phase: held_out(x * kept[None, :], omega, phase, weights))(omega, phase).prod(0)
+        return jax.vmap(lambda omega, phase: held_out(x * kept[None, :], omega, phase, weights))(
+            omega, phase
+        ).prod(0)
 
     kept = jnp.concatenate([jnp.ones((1, num_vars)), 1 - jnp.eye(num_vars)])
     full, *_ = all_products = jax.lax.map(products, kept)
@@ -128,9 +178,11 @@ def held_out_residuals(feature_key, x, y, bootstrap_key, num_bootstraps, num_fol
 
 
 def increase_p_values(full, without, counts) -> Float[Array, "bootstraps vars"]:
-    """Paired two-sided t-test of z0 against z_i; one where leaving the variable out did not increase the product of residuals.
+    """Paired two-sided t-test of z0 against z_i; one where leaving the variable out did not
+    increase the product of residuals.
 
-    With z = y r - a (r - y), z = y^2 - (y - a)(y - r), so z0 - z_i is the product of residuals without variable i minus the full product.
+    With z = y r - a (r - y), z = y^2 - (y - a)(y - r), so z0 - z_i is the product of residuals
+    without variable i minus the full product.
     """
     difference = without - full[None]
     num_rows = counts.sum(1)
@@ -138,27 +190,38 @@ def increase_p_values(full, without, counts) -> Float[Array, "bootstraps vars"]:
     variance = (counts[None] * (difference - mean[:, :, None]) ** 2).sum(2) / (num_rows - 1)[None]
     degrees = jnp.broadcast_to((num_rows - 1)[None], mean.shape)
     usable = (variance > 0) & (mean > 0)
-    t_squared = jnp.where(usable, mean**2 / jnp.where(variance > 0, variance / num_rows[None], 1.0), 0.0)
-    p_values = jax.scipy.special.betainc(degrees / 2, jnp.full_like(mean, 0.5), degrees / (degrees + t_squared))
+    t_squared = jnp.where(
+        usable, mean**2 / jnp.where(variance > 0, variance / num_rows[None], 1.0), 0.0
+    )
+    p_values = jax.scipy.special.betainc(
+        degrees / 2, jnp.full_like(mean, 0.5), degrees / (degrees + t_squared)
+    )
     return jnp.where(usable, p_values, 1.0).T
 
 
-def benjamini_yekutieli(p_values: Float[Array, " vars"], real: Bool[Array, " vars"], alpha: float) -> Bool[Array, " vars"]:
-    """Hypotheses rejected at false discovery rate `alpha` under any dependence, among those in `real` (Benjamini and Yekutieli, 2001)."""
+def benjamini_yekutieli(
+    p_values: Float[Array, " vars"], real: Bool[Array, " vars"], alpha: float
+) -> Bool[Array, " vars"]:
+    """Hypotheses rejected at false discovery rate `alpha` under any dependence, among those in
+    `real` (Benjamini and Yekutieli, 2001).
+    """
     ranks = jnp.arange(1, p_values.shape[0] + 1)
     count = real.sum()
     harmonic = jnp.where(ranks <= count, 1 / ranks, 0.0).sum()
     p_values = jnp.where(real, p_values, jnp.inf)
     ordered = jnp.sort(p_values)
     passing = ordered <= alpha * ranks / (jnp.maximum(count, 1) * harmonic)
-    threshold = jnp.where(passing, ordered, -jnp.inf).max()  # step-up: everything up to the last that passes
+    # step-up: everything up to the last that passes
+    threshold = jnp.where(passing, ordered, -jnp.inf).max()
     return p_values <= threshold
 
 
 def set_frequencies(
     selected: Bool[Array, "bootstraps vars"], real: Bool[Array, " vars"], drop_empty: bool
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """The distinct rows of `selected` with their frequencies; single variables, equally probable, if every row is empty."""
+    """The distinct rows of `selected` with their frequencies; single variables, equally probable,
+    if every row is empty.
+    """
     num_bootstraps, num_vars = selected.shape
     same = (selected[:, None, :] == selected[None, :, :]).all(2)
     first = jnp.argmax(same, axis=1) == jnp.arange(num_bootstraps)
@@ -175,11 +238,14 @@ def set_frequencies(
     return sets, jnp.log(jnp.where(empty.all(), uniform, frequency))
 
 
-def with_union(sets, log_probs, selected, p_values, real, drop_empty) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """Candidates with all subsets of the most often selected variables added, each of which gets half of its probability there.
+def with_union(
+    sets, log_probs, selected, p_values, real, drop_empty
+) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """Candidates with all subsets of the most often selected variables added, each of which gets
+    half of its probability there.
 
-    A variable is in a subset with its frequency of selection, smoothed by half a selection and half a non-selection; ties in frequency go to the
-    smaller mean p-value.
+    A variable is in a subset with its frequency of selection, smoothed by half a selection and half
+    a non-selection; ties in frequency go to the smaller mean p-value.
     """
     num_bootstraps, num_vars = selected.shape
     size = min(UNION_SIZE, num_vars)

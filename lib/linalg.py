@@ -1,7 +1,9 @@
-"""Positive definite systems: Cholesky factors and solves, one matrix at a time under `vmap`, and an inverse for many small matrices at once.
+"""Positive definite systems: Cholesky factors and solves, one matrix at a time under `vmap`, and an
+inverse for many small matrices at once.
 
-jaxlib's batched LAPACK kernels hold a thread of XLA's CPU pool while they wait for the others: on two cores two such kernels wait for each other for
-ever (seen with jaxlib 0.10.2). Called one by one they neither wait nor cost more: for the sizes here, 10 to 200, a call takes longer than the loop
+jaxlib's batched LAPACK kernels hold a thread of XLA's CPU pool while they wait for the others: on
+two cores two such kernels wait for each other for ever (seen with jaxlib 0.10.2). Called one by one
+they neither wait nor cost more: for the sizes here, 10 to 200, a call takes longer than the loop
 around it.
 """
 
@@ -38,14 +40,18 @@ def positive_solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 def inverse_and_log_det(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverse of a positive definite `matrix[dim, dim]`, and the logarithm of its determinant."""
     factor = jnp.linalg.cholesky(matrix)
-    inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    inverse = jax.scipy.linalg.cho_solve(
+        (factor, True), jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    )
     return inverse, 2 * jnp.log(jnp.diagonal(factor)).sum()
 
 
 def positive_inverse(matrix: jax.Array) -> jax.Array:
-    """Inverse of a small symmetric positive definite matrix by Gauss-Jordan sweeps, for which such matrices need no pivoting.
+    """Inverse of a small symmetric positive definite matrix by Gauss-Jordan sweeps, for which such
+    matrices need no pivoting.
 
-    Plain array operations, which `vmap` turns into wide ones: the choice for many matrices of up to some 60 columns.
+    Plain array operations, which `vmap` turns into wide ones: the choice for many matrices of up to
+    some 60 columns.
     """
 
     def sweep(k, m):

@@ -1,4 +1,5 @@
-"""Numbers with 95 % intervals over problems, and the tables made of them. Host side: plain numpy, deterministic.
+"""Numbers with 95 % intervals over problems, and the tables made of them. Host side: plain numpy,
+deterministic.
 
 Every interval is over independent problems (SCMs), never over steps or variables of one problem.
 """
@@ -23,15 +24,38 @@ Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
 TABLES = (
-    *("success", "surrogate", "effects", "fidelity", "optimisation", "literature", "transfer", "ablation", "ceiling"),
-    *("agreement", "regret", "exploration", "first", "choices", "time", "gradient", "headroom", "convergence", "variants"),
+    *(
+        "success",
+        "surrogate",
+        "effects",
+        "fidelity",
+        "optimisation",
+        "literature",
+        "transfer",
+        "ablation",
+        "ceiling",
+    ),
+    *(
+        "agreement",
+        "regret",
+        "exploration",
+        "first",
+        "choices",
+        "time",
+        "gradient",
+        "headroom",
+        "convergence",
+        "variants",
+    ),
 )
 FORMATS = {"md": "github", "tex": "latex"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One cell of the results: `value` with its 95 % interval [`low`, `high`] over `n` problems, in `unit`."""
+    """One cell of the results: `value` with its 95 % interval [`low`, `high`] over `n` problems, in
+    `unit`.
+    """
 
     table: str
     task: str
@@ -56,7 +80,9 @@ class Estimate(NamedTuple):
 
 
 def summarise(values: Shaped[HostArray, " n"]) -> Estimate:
-    """Mean over problems with its t interval; a single problem has the interval [-inf, inf]. Raises `ValueError` for no values or for NaN."""
+    """Mean over problems with its t interval; a single problem has the interval [-inf, inf]. Raises
+    `ValueError` for no values or for NaN.
+    """
     values = checked(values)
     mean, n = float(values.mean()), len(values)
     if n == 1:
@@ -73,16 +99,20 @@ def paired_difference(a: Shaped[HostArray, " n"], b: Shaped[HostArray, " m"]) ->
 
 
 def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
-    """A statistic of whole arrays `data` (leading axis: problems), with the percentile interval over resampled problems; always the same resamples.
+    """A statistic of whole arrays `data` (leading axis: problems), with the percentile interval
+    over resampled problems; always the same resamples.
 
-    Resamples in which the statistic does not exist (NaN) are left out; raises `ValueError` where it does not exist on the data themselves.
+    Resamples in which the statistic does not exist (NaN) are left out; raises `ValueError` where it
+    does not exist on the data themselves.
     """
     n = len(data[0])
     value = float(statistic(*data))
     if np.isnan(value):
         raise ValueError("the statistic does not exist on these problems: both outcomes must occur")
     rng = np.random.default_rng(0)
-    resamples = np.array([statistic(*(d[index] for d in data)) for index in rng.integers(0, n, (NUM_RESAMPLES, n))])
+    resamples = np.array(
+        [statistic(*(d[index] for d in data)) for index in rng.integers(0, n, (NUM_RESAMPLES, n))]
+    )
     low, high = np.percentile(resamples[~np.isnan(resamples)], [2.5, 97.5])
     return Estimate(value, float(low), float(high))
 
@@ -91,15 +121,21 @@ def checked(values) -> Float[np.ndarray, " n"]:
     """A non-empty vector without NaN."""
     values = np.asarray(values, float)
     if values.ndim != 1 or len(values) == 0 or np.isnan(values).any():
-        raise ValueError(f"need a vector of at least one number without NaN, got shape {values.shape} with {int(np.isnan(values).sum())} NaN")
+        raise ValueError(
+            "need a vector of at least one number without NaN, got shape "
+            f"{values.shape} with {int(np.isnan(values).sum())} NaN"
+        )
     return values
 
 
-# --- structure: `[batch, vars]` arrays, `mask` marks the variables that count (not the target, not padding) ---
+# --- structure ---
+# `[batch, vars]` arrays; `mask` marks the variables that count (not the target, not padding)
 
 
 class ParentF1(NamedTuple):
-    """`mean`: mean of the F1 of single problems; `pooled`: F1 of all decisions together; `per_problem[batch]`."""
+    """`mean`: mean of the F1 of single problems; `pooled`: F1 of all decisions together;
+    `per_problem[batch]`.
+    """
 
     mean: Estimate
     pooled: Estimate
@@ -107,16 +143,27 @@ class ParentF1(NamedTuple):
 
 
 def parent_f1(said: Flags, truth: Flags, mask: Flags) -> ParentF1:
-    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said` against true parents; 1 where there is nothing to find and nothing was said."""
+    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said` against true parents; 1 where there is
+    nothing to find and nothing was said.
+    """
     counts = confusion(said, truth, mask)
     per_problem = f1_of(counts.T)
-    return ParentF1(summarise(per_problem), bootstrap(lambda c: float(f1_of(c.sum(0))), counts), per_problem)
+    return ParentF1(
+        summarise(per_problem), bootstrap(lambda c: float(f1_of(c.sum(0))), counts), per_problem
+    )
 
 
 def confusion(said, truth, mask) -> Float[np.ndarray, "batch 3"]:
     """True positives, false positives and false negatives of each problem."""
     said, truth, mask = (np.asarray(x, bool) for x in (said, truth, mask))
-    return np.stack([(said & truth & mask).sum(1), (said & ~truth & mask).sum(1), (~said & truth & mask).sum(1)], 1).astype(float)
+    return np.stack(
+        [
+            (said & truth & mask).sum(1),
+            (said & ~truth & mask).sum(1),
+            (~said & truth & mask).sum(1),
+        ],
+        1,
+    ).astype(float)
 
 
 def f1_of(counts) -> Float[np.ndarray, "*shape"]:
@@ -126,8 +173,8 @@ def f1_of(counts) -> Float[np.ndarray, "*shape"]:
 
 
 def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
-    """The threshold t for which `scores >= t` has the largest mean F1 over problems, the figure that tables show: choose it on validation problems.
-    Lies halfway between two scores.
+    """The threshold t for which `scores >= t` has the largest mean F1 over problems, the figure
+    that tables show: choose it on validation problems. Lies halfway between two scores.
 
     Raises `ValueError` if no variable is a true parent, or for NaN among the scores.
     """
@@ -137,7 +184,8 @@ def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
     problem = np.nonzero(np.asarray(mask, bool))[0]
     order = np.argsort(-score, kind="stable")
     score, label, problem = score[order], label[order], problem[order]
-    change = np.zeros(len(score))  # of the sum of F1 over problems, when the next decision is said too
+    # of the sum of F1 over problems, when the next decision is said too
+    change = np.zeros(len(score))
     for p in np.unique(problem):
         own = problem == p
         parents, said = label[own].sum(), np.arange(own.sum() + 1)
@@ -150,20 +198,28 @@ def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
 
 
 def auroc(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
-    """Probability that a parent scores above a non-parent, pooled over problems; ties count one half (Mann-Whitney)."""
+    """Probability that a parent scores above a non-parent, pooled over problems; ties count one
+    half (Mann-Whitney).
+    """
 
     def statistic(s, t, m):
         score, label = pooled(s, t, m)
         positive, negative = label.sum(), (~label).sum()
         if positive == 0 or negative == 0:
             return np.nan
-        return (scipy.stats.rankdata(score)[label].sum() - positive * (positive + 1) / 2) / (positive * negative)
+        return (scipy.stats.rankdata(score)[label].sum() - positive * (positive + 1) / 2) / (
+            positive * negative
+        )
 
-    return bootstrap(statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool))
+    return bootstrap(
+        statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool)
+    )
 
 
 def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
-    """Area under the precision-recall steps, sum of (recall_k - recall_(k-1)) precision_k over distinct scores, pooled over problems."""
+    """Area under the precision-recall steps, sum of (recall_k - recall_(k-1)) precision_k over
+    distinct scores, pooled over problems.
+    """
 
     def statistic(s, t, m):
         score, label = pooled(s, t, m)
@@ -175,23 +231,34 @@ def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
         found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
         return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
 
-    return bootstrap(statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool))
+    return bootstrap(
+        statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool)
+    )
 
 
-def expected_calibration_error(probs: Scores, truth: Flags, mask: Flags, bins: int = 10) -> Estimate:
-    """Mean over decisions of |share of parents - mean probability| of the decision's bin; `bins` equal bins of [0, 1] (Naeini et al., AAAI 2015)."""
+def expected_calibration_error(
+    probs: Scores, truth: Flags, mask: Flags, bins: int = 10
+) -> Estimate:
+    """Mean over decisions of |share of parents - mean probability| of the decision's bin; `bins`
+    equal bins of [0, 1] (Naeini et al., AAAI 2015).
+    """
 
     def statistic(p, t, m):
         prob, label = pooled(p, t, m)
         index = np.minimum((prob * bins).astype(int), bins - 1)
-        gap = np.bincount(index, label.astype(float) - prob, bins)  # (share - mean probability) times the number in the bin
+        # (share - mean probability) times the number in the bin
+        gap = np.bincount(index, label.astype(float) - prob, bins)
         return float(np.abs(gap).sum() / len(prob)) if len(prob) else np.nan
 
-    return bootstrap(statistic, np.asarray(probs, float), np.asarray(truth, bool), np.asarray(mask, bool))
+    return bootstrap(
+        statistic, np.asarray(probs, float), np.asarray(truth, bool), np.asarray(mask, bool)
+    )
 
 
 def pooled(scores, truth, mask) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and labels of all variables that count, as vectors; raises `ValueError` for NaN among them."""
+    """Scores and labels of all variables that count, as vectors; raises `ValueError` for NaN among
+    them.
+    """
     mask = np.asarray(mask, bool)
     score = np.asarray(scores, float)[mask]
     if np.isnan(score).any():
@@ -203,21 +270,36 @@ def pooled(scores, truth, mask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalised_regret(mean_outcome, optimum, baseline) -> Float[np.ndarray, "*shape"]:
-    """(E[Y | do chosen] - y*) / (E[Y] - y*): 0 at the optimum, 1 for doing nothing, above 1 for harm. `ValueError` where doing nothing is best."""
-    mean_outcome, optimum, baseline = (np.asarray(x, float) for x in (mean_outcome, optimum, baseline))
+    """(E[Y | do chosen] - y*) / (E[Y] - y*): 0 at the optimum, 1 for doing nothing, above 1 for
+    harm. `ValueError` where doing nothing is best.
+    """
+    mean_outcome, optimum, baseline = (
+        np.asarray(x, float) for x in (mean_outcome, optimum, baseline)
+    )
     room = baseline - optimum
     if np.any(room <= 0):
-        raise ValueError(f"no room for improvement in {int((room <= 0).sum())} problem(s): E[Y] must lie above y*")
+        raise ValueError(
+            f"no room for improvement in {int((room <= 0).sum())} problem(s): E[Y] "
+            "must lie above y*"
+        )
     return np.asarray((mean_outcome - optimum) / room)
 
 
-def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[np.ndarray, "*batch"]:
-    """The GAP of DCBO (Aglietti et al., 2021), in [0, 1], larger is better: how far and how early the best outcome came.
+def gap(
+    outcomes: Float[HostArray, "*batch steps"], optimum, initial
+) -> Float[np.ndarray, "*batch"]:
+    """The GAP of DCBO (Aglietti et al., 2021), in [0, 1], larger is better: how far and how early
+    the best outcome came.
 
-    [clip((y_best - y_init) / (y* - y_init), 0, 1) + (H - H_best) / H] / [1 + (H - 1) / H] with H steps, and H_best the step (from 1) that reached
-    y_best. A run that never improves on `initial` counts as converging at H. `outcomes` are the chosen actions' expected outcomes, step by step.
+    [clip((y_best - y_init) / (y* - y_init), 0, 1) + (H - H_best) / H] / [1 + (H - 1) / H] with H
+    steps, and H_best the step (from 1) that reached y_best. A run that never improves on `initial`
+    counts as converging at H. `outcomes` are the chosen actions' expected outcomes, step by step.
     """
-    outcomes, optimum, initial = np.asarray(outcomes, float), np.asarray(optimum, float), np.asarray(initial, float)
+    outcomes, optimum, initial = (
+        np.asarray(outcomes, float),
+        np.asarray(optimum, float),
+        np.asarray(initial, float),
+    )
     if np.any(initial <= optimum):
         raise ValueError("no room for improvement: the initial outcome must lie above y*")
     steps, best = outcomes.shape[-1], outcomes.min(-1)
@@ -230,9 +312,11 @@ def gap(outcomes: Float[HostArray, "*batch steps"], optimum, initial) -> Float[n
 
 
 def convergence_ratio(returns: Float[HostArray, "runs checkpoints"], share: float = 1.0) -> float:
-    """Training that the warm start needs to reach what the cold start ends with, as a share of the whole; 1 if it never does.
+    """Training that the warm start needs to reach what the cold start ends with, as a share of the
+    whole; 1 if it never does.
 
-    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training. With `share` below 1: to reach that part of cold's best.
+    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training. With
+    `share` below 1: to reach that part of cold's best.
     """
     warm, cold = np.asarray(returns, float)
     reached = np.flatnonzero(warm >= (cold[-1] if share == 1.0 else share * cold.max()))
@@ -257,9 +341,11 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def write_results(folder: Path, records: Sequence[Record]) -> None:
-    """Write `metrics.json`, the list of all records, and every table as `<table>.md`, `.csv` and `.tex` in `folder`. Each file is replaced at once.
+    """Write `metrics.json`, the list of all records, and every table as `<table>.md`, `.csv` and
+    `.tex` in `folder`. Each file is replaced at once.
 
-    Raises `ValueError` for an unknown table, for a cell that occurs twice, and for NaN; an infinite bound becomes null in JSON.
+    Raises `ValueError` for an unknown table, for a cell that occurs twice, and for NaN; an infinite
+    bound becomes null in JSON.
     """
     seen = set()
     for record in records:
@@ -269,28 +355,41 @@ def write_results(folder: Path, records: Sequence[Record]) -> None:
         if cell in seen:
             raise ValueError(f"two records for {cell}")
         if np.isnan([record.value, record.low, record.high]).any() or np.isinf(record.value):
-            raise ValueError(f"{cell}: {record.value} [{record.low}, {record.high}] is not a result")
+            raise ValueError(
+                f"{cell}: {record.value} [{record.low}, {record.high}] is not a result"
+            )
         seen.add(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{k: None if isinstance(v, float) and np.isinf(v) else v for k, v in asdict(r).items()} for r in records]
+    rows = [
+        {k: None if isinstance(v, float) and np.isinf(v) else v for k, v in asdict(r).items()}
+        for r in records
+    ]
     replace_text(folder / "metrics.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
     for table in dict.fromkeys(r.table for r in records):
         for suffix, style in FORMATS.items():
             replace_text(folder / f"{table}.{suffix}", render(records, table, style) + "\n")
         header = "task,method,metric,value,low,high,n,unit\n"
-        lines = [f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},"{r.unit}"\n' for r in records if r.table == table]
+        lines = [
+            f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},"{r.unit}"\n'
+            for r in records
+            if r.table == table
+        ]
         replace_text(folder / f"{table}.csv", header + "".join(lines))
 
 
 def render(records: Sequence[Record], table: str, style: str = "github") -> str:
     """One table, cells `value [low, high]`. `style` is one of tabulate's (default: Markdown).
 
-    `success` is a list, a row per record. Otherwise a row per method; columns are tasks if there is one metric, else metrics, in a part per task.
-    Rows, columns and parts are in the order in which they first occur. Raises `ValueError` for a table without records.
+    `success` is a list, a row per record. Otherwise a row per method; columns are tasks if there is
+    one metric, else metrics, in a part per task. Rows, columns and parts are in the order in which
+    they first occur. Raises `ValueError` for a table without records.
     """
     chosen = [r for r in records if r.table == table]
     if not chosen:
-        raise ValueError(f"no records for '{table}'; there are records for {', '.join(dict.fromkeys(r.table for r in records)) or 'nothing'}")
+        raise ValueError(
+            f"no records for '{table}'; there are records for "
+            f"{', '.join(dict.fromkeys(r.table for r in records)) or 'nothing'}"
+        )
 
     def typeset(body, header):
         return tabulate.tabulate(body, header, tablefmt=style, disable_numparse=True)
@@ -299,22 +398,35 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
         names = dict.fromkeys(name(r) for r in part)
         cells = {(r.method, name(r)): cell(r) for r in part}
         return typeset(
-            [[method, *(cells.get((method, n), "") for n in names)] for method in dict.fromkeys(r.method for r in part)], ["method", *names]
+            [
+                [method, *(cells.get((method, n), "") for n in names)]
+                for method in dict.fromkeys(r.method for r in part)
+            ],
+            ["method", *names],
         )
 
     if table == "success":
         return typeset(
-            [[r.metric, r.task, r.method, cell(r), str(r.n), r.unit] for r in chosen], ["criterion", "task", "method", "value", "n", "unit"]
+            [[r.metric, r.task, r.method, cell(r), str(r.n), r.unit] for r in chosen],
+            ["criterion", "task", "method", "value", "n", "unit"],
         )
     if len({r.metric for r in chosen}) == 1:
         return grid(chosen, lambda r: r.task)
     heading = "% {}\n" if style.startswith("latex") else "**{}**\n\n"
-    parts = {task: [r for r in chosen if r.task == task] for task in dict.fromkeys(r.task for r in chosen)}
-    return "\n\n".join(heading.format(task) + grid(part, lambda r: r.metric + (f" ({r.unit})" if r.unit else "")) for task, part in parts.items())
+    parts = {
+        task: [r for r in chosen if r.task == task]
+        for task in dict.fromkeys(r.task for r in chosen)
+    }
+    return "\n\n".join(
+        heading.format(task) + grid(part, lambda r: r.metric + (f" ({r.unit})" if r.unit else ""))
+        for task, part in parts.items()
+    )
 
 
 def cell(record: Record) -> str:
-    """`value [low, high]` to three significant digits; the value alone where there is no interval."""
+    """`value [low, high]` to three significant digits; the value alone where there is no
+    interval.
+    """
     value, low, high = (f"{v:.3g}" for v in (record.value, record.low, record.high))
     return value if np.isinf(record.low) and np.isinf(record.high) else f"{value} [{low}, {high}]"
 

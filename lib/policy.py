@@ -1,4 +1,6 @@
-"""The acquisition policy: from what is known to a distribution over single-variable interventions, value included."""
+"""The acquisition policy: from what is known to a distribution over single-variable interventions,
+value included.
+"""
 
 from dataclasses import asdict, dataclass
 
@@ -33,7 +35,9 @@ class PolicyConfig:
 
 
 class AcquisitionState(eqx.Module):
-    """What a decision is based on: data, the surrogate's reading of it, and how far the campaign is. Holds no ground truth."""
+    """What a decision is based on: data, the surrogate's reading of it, and how far the campaign
+    is. Holds no ground truth.
+    """
 
     buffer: ExperienceBuffer
     output: SurrogateOutput
@@ -52,39 +56,58 @@ class AcquisitionState(eqx.Module):
 
     @property
     def best_value(self) -> Float[Array, ""]:
-        """The incumbent: predicted E[Y | do] of the action that would be recommended now, in the target's units."""
+        """The incumbent: predicted E[Y | do] of the action that would be recommended now, in the
+        target's units.
+        """
         return jnp.where(self.task.candidates[:, None], self.output.effect_mean, jnp.inf).min()
 
 
-def make_state(surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task, step, steps_left) -> AcquisitionState:
+def make_state(
+    surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task, step, steps_left
+) -> AcquisitionState:
     """The state after `step` experiments with `steps_left` to go."""
-    return AcquisitionState(buffer, surrogate.predict(buffer, task), jnp.asarray(step), jnp.asarray(steps_left))
+    return AcquisitionState(
+        buffer, surrogate.predict(buffer, task), jnp.asarray(step), jnp.asarray(steps_left)
+    )
 
 
 def check_state(state: AcquisitionState, target: Int[Array, ""] | int | None = None) -> None:
-    """Raise `ValueError` for a state that no decision can be based on; inside `jit`, where values are not known, only shapes are checked.
+    """Raise `ValueError` for a state that no decision can be based on; inside `jit`, where values
+    are not known, only shapes are checked.
 
-    Its data must have the variables that the surrogate spoke of, its target must be one of them, that in `target` if given, and something must have a
-    range.
+    Its data must have the variables that the surrogate spoke of, its target must be one of them,
+    that in `target` if given, and something must have a range.
     """
     task, found = state.task, state.buffer.values.shape[-1]
     if found != task.var_mask.shape[-1]:
-        raise ValueError(f"the state's buffer has {found} variables, its task {task.var_mask.shape[-1]}: predict from this buffer")
+        raise ValueError(
+            f"the state's buffer has {found} variables, its task "
+            f"{task.var_mask.shape[-1]}: predict from this buffer"
+        )
     if isinstance(task.target, Tracer) or isinstance(target, Tracer):
         return
     if target is not None and int(target) != int(task.target):
-        raise ValueError(f"the state is about target {int(task.target)}, not {int(target)}: predict for this target")
+        raise ValueError(
+            f"the state is about target {int(task.target)}, not {int(target)}: "
+            "predict for this target"
+        )
     if not 0 <= int(task.target) < found or not bool(task.var_mask[task.target]):
-        raise ValueError(f"target {int(task.target)} is not one of the {int(task.var_mask.sum())} variables of the task")
+        raise ValueError(
+            f"target {int(task.target)} is not one of the {int(task.var_mask.sum())} "
+            "variables of the task"
+        )
     if not bool(task.candidates.any()):
-        raise ValueError("no variable can be set: give one besides the target a range of positive width")
+        raise ValueError(
+            "no variable can be set: give one besides the target a range of positive width"
+        )
 
 
 class InterventionDistribution(eqx.Module):
     """A piecewise-constant density over each candidate variable's range.
 
-    A cell is a variable and the values nearest to one bin of its grid; cells at the ends of the range are half as wide. Values are measured as a
-    fraction of the range, so log-probabilities, entropies and divergences are exact and free of units.
+    A cell is a variable and the values nearest to one bin of its grid; cells at the ends of the
+    range are half as wide. Values are measured as a fraction of the range, so log-probabilities,
+    entropies and divergences are exact and free of units.
     """
 
     task: Task
@@ -104,7 +127,9 @@ class InterventionDistribution(eqx.Module):
     def cell(self, variable: Int[Array, ""], value: Float[Array, ""]) -> Int[Array, ""]:
         """Index of the cell of `variable` that holds `value`."""
         low, high = self.task.low[variable], self.task.high[variable]
-        return jnp.clip(jnp.round((value - low) / (high - low) * (self.num_bins - 1)), 0, self.num_bins - 1).astype(int)
+        return jnp.clip(
+            jnp.round((value - low) / (high - low) * (self.num_bins - 1)), 0, self.num_bins - 1
+        ).astype(int)
 
     def log_prob(self, variable: Int[Array, ""], value: Float[Array, ""]) -> Float[Array, ""]:
         """Log-density of one intervention, per unit of (variable, fraction of its range)."""
@@ -114,10 +139,14 @@ class InterventionDistribution(eqx.Module):
     def sample(self, key: Key[Array, ""]) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """A variable and a value."""
         cell_key, value_key = jr.split(key)
-        variable, index = jnp.unravel_index(jr.categorical(cell_key, self.logits.reshape(-1)), self.logits.shape)
+        variable, index = jnp.unravel_index(
+            jr.categorical(cell_key, self.logits.reshape(-1)), self.logits.shape
+        )
         fraction = (index + jr.uniform(value_key, minval=-0.5, maxval=0.5)) / (self.num_bins - 1)
         # the ends' cells are half cells: fold the outer half back in
-        fraction = jnp.where(fraction < 0, -fraction, jnp.where(fraction > 1, 2 - fraction, fraction))
+        fraction = jnp.where(
+            fraction < 0, -fraction, jnp.where(fraction > 1, 2 - fraction, fraction)
+        )
         return variable, self.value(variable, fraction)
 
     def mode(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
@@ -155,11 +184,13 @@ def expected_improvement_choice(output: SurrogateOutput) -> tuple[Int[Array, ""]
     return output.highest(log_expected_improvement(output.effect_mean, output.effect_std, best))
 
 
-def thompson_choice(key: Key[Array, ""], output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
+def thompson_choice(
+    key: Key[Array, ""], output: SurrogateOutput
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The lowest point of a surface drawn from the predicted one (Thompson sampling).
 
-    The surrogate gives a deviation for every cell but no correlations. Errors along a variable's range share their cause, so they are drawn together,
-    those of different variables apart.
+    The surrogate gives a deviation for every cell but no correlations. Errors along a variable's
+    range share their cause, so they are drawn together, those of different variables apart.
     """
     error = jr.normal(key, (output.effect_mean.shape[0], 1))
     return output.highest(-(output.effect_mean + output.effect_std * error))
@@ -172,7 +203,9 @@ NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
 
 
 def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
-    """What the policy sees of a (variable, value), in deviations of the target: predicted effect, uncertainty, what was tried nearby, progress."""
+    """What the policy sees of a (variable, value), in deviations of the target: predicted effect,
+    uncertainty, what was tried nearby, progress.
+    """
     output = state.output
     std = output.effect_std / output.spread
     gap = (output.effect_mean - state.best_value) / output.spread
@@ -193,9 +226,11 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
 
 
 class AcquisitionPolicyNetwork(eqx.Module):
-    """Scores every (variable, value) cell from its features, its variable's token and a summary over all cells; no gradient reaches the surrogate.
+    """Scores every (variable, value) cell from its features, its variable's token and a summary
+    over all cells; no gradient reaches the surrogate.
 
-    The features also reach the score directly: predicted effect and expected improvement are good acquisitions already, to be corrected only.
+    The features also reach the score directly: predicted effect and expected improvement are good
+    acquisitions already, to be corrected only.
     """
 
     cell: eqx.nn.Linear
@@ -210,7 +245,10 @@ class AcquisitionPolicyNetwork(eqx.Module):
         dim = config.policy_hidden_dim
         self.cell = eqx.nn.Linear(NUM_CELL_FEATURES, dim, key=cell_key)
         self.token = eqx.nn.Linear(token_dim, dim, key=token_key)
-        self.layers = tuple(make_mlp((3 * dim, dim, dim), key=k) for k in jr.split(layer_key, config.policy_n_layers))
+        self.layers = tuple(
+            make_mlp((3 * dim, dim, dim), key=k)
+            for k in jr.split(layer_key, config.policy_n_layers)
+        )
         self.score = make_mlp((dim, dim, 1), key=score_key)
         self.direct = eqx.nn.Linear(NUM_CELL_FEATURES, 1, key=direct_key)
         self.config = config
@@ -224,7 +262,10 @@ class AcquisitionPolicyNetwork(eqx.Module):
         for layer in self.layers:
             mean = jnp.where(allowed, hidden, 0.0).sum((0, 1)) / cells
             peak = jnp.where(allowed, hidden, -jnp.inf).max((0, 1))
-            context = jnp.broadcast_to(jnp.concatenate([mean, jnp.where(jnp.isfinite(peak), peak, 0.0)]), (*hidden.shape[:2], 2 * mean.shape[0]))
+            context = jnp.broadcast_to(
+                jnp.concatenate([mean, jnp.where(jnp.isfinite(peak), peak, 0.0)]),
+                (*hidden.shape[:2], 2 * mean.shape[0]),
+            )
             hidden = hidden + mlp(layer, jnp.concatenate([rms_norm(hidden), rms_norm(context)], -1))
         scores = mlp(self.score, rms_norm(hidden)) + linear(self.direct, features)
         logits = jnp.where(allowed[..., 0], scores[..., 0], -jnp.inf)

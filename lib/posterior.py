@@ -1,4 +1,6 @@
-"""`ParentSetPosterior`: a distribution over the parent sets of one target. Entropies are in nats."""
+"""`ParentSetPosterior`: a distribution over the parent sets of one target. Entropies are in
+nats.
+"""
 
 import equinox as eqx
 import jax
@@ -7,7 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class ParentSetPosterior(eqx.Module):
-    """Probabilities of `sets[sets, vars]` for `target`; `log_probs[sets]` is normalised over the listed sets, -inf marks an unused place."""
+    """Probabilities of `sets[sets, vars]` for `target`; `log_probs[sets]` is normalised over the
+    listed sets, -inf marks an unused place.
+    """
 
     target: Int[Array, ""]
     sets: Bool[Array, "sets vars"]
@@ -26,16 +30,26 @@ class ParentSetPosterior(eqx.Module):
         return -(self.probs * jnp.where(self.probs > 0, self.log_probs, 0.0)).sum()
 
     def top_k(self, k: int) -> "ParentSetPosterior":
-        """The `k` most probable sets, most probable first, with their probabilities as they are (not renormalised)."""
+        """The `k` most probable sets, most probable first, with their probabilities as they are
+        (not renormalised).
+        """
         log_probs, index = jax.lax.top_k(self.log_probs, k)
         return ParentSetPosterior(self.target, self.sets[index], log_probs)
 
     def log_prob(self, parents: Bool[Array, " vars"]) -> Float[Array, ""]:
         """Log-probability of one set; -inf if it is not listed."""
-        return jax.nn.logsumexp(jnp.where((self.sets == parents[None]).all(1), self.log_probs, -jnp.inf))
+        return jax.nn.logsumexp(
+            jnp.where((self.sets == parents[None]).all(1), self.log_probs, -jnp.inf)
+        )
 
     def to_dict(self, names: tuple[str, ...]) -> dict[frozenset[str], float]:
         """Named sets with positive probability, most probable first."""
         order = jnp.argsort(-self.log_probs)
-        pairs = [(frozenset(n for n, member in zip(names, self.sets[i], strict=False) if member), float(self.probs[i])) for i in order]
+        pairs = [
+            (
+                frozenset(n for n, member in zip(names, self.sets[i], strict=False) if member),
+                float(self.probs[i]),
+            )
+            for i in order
+        ]
         return {members: p for members, p in pairs if p > 0}

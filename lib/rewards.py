@@ -1,4 +1,6 @@
-"""Verifiable rewards: improvement, structure discovery, and intervening on parents (multi_stage_training.md, stage 2)."""
+"""Verifiable rewards: improvement, structure discovery, and intervening on parents
+(multi_stage_training.md, stage 2).
+"""
 
 from dataclasses import dataclass
 
@@ -19,9 +21,12 @@ class RewardConfig:
     optimization_weight: float = 1.0
     """Noise-free improvement of the recommended action, as a share of the possible improvement."""
     temperature: float = 0.1
-    """Recommend each action with a probability that falls by e per this many deviations of the target in its predicted mean; 0 recommends the best.
+    """Recommend each action with a probability that falls by e per this many deviations of the
+    target in its predicted mean; 0 recommends the best.
 
-    Most experiments leave the best action what it was, so that at 0 two of three groups of candidates earn nothing at all."""
+    Most experiments leave the best action what it was, so that at 0 two of three groups of
+    candidates earn nothing at all.
+    """
     structure_weight: float = 0.05
     """Gain in the log-probability of the true parent set, in nats (clipped to +-2)."""
     parent_weight: float = 0.02
@@ -38,7 +43,9 @@ class RewardComponents(eqx.Module):
 
 
 class GroundTruth(eqx.Module):
-    """What may enter a training reward or a metric and nothing else: `effects` E[Y | do] on the grid, `baseline` E[Y], and the true `parents`."""
+    """What may enter a training reward or a metric and nothing else: `effects` E[Y | do] on the
+    grid, `baseline` E[Y], and the true `parents`.
+    """
 
     effects: Float[Array, "vars bins"]
     baseline: Float[Array, ""]
@@ -48,7 +55,9 @@ class GroundTruth(eqx.Module):
     def of(scm: AbstractSCM, num_bins: int) -> "GroundTruth":
         """The truth about a simulated system."""
         effects = scm.effect_table(value_grid(scm.low, scm.high, num_bins))
-        return GroundTruth(effects, scm.mean_outcome(Intervention.none(scm.var_mask.shape[0])), scm.parents)
+        return GroundTruth(
+            effects, scm.mean_outcome(Intervention.none(scm.var_mask.shape[0])), scm.parents
+        )
 
     @property
     def possible_improvement(self) -> Float[Array, ""]:
@@ -56,8 +65,12 @@ class GroundTruth(eqx.Module):
         return jnp.maximum(self.baseline - self.effects.min(), 0.05)
 
     def recommended(self, output: SurrogateOutput, temperature: float) -> Float[Array, ""]:
-        """E[Y | do] of what is recommended on the grid; its mean over recommendations where `temperature` is positive."""
-        scores = jnp.where(output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf)
+        """E[Y | do] of what is recommended on the grid; its mean over recommendations where
+        `temperature` is positive.
+        """
+        scores = jnp.where(
+            output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf
+        )
         if temperature == 0.0:
             return self.effects.reshape(-1)[jnp.argmax(scores)]
         chance = jax.nn.softmax(scores / temperature, axis=(0, 1))
@@ -74,14 +87,18 @@ def compute_verifiable_reward(
     config: RewardConfig,
     truth: GroundTruth | None = None,
 ) -> RewardComponents:
-    """Reward of an experiment on `variable`, where `new_state` is the state after its outcome joined the buffer.
+    """Reward of an experiment on `variable`, where `new_state` is the state after its outcome
+    joined the buffer.
 
-    With `truth` (simulated training): optimisation is the noise-free gain of the action recommended after the experiment over the one recommended
-    before, as a share of the possible improvement; structure discovery is the gain in log-probability of the true set; parents are the true ones.
-    Without (deployment): the predicted gain, the drop of the posterior's entropy, and the posterior marginal.
+    With `truth` (simulated training): optimisation is the noise-free gain of the action recommended
+    after the experiment over the one recommended before, as a share of the possible improvement;
+    structure discovery is the gain in log-probability of the true set; parents are the true ones.
+    Without (deployment): the predicted gain, the drop of the posterior's entropy, and the posterior
+    marginal.
 
-    The experiment's own effect does not count: an experiment is worth what it teaches about the action to recommend. Raises `ValueError` if the two
-    states are about different targets (unless traced).
+    The experiment's own effect does not count: an experiment is worth what it teaches about the
+    action to recommend. Raises `ValueError` if the two states are about different targets (unless
+    traced).
     """
     check_state(new_state, state.task.target)
     if truth is None:
@@ -89,11 +106,17 @@ def compute_verifiable_reward(
         structure = state.posterior.entropy() - new_state.posterior.entropy()
         parent = state.output.marginals()[variable]
     else:
-        before, after = (truth.recommended(one.output, config.temperature) for one in (state, new_state))
+        before, after = (
+            truth.recommended(one.output, config.temperature) for one in (state, new_state)
+        )
         gain = (before - after) / truth.possible_improvement
         structure = new_state.output.log_prob(truth.parents) - state.output.log_prob(truth.parents)
         parent = truth.parents[variable].astype(float)
     optimization = jnp.clip(gain, -1.0, 1.0)
     structure = jnp.clip(structure, -MAX_GAIN, MAX_GAIN)
-    total = config.optimization_weight * optimization + config.structure_weight * structure + config.parent_weight * parent
+    total = (
+        config.optimization_weight * optimization
+        + config.structure_weight * structure
+        + config.parent_weight * parent
+    )
     return RewardComponents(optimization, structure, parent, total)

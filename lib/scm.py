@@ -1,6 +1,8 @@
-"""Structural causal models: hard interventions, sampling, noise-free effects and the best single intervention.
+"""Structural causal models: hard interventions, sampling, noise-free effects and the best single
+intervention.
 
-Axis names used throughout the project: `vars samples sets steps batch group bins dim`. Everything here sees one model; batch with `jax.vmap`.
+Axis names used throughout the project: `vars samples sets steps batch group bins dim`. Everything
+here sees one model; batch with `jax.vmap`.
 """
 
 import abc
@@ -16,16 +18,21 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Intervention(eqx.Module):
-    """A hard intervention do(X_S = v): `mask[vars]` marks S, `values[vars]` holds v (ignored outside S)."""
+    """A hard intervention do(X_S = v): `mask[vars]` marks S, `values[vars]` holds v (ignored
+    outside S).
+    """
 
     mask: Bool[Array, " vars"]
     values: Float[Array, " vars"]
 
     @staticmethod
-    def single(variable: Int[Array, ""] | int, value: Float[Array, ""] | float, num_vars: int) -> "Intervention":
+    def single(
+        variable: Int[Array, ""] | int, value: Float[Array, ""] | float, num_vars: int
+    ) -> "Intervention":
         """do(X_variable = value) in a system of `num_vars` variables.
 
-        Raises `ValueError` for a variable that is not an index below `num_vars`, unless it is traced.
+        Raises `ValueError` for a variable that is not an index below `num_vars`, unless it is
+        traced.
         """
         if not isinstance(variable, Tracer):
             check_index(variable, num_vars, "variable")
@@ -39,13 +46,24 @@ class Intervention(eqx.Module):
 
 
 def check_index(index: object, num_vars: int, what: str) -> None:
-    """Raise `ValueError` unless `index` is a whole number from 0 to `num_vars` - 1; `what` is what the message calls it."""
+    """Raise `ValueError` unless `index` is a whole number from 0 to `num_vars` - 1; `what` is what
+    the message calls it.
+    """
     number = np.asarray(index)
-    if number.shape != () or not np.issubdtype(number.dtype, np.integer) or not 0 <= int(number) < num_vars:
-        raise ValueError(f"{what} {index!r} is not one of the {num_vars} variables: give its index, 0 to {num_vars - 1}")
+    if (
+        number.shape != ()
+        or not np.issubdtype(number.dtype, np.integer)
+        or not 0 <= int(number) < num_vars
+    ):
+        raise ValueError(
+            f"{what} {index!r} is not one of the {num_vars} variables: give its "
+            f"index, 0 to {num_vars - 1}"
+        )
 
 
-EXPERIMENTS = 0x6E6F6973  # folded into a campaign's key before the step: far from any index that a method folds in or splits off
+# folded into a campaign's key before the step: far from any index that a method folds in or splits
+# off
+EXPERIMENTS = 0x6E6F6973
 
 
 class Optimum(NamedTuple):
@@ -57,7 +75,9 @@ class Optimum(NamedTuple):
 
 
 class Task(eqx.Module):
-    """What an experimenter knows about a system before any data: which variable is the target, which exist, and in what range each may be set."""
+    """What an experimenter knows about a system before any data: which variable is the target,
+    which exist, and in what range each may be set.
+    """
 
     target: Int[Array, ""]
     low: Float[Array, " vars"]
@@ -76,7 +96,9 @@ class Task(eqx.Module):
 
 
 class AbstractSCM(eqx.Module):
-    """A causal model with a target. Variables with `var_mask` false are padding: always zero, never intervened on."""
+    """A causal model with a target. Variables with `var_mask` false are padding: always zero, never
+    intervened on.
+    """
 
     target: eqx.AbstractVar[Int[Array, ""]]
     low: eqx.AbstractVar[Float[Array, " vars"]]
@@ -90,8 +112,12 @@ class AbstractSCM(eqx.Module):
         """Exogenous noise in the form that `simulate` takes."""
 
     @abc.abstractmethod
-    def simulate(self, noise: Float[Array, "samples vars"], intervention: Intervention) -> Float[Array, "samples vars"]:
-        """Push exogenous noise through the (mutilated) mechanisms: the same noise gives common random numbers across interventions."""
+    def simulate(
+        self, noise: Float[Array, "samples vars"], intervention: Intervention
+    ) -> Float[Array, "samples vars"]:
+        """Push exogenous noise through the (mutilated) mechanisms: the same noise gives common
+        random numbers across interventions.
+        """
 
     @abc.abstractmethod
     def reference_noise(self) -> Float[Array, "samples vars"]:
@@ -107,56 +133,85 @@ class AbstractSCM(eqx.Module):
         """The public part of the model."""
         return Task(self.target, self.low, self.high, self.var_mask)
 
-    def sample(self, key: Key[Array, ""], intervention: Intervention, num_samples: int) -> Float[Array, "samples vars"]:
+    def sample(
+        self, key: Key[Array, ""], intervention: Intervention, num_samples: int
+    ) -> Float[Array, "samples vars"]:
         """`num_samples` rows under do(intervention), in each variable's own units."""
         return self.simulate(self.draw_noise(key, num_samples), intervention)
 
-    def mean_outcome(self, intervention: Intervention, noise: Float[Array, "samples vars"] | None = None) -> Float[Array, ""]:
-        """E[Y | do(intervention)], averaged over `noise` (`reference_noise` unless given): deterministic, so differences carry no sampling noise."""
+    def mean_outcome(
+        self, intervention: Intervention, noise: Float[Array, "samples vars"] | None = None
+    ) -> Float[Array, ""]:
+        """E[Y | do(intervention)], averaged over `noise` (`reference_noise` unless given):
+        deterministic, so differences carry no sampling noise.
+        """
         noise = self.reference_noise() if noise is None else noise
         return jnp.take(self.simulate(noise, intervention).mean(0), self.target)
 
-    def effect_table(self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"] | None = None) -> Float[Array, "vars bins"]:
-        """E[Y | do(X_i = grid[i, b])] for every variable and value; +inf where intervening is not allowed (target, padding)."""
+    def effect_table(
+        self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"] | None = None
+    ) -> Float[Array, "vars bins"]:
+        """E[Y | do(X_i = grid[i, b])] for every variable and value; +inf where intervening is not
+        allowed (target, padding).
+        """
         num_vars = grid.shape[0]
 
         def row(i):
-            return jax.vmap(lambda v: self.mean_outcome(Intervention.single(i, v, num_vars), noise))(grid[i])
+            return jax.vmap(
+                lambda v: self.mean_outcome(Intervention.single(i, v, num_vars), noise)
+            )(grid[i])
 
         table = jax.lax.map(row, jnp.arange(num_vars))
         return jnp.where(self.candidates[:, None], table, jnp.inf)
 
     def optimum(self, num_values: int = 33) -> Optimum:
-        """Minimum of E[Y | do(X_i = v)] over single interventions: a do-grid over total effects, refined once around its best point."""
+        """Minimum of E[Y | do(X_i = v)] over single interventions: a do-grid over total effects,
+        refined once around its best point.
+        """
         grid = value_grid(self.low, self.high, num_values)
         table = self.effect_table(grid)
         variable, index = jnp.unravel_index(jnp.argmin(table), table.shape)
         step = (self.high[variable] - self.low[variable]) / (num_values - 1)
         centre = grid[variable, index]
-        fine = jnp.clip(centre + step * jnp.linspace(-1.0, 1.0, num_values), self.low[variable], self.high[variable])
-        means = jax.vmap(lambda v: self.mean_outcome(Intervention.single(variable, v, grid.shape[0])))(fine)
+        fine = jnp.clip(
+            centre + step * jnp.linspace(-1.0, 1.0, num_values),
+            self.low[variable],
+            self.high[variable],
+        )
+        means = jax.vmap(
+            lambda v: self.mean_outcome(Intervention.single(variable, v, grid.shape[0]))
+        )(fine)
         best = jnp.argmin(means)
         return Optimum(variable, fine[best], means[best])
 
 
 def experiment_key(key: Key[Array, ""], step: Int[Array, ""] | int) -> Key[Array, ""]:
-    """The key of the exogenous noise of experiment `step` in a campaign with `key`: the same for every method, which makes comparisons paired."""
+    """The key of the exogenous noise of experiment `step` in a campaign with `key`: the same for
+    every method, which makes comparisons paired.
+    """
     return jr.fold_in(jr.fold_in(key, EXPERIMENTS), step)
 
 
-def value_grid(low: Float[Array, " vars"], high: Float[Array, " vars"], num_values: int) -> Float[Array, "vars bins"]:
+def value_grid(
+    low: Float[Array, " vars"], high: Float[Array, " vars"], num_values: int
+) -> Float[Array, "vars bins"]:
     """`num_values` evenly spaced values per variable, both ends of its range included."""
     return low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
 
 
-# Antithetic noise rows behind every noise-free mean: exact for linear mechanisms. Over 200 systems of the prior the standard
-# error of a mean at the end of a range is .03 deviations (root mean square), .08 in one of twenty, .11 at most.
+# Antithetic noise rows behind every noise-free mean: exact for linear mechanisms. Over 200 systems
+# of the prior the standard error of a mean at the end of a range is .03 deviations (root mean
+# square), .08 in one of twenty, .11 at most.
 NUM_REFERENCE = 128
 
 
 def antithetic_normal(seed: int, num_samples: int, num_vars: int) -> Float[Array, "samples vars"]:
-    """Fixed standard-normal rows in pairs of opposite sign: means are exact for linear mechanisms. Drawn by numpy, a constant to the compiler."""
-    half = np.random.default_rng(seed).standard_normal((num_samples // 2, num_vars), dtype=np.float32)
+    """Fixed standard-normal rows in pairs of opposite sign: means are exact for linear mechanisms.
+    Drawn by numpy, a constant to the compiler.
+    """
+    half = np.random.default_rng(seed).standard_normal(
+        (num_samples // 2, num_vars), dtype=np.float32
+    )
     return jnp.asarray(np.concatenate([half, -half]))
 
 
@@ -165,15 +220,18 @@ NOISES = ("gaussian", "laplace", "uniform", "heteroscedastic")
 
 
 class SyntheticSCM(AbstractSCM):
-    """A random model with one kind of mechanism and of additive noise, each variable standardised while it is generated.
+    """A random model with one kind of mechanism and of additive noise, each variable standardised
+    while it is generated.
 
-    Mechanism arrays are in topological order: row and column k belong to the k-th variable generated, which is variable `order[k]` for
-    everyone outside. Standardisation inside generation (`shift`, `spread`) removes the variance ordering that makes plain simulations easy
-    (iSCM, arXiv 2406.11601).
+    Mechanism arrays are in topological order: row and column k belong to the k-th variable
+    generated, which is variable `order[k]` for everyone outside. Standardisation inside generation
+    (`shift`, `spread`) removes the variance ordering that makes plain simulations easy (iSCM, arXiv
+    2406.11601).
     """
 
     order: Int[Array, " vars"]
-    adjacency: Bool[Array, "vars vars"]  # adjacency[i, k]: the i-th generated variable is a parent of the k-th
+    # adjacency[i, k]: the i-th generated variable is a parent of the k-th
+    adjacency: Bool[Array, "vars vars"]
     mechanism: Int[Array, ""]  # index into MECHANISMS
     noise_kind: Int[Array, ""]  # index into NOISES
     weights: Float[Array, "vars vars"]
@@ -208,29 +266,45 @@ class SyntheticSCM(AbstractSCM):
         return jnp.take(self.graph, self.target, axis=1)
 
     def disturbance(self, noise: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-        """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the model's noise has."""
-        tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))  # P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits
+        """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the
+        model's noise has.
+        """
+        # P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits
+        tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))
         laplace = -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0)
         uniform = jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails)
         return jax.lax.select_n(self.noise_kind, noise, laplace, uniform, noise)
 
     def structural_equation(
-        self, x: Float[Array, "samples vars"], disturbance: Float[Array, "samples vars"], k: Int[Array, ""] | int
+        self,
+        x: Float[Array, "samples vars"],
+        disturbance: Float[Array, "samples vars"],
+        k: Int[Array, ""] | int,
     ) -> Float[Array, " samples"]:
-        """The k-th variable from those generated before it (`x`) and its disturbance, before standardisation.
+        """The k-th variable from those generated before it (`x`) and its disturbance, before
+        standardisation.
 
-        Linear: x w. The others have one hidden layer z = x F + p, read out by a: cos(z) a, tanh(z) a, x w + z^2 a. The square goes on along its
-        tangent where |z| > 1: squares of squares would explode. A variable without parents is its noise. Heteroscedastic noise has log-deviation
-        tanh(x w) (multiplicative, Harvey 1976, here bounded): it varies by a factor of e either way.
+        Linear: x w. The others have one hidden layer z = x F + p, read out by a: cos(z) a, tanh(z)
+        a, x w + z^2 a. The square goes on along its tangent where |z| > 1: squares of squares would
+        explode. A variable without parents is its noise. Heteroscedastic noise has log-deviation
+        tanh(x w) (multiplicative, Harvey 1976, here bounded): it varies by a factor of e either
+        way.
         """
         edges = self.adjacency[:, k]
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
         square = jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0)
-        hidden = jax.lax.select_n(self.mechanism, jnp.zeros_like(z), jnp.cos(z), jnp.tanh(z), square) @ self.amplitudes[k]
-        direct = (self.mechanism == MECHANISMS.index("linear")) | (self.mechanism == MECHANISMS.index("polynomial"))
+        hidden = (
+            jax.lax.select_n(self.mechanism, jnp.zeros_like(z), jnp.cos(z), jnp.tanh(z), square)
+            @ self.amplitudes[k]
+        )
+        direct = (self.mechanism == MECHANISMS.index("linear")) | (
+            self.mechanism == MECHANISMS.index("polynomial")
+        )
         effect = jnp.where(edges.any(), hidden + jnp.where(direct, linear, 0.0), 0.0)
-        scale = jnp.where(self.noise_kind == NOISES.index("heteroscedastic"), jnp.exp(jnp.tanh(linear)), 1.0)
+        scale = jnp.where(
+            self.noise_kind == NOISES.index("heteroscedastic"), jnp.exp(jnp.tanh(linear)), 1.0
+        )
         return effect + self.noise_scale[k] * scale * disturbance[:, k]
 
     def draw_noise(self, key, num_samples):
@@ -253,30 +327,61 @@ class SyntheticSCM(AbstractSCM):
 
 
 def check_scm(scm: SyntheticSCM) -> None:
-    """Raise `ValueError` if a model, one and not traced, is not acyclic, not finite, or has nothing by which its target could be moved."""
+    """Raise `ValueError` if a model, one and not traced, is not acyclic, not finite, or has nothing
+    by which its target could be moved.
+    """
     order = np.asarray(scm.order)
     if sorted(order.tolist()) != list(range(len(order))):
         raise ValueError(f"order must hold every variable once, but is {order.tolist()}")
     by_child = {"weights": scm.weights.T, "frequencies": jnp.moveaxis(scm.frequencies, 1, 0)}
-    by_child |= {name: getattr(scm, name) for name in ("phases", "amplitudes", "noise_scale", "shift", "spread")}
-    for name, values in ({name: values[scm.position] for name, values in by_child.items()} | {"low": scm.low, "high": scm.high}).items():
+    by_child |= {
+        name: getattr(scm, name)
+        for name in ("phases", "amplitudes", "noise_scale", "shift", "spread")
+    }
+    for name, values in (
+        {name: values[scm.position] for name, values in by_child.items()}
+        | {"low": scm.low, "high": scm.high}
+    ).items():
         infinite = ~np.isfinite(values).reshape(len(order), -1).all(1)
         if infinite.any():
-            raise ValueError(f"{name} of {scm.names[np.argmax(infinite)]} is not finite: give numbers")
+            raise ValueError(
+                f"{name} of {scm.names[np.argmax(infinite)]} is not finite: give numbers"
+            )
     backward = np.argwhere(np.tril(scm.adjacency))
     if len(backward):
         parent, child = (scm.names[order[place]] for place in backward[0])
-        raise ValueError(f"the edge from {parent} to {child} does not go forward in order: remove it, or put {parent} before {child}")
-    low, high, possible = np.asarray(scm.low), np.asarray(scm.high), np.asarray(scm.task.possible_parents)
+        raise ValueError(
+            f"the edge from {parent} to {child} does not go forward in order: remove "
+            f"it, or put {parent} before {child}"
+        )
+    low, high, possible = (
+        np.asarray(scm.low),
+        np.asarray(scm.high),
+        np.asarray(scm.task.possible_parents),
+    )
     if (low > high).any():
         wrong = int(np.argmax(low > high))
-        raise ValueError(f"{scm.names[wrong]} may be set from {low[wrong]} to {high[wrong]}: low must not be above high")
+        raise ValueError(
+            f"{scm.names[wrong]} may be set from {low[wrong]} to {high[wrong]}: low "
+            "must not be above high"
+        )
     target = scm.names[int(scm.target)]
     if not (possible & (low < high)).any():
-        raise ValueError(f"no variable but the target {target} has a range of intervention: give at least one of them low < high")
-    ancestors = np.linalg.matrix_power(np.asarray(scm.graph, float) + np.eye(len(order)), len(order))[:, int(scm.target)] > 0
+        raise ValueError(
+            f"no variable but the target {target} has a range of intervention: give "
+            "at least one of them low < high"
+        )
+    ancestors = (
+        np.linalg.matrix_power(np.asarray(scm.graph, float) + np.eye(len(order)), len(order))[
+            :, int(scm.target)
+        ]
+        > 0
+    )
     if not (ancestors & possible & (low < high)).any():
-        raise ValueError(f"the target {target} has no ancestor that may be set: choose another target, or add an edge into it from a candidate")
+        raise ValueError(
+            f"the target {target} has no ancestor that may be set: choose another "
+            "target, or add an edge into it from a candidate"
+        )
 
 
 def apply_intervention(scm: AbstractSCM, intervention: Intervention) -> "MutilatedSCM":
@@ -291,7 +396,9 @@ class MutilatedSCM(eqx.Module):
     intervention: Intervention
 
 
-def sample_from_scm(key: Key[Array, ""], scm: AbstractSCM | MutilatedSCM, num_samples: int = 1) -> Float[Array, "samples vars"]:
+def sample_from_scm(
+    key: Key[Array, ""], scm: AbstractSCM | MutilatedSCM, num_samples: int = 1
+) -> Float[Array, "samples vars"]:
     """Rows from a model, or from a mutilated one (multi_stage_training.md)."""
     if isinstance(scm, MutilatedSCM):
         return scm.scm.sample(key, scm.intervention, num_samples)

@@ -1,12 +1,16 @@
-"""The surrogate: one network that maps any data set to the posterior over the target's parent sets and to every intervention's effect.
+"""The surrogate: one network that maps any data set to the posterior over the target's parent sets
+and to every intervention's effect.
 
-Rows are exchangeable, so they are not carried through the network: it reads sums over them (lib/evidence.py; one more row is one more term), embeds
-what they say of every ordered pair of variables, and lets the matrix of pairs multiply itself, as elimination and the algebra of covariances do.
-One example at a time; batch with `vmap`.
+Rows are exchangeable, so they are not carried through the network: it reads sums over them
+(lib/evidence.py; one more row is one more term), embeds what they say of every ordered pair of
+variables, and lets the matrix of pairs multiply itself, as elimination and the algebra of
+covariances do. One example at a time; batch with `vmap`.
 
-Cost (XLA's count, two CPU cores on which a large matmul reaches 185 GFLOP/s): 28 MFLOP forward for 8 variables, of which the blocks are 19. The
-gradient for 32 such examples, 2.4 GFLOP, takes 61 ms, .21 of that rate; the blocks' share of it, 1.7 GFLOP in 35 ms, .28: their many small products
-and the elementwise work between them bound it. The sums over 216 rows, which need no gradient, take 14 ms more.
+Cost (XLA's count, two CPU cores on which a large matmul reaches 185 GFLOP/s): 28 MFLOP forward for
+8 variables, of which the blocks are 19. The gradient for 32 such examples, 2.4 GFLOP, takes 61 ms,
+.21 of that rate; the blocks' share of it, 1.7 GFLOP in 35 ms, .28: their many small products and
+the elementwise work between them bound it. The sums over 216 rows, which need no gradient, take 14
+ms more.
 """
 
 from collections.abc import Sequence
@@ -24,19 +28,33 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_STATISTICS, Frame, Rows, Sums, effect_evidence, pair_statistics, sum_rows
+from lib.evidence import (
+    NUM_ESTIMATES,
+    NUM_EVIDENCE,
+    NUM_STATISTICS,
+    Frame,
+    Rows,
+    Sums,
+    effect_evidence,
+    pair_statistics,
+    sum_rows,
+)
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task, check_index, value_grid
 from lib.scm_prior import Example
 
 
 WEIGHT_DECAY = 0.01  # of matrices, decoupled
-NUM_MARKS = 5  # of a pair beside its statistics: which are the target, whether it is a variable with itself, how many rows there are
+# of a pair beside its statistics: which are the target, whether it is a variable with itself, how
+# many rows there are
+NUM_MARKS = 5
 
 
 @dataclass(frozen=True)
 class SurrogateConfig:
-    """Sizes of the network (`SurrogateConfig` of phase4_training_infrastructure.md; training settings are the script's)."""
+    """Sizes of the network (`SurrogateConfig` of phase4_training_infrastructure.md; training
+    settings are the script's).
+    """
 
     model_hidden_dim: int = 64
     """Width of a pair token."""
@@ -58,11 +76,15 @@ class SurrogateConfig:
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-    """Apply a layer over the last axis of anything: one matrix product instead of a nest of vmaps."""
+    """Apply a layer over the last axis of anything: one matrix product instead of a nest of
+    vmaps.
+    """
     return x @ layer.weight.T + jnp.reshape(layer.bias, (1,) * (x.ndim - 1) + (-1,))  # pyright: ignore[reportArgumentType]  # always has a bias
 
 
-def mlp(layers: tuple[eqx.nn.Linear, ...], x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+def mlp(
+    layers: tuple[eqx.nn.Linear, ...], x: Float[Array, "*batch in"]
+) -> Float[Array, "*batch out"]:
     """Layers with ReLU between them, over the last axis."""
     for layer in layers[:-1]:
         x = jax.nn.relu(linear(layer, x))
@@ -72,7 +94,9 @@ def mlp(layers: tuple[eqx.nn.Linear, ...], x: Float[Array, "*batch in"]) -> Floa
 def make_mlp(sizes: tuple[int, ...], *, key: Key[Array, ""]) -> tuple[eqx.nn.Linear, ...]:
     """Linear layers of the given sizes."""
     keys = jr.split(key, len(sizes) - 1)
-    return tuple(eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+    return tuple(
+        eqx.nn.Linear(a, b, key=k) for a, b, k in zip(sizes[:-1], sizes[1:], keys, strict=True)
+    )
 
 
 def rms_norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -81,10 +105,12 @@ def rms_norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
 
 
 class Block(eqx.Module):
-    """Products of the pair matrix with itself, sum_k a[i, k] b[k, j], a[i, k] b[j, k] and a[k, i] b[k, j] per channel, beside a feed-forward layer.
+    """Products of the pair matrix with itself, sum_k a[i, k] b[k, j], a[i, k] b[j, k] and a[k, i]
+    b[k, j] per channel, beside a feed-forward layer.
 
-    These are the triangle updates of AlphaFold 2 (Jumper et al. 2021, supplement, algorithms 11 and 12), without gates, and in parallel with the
-    feed-forward layer: one projection in, one out. Attention along rows and columns of the matrix sees no (k, j) from (i, j).
+    These are the triangle updates of AlphaFold 2 (Jumper et al. 2021, supplement, algorithms 11 and
+    12), without gates, and in parallel with the feed-forward layer: one projection in, one out.
+    Attention along rows and columns of the matrix sees no (k, j) from (i, j).
     """
 
     project: eqx.nn.Linear
@@ -97,22 +123,31 @@ class Block(eqx.Module):
         self.out = eqx.nn.Linear(3 * num_products + 2 * dim, dim, key=out_key)
         self.num_products = num_products
 
-    def __call__(self, pairs: Float[Array, "vars vars dim"], var_mask: Bool[Array, " vars"]) -> Float[Array, "vars vars dim"]:
+    def __call__(
+        self, pairs: Float[Array, "vars vars dim"], var_mask: Bool[Array, " vars"]
+    ) -> Float[Array, "vars vars dim"]:
         present = (var_mask[:, None] & var_mask[None])[..., None]
         hidden = linear(self.project, rms_norm(pairs))
         factors = jnp.where(present, hidden[..., : 6 * self.num_products], 0.0)
         a, b, c, d, e, f = jnp.split(factors, 6, -1)
-        products = [jnp.einsum("ikc,kjc->ijc", a, b), jnp.einsum("ikc,jkc->ijc", c, d), jnp.einsum("kic,kjc->ijc", e, f)]
+        products = [
+            jnp.einsum("ikc,kjc->ijc", a, b),
+            jnp.einsum("ikc,jkc->ijc", c, d),
+            jnp.einsum("kic,kjc->ijc", e, f),
+        ]
         forward = jax.nn.relu(hidden[..., 6 * self.num_products :])
-        return pairs + linear(self.out, jnp.concatenate([rms_norm(jnp.concatenate(products, -1)), forward], -1))
+        return pairs + linear(
+            self.out, jnp.concatenate([rms_norm(jnp.concatenate(products, -1)), forward], -1)
+        )
 
 
 class SurrogateOutput(eqx.Module):
     """Everything the surrogate says about one data set, effects in the target's own units.
 
-    `logits[components, vars]` and `log_weights[components]` are a mixture of product-Bernoullis over parent sets; `effect_mean` and `effect_std`
-    `[vars, bins]` describe E[Y | do(X_i = grid[i, b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and
-    `evidence[vars, bins, features]` feed the policy.
+    `logits[components, vars]` and `log_weights[components]` are a mixture of product-Bernoullis
+    over parent sets; `effect_mean` and `effect_std` `[vars, bins]` describe E[Y | do(X_i = grid[i,
+    b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and `evidence[vars, bins,
+    features]` feed the policy.
     """
 
     task: Task
@@ -127,18 +162,30 @@ class SurrogateOutput(eqx.Module):
     spread: Float[Array, ""]
 
     def log_prob(self, parents: Bool[Array, " vars"]) -> Float[Array, ""]:
-        """Exact log-probability of one parent set, in nats; variables that cannot be parents are left out."""
-        each = jnp.where(parents[None], jax.nn.log_sigmoid(self.logits), jax.nn.log_sigmoid(-self.logits))
-        return jax.nn.logsumexp(self.log_weights + jnp.where(self.task.possible_parents[None], each, 0.0).sum(-1))
+        """Exact log-probability of one parent set, in nats; variables that cannot be parents are
+        left out.
+        """
+        each = jnp.where(
+            parents[None], jax.nn.log_sigmoid(self.logits), jax.nn.log_sigmoid(-self.logits)
+        )
+        return jax.nn.logsumexp(
+            self.log_weights + jnp.where(self.task.possible_parents[None], each, 0.0).sum(-1)
+        )
 
     def marginals(self) -> Float[Array, " vars"]:
         """Exact P(X_i is a parent)."""
-        return jnp.where(self.task.possible_parents, jnp.exp(self.log_weights) @ jax.nn.sigmoid(self.logits), 0.0)
+        return jnp.where(
+            self.task.possible_parents, jnp.exp(self.log_weights) @ jax.nn.sigmoid(self.logits), 0.0
+        )
 
     def posterior(self, num_free: int = 8) -> ParentSetPosterior:
-        """All subsets of the `num_free` most probable parents (2^num_free sets), renormalised: every set there is, up to `num_free + 1` variables."""
+        """All subsets of the `num_free` most probable parents (2^num_free sets), renormalised:
+        every set there is, up to `num_free + 1` variables.
+        """
         num_free = min(num_free, self.logits.shape[-1])
-        _, likely = jax.lax.top_k(jnp.where(self.task.possible_parents, self.marginals(), -1.0), num_free)
+        _, likely = jax.lax.top_k(
+            jnp.where(self.task.possible_parents, self.marginals(), -1.0), num_free
+        )
         members = jnp.asarray((np.arange(2**num_free)[:, None] >> np.arange(num_free)) & 1, bool)
         sets = jnp.zeros((2**num_free, self.logits.shape[-1]), bool).at[:, likely].set(members)
         allowed = ~(sets & ~self.task.possible_parents[None]).any(1)
@@ -170,10 +217,16 @@ class ParentSetPredictionModel(eqx.Module):
         embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 5)
         dim, bins = config.model_hidden_dim, config.num_bins
         self.embed = make_mlp((NUM_STATISTICS + NUM_MARKS, 2 * dim, dim), key=embed_key)
-        self.blocks = tuple(Block(dim, config.num_products, key=k) for k in jr.split(block_key, config.model_n_layers))
+        self.blocks = tuple(
+            Block(dim, config.num_products, key=k)
+            for k in jr.split(block_key, config.model_n_layers)
+        )
         self.parent_head = make_mlp((3 * dim, dim, config.num_components), key=parent_key)
         self.weight_head = eqx.nn.Linear(dim, config.num_components, key=weight_key)
-        self.effect_head = make_mlp((3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, (2 + NUM_ESTIMATES) * bins), key=effect_key)
+        self.effect_head = make_mlp(
+            (3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, (2 + NUM_ESTIMATES) * bins),
+            key=effect_key,
+        )
         self.config = config
 
     def predict(self, buffer: ExperienceBuffer, task: Task) -> SurrogateOutput:
@@ -181,15 +234,23 @@ class ParentSetPredictionModel(eqx.Module):
         return self.decode(self.encode(buffer, task), task)
 
     def encode(self, buffer: ExperienceBuffer, task: Task) -> "EncoderState":
-        """Everything that the network sees of a data set: sums over its rows. No weights are involved."""
+        """Everything that the network sees of a data set: sums over its rows. No weights are
+        involved.
+        """
         frame = Frame.of(buffer, task, self.config.num_bins)
         return EncoderState(frame, sum_rows(Rows.of(buffer, frame, task.var_mask), frame, task))
 
-    def update(self, state: "EncoderState", task: Task, values: Float[Array, " vars"], intervened: Bool[Array, " vars"]) -> "EncoderState":
+    def update(
+        self,
+        state: "EncoderState",
+        task: Task,
+        values: Float[Array, " vars"],
+        intervened: Bool[Array, " vars"],
+    ) -> "EncoderState":
         """One more row, at one row's share of the cost of `encode`.
 
-        The units stay those of the first rows: after interventional rows the state is that of the whole data set; observational ones would have
-        moved the units a little.
+        The units stay those of the first rows: after interventional rows the state is that of the
+        whole data set; observational ones would have moved the units a little.
         """
         row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
         more = sum_rows(Rows.of(row, state.frame, task.var_mask), state.frame, task)
@@ -198,18 +259,30 @@ class ParentSetPredictionModel(eqx.Module):
     def decode(self, state: "EncoderState", task: Task) -> SurrogateOutput:
         """Posterior and effects from the sums."""
         frame = state.frame
-        pairs = mlp(self.embed, jnp.concatenate([pair_statistics(state.sums, task), marks(state.sums, task)], -1))
+        pairs = mlp(
+            self.embed,
+            jnp.concatenate([pair_statistics(state.sums, task), marks(state.sums, task)], -1),
+        )
         dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
-        blocks, pairs = jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, (self.blocks, pairs))
+        blocks, pairs = jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, (self.blocks, pairs)
+        )
         for block in blocks:
             pairs = block(pairs, task.var_mask)
         pairs = rms_norm(pairs.astype(frame.shift.dtype))
         own = pairs[task.target, task.target]
-        tokens = jnp.concatenate([pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1)
+        tokens = jnp.concatenate(
+            [pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1
+        )
         evidence = effect_evidence(state.sums, frame, task)
-        head = mlp(self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1))
+        head = mlp(
+            self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1)
+        )
         free, log_std, gates = jnp.split(head.reshape(*evidence.shape[:2], -1), (1, 2), -1)
-        means, log_std = free[..., 0] + (gates * evidence[..., :NUM_ESTIMATES]).sum(-1), log_std[..., 0]
+        means, log_std = (
+            free[..., 0] + (gates * evidence[..., :NUM_ESTIMATES]).sum(-1),
+            log_std[..., 0],
+        )
         shift, spread = frame.shift[task.target], frame.spread[task.target]
         return SurrogateOutput(
             task,
@@ -224,11 +297,15 @@ class ParentSetPredictionModel(eqx.Module):
             spread,
         )
 
-    def __call__(self, buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ParentSetPosterior:
+    def __call__(
+        self, buffer: ExperienceBuffer, target: Int[Array, ""] | int
+    ) -> ParentSetPosterior:
         """The posterior over the target's parent sets."""
         return self.predict(buffer, observed_task(buffer, target)).posterior()
 
-    def predict_effects(self, buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+    def predict_effects(
+        self, buffer: ExperienceBuffer, target: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
         """Mean and deviation of E[Y | do(X_i = v)] on each variable's observed range."""
         output = self.predict(buffer, observed_task(buffer, target))
         return output.effect_mean, output.effect_std
@@ -242,12 +319,22 @@ class EncoderState(NamedTuple):
 
 
 def marks(sums: Sums, task: Task) -> Float[Array, "vars vars marks"]:
-    """What is known of a pair (i, j) beside its statistics: whether i, and j, is the target, whether they are the same, how many rows there are."""
+    """What is known of a pair (i, j) beside its statistics: whether i, and j, is the target,
+    whether they are the same, how many rows there are.
+    """
     num_vars = task.var_mask.shape[0]
     is_target = (jnp.arange(num_vars) == task.target).astype(sums.count.dtype)
     one = jnp.ones((num_vars, num_vars))
     rows = [jnp.log(sums.observational + 1.0), jnp.log(sums.count - sums.observational + 1.0)]
-    return jnp.stack([is_target[:, None] * one, is_target[None] * one, jnp.eye(num_vars), *(one * n / 5.0 for n in rows)], -1)
+    return jnp.stack(
+        [
+            is_target[:, None] * one,
+            is_target[None] * one,
+            jnp.eye(num_vars),
+            *(one * n / 5.0 for n in rows),
+        ],
+        -1,
+    )
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
@@ -258,7 +345,10 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
     if not isinstance(target, Tracer):
         check_index(target, buffer.values.shape[1], "target")
     valid = buffer.valid[:, None]
-    low, high = jnp.where(valid, buffer.values, jnp.inf).min(0), jnp.where(valid, buffer.values, -jnp.inf).max(0)
+    low, high = (
+        jnp.where(valid, buffer.values, jnp.inf).min(0),
+        jnp.where(valid, buffer.values, -jnp.inf).max(0),
+    )
     return Task(jnp.asarray(target), low, high, jnp.ones(buffer.values.shape[1], bool))
 
 
@@ -293,11 +383,15 @@ class SurrogateLosses(NamedTuple):
 def surrogate_losses(
     output: SurrogateOutput, parents: Bool[Array, " vars"], effects: Float[Array, "vars bins"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in deviations of the target) over candidate variables and values."""
+    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in deviations of the
+    target) over candidate variables and values.
+    """
     usable = output.task.candidates[:, None] & jnp.isfinite(effects)
     error = jnp.where(usable, effects, output.effect_mean) - output.effect_mean
     nll = 0.5 * (error / output.effect_std) ** 2 + jnp.log(output.effect_std / output.spread)
-    return -output.log_prob(parents), jnp.where(usable, nll, 0.0).sum() / jnp.maximum(usable.sum(), 1)
+    return -output.log_prob(parents), jnp.where(usable, nll, 0.0).sum() / jnp.maximum(
+        usable.sum(), 1
+    )
 
 
 def expert_kl(output: SurrogateOutput, expert: ParentSetPosterior) -> Float[Array, ""]:
@@ -306,23 +400,36 @@ def expert_kl(output: SurrogateOutput, expert: ParentSetPosterior) -> Float[Arra
     return (expert.probs * jnp.where(expert.probs > 0, expert.log_probs - ours, 0.0)).sum()
 
 
-def mean_losses(model: ParentSetPredictionModel, batches: Sequence[Example], demos: ExpertExamples | None) -> SurrogateLosses:
-    """Means over all simulated examples, in batches each of its own number of slots, and over the expert's states."""
+def mean_losses(
+    model: ParentSetPredictionModel, batches: Sequence[Example], demos: ExpertExamples | None
+) -> SurrogateLosses:
+    """Means over all simulated examples, in batches each of its own number of slots, and over the
+    expert's states.
+    """
 
     def simulated(example):
-        return surrogate_losses(model.predict(example.buffer, example.task), example.parents, example.effects)
+        return surrogate_losses(
+            model.predict(example.buffer, example.task), example.parents, example.effects
+        )
 
     parts = [jax.vmap(simulated)(batch) for batch in batches]
     parent_nll, effect_nll = (jnp.concatenate(terms).mean() for terms in zip(*parts, strict=True))
     if demos is None:
         return SurrogateLosses(parent_nll, effect_nll, jnp.zeros(()))
-    kl = jax.vmap(lambda demo: expert_kl(model.predict(demo.buffer, demo.task), demo.posterior))(demos)
+    kl = jax.vmap(lambda demo: expert_kl(model.predict(demo.buffer, demo.task), demo.posterior))(
+        demos
+    )
     return SurrogateLosses(parent_nll, effect_nll, kl.mean())
 
 
 def surrogate_optimiser(learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for matrices and Adam for biases, both with steps of the size that Adam's have (arXiv 2502.16982), after clipping."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.contrib.muon(learning_rate, weight_decay=WEIGHT_DECAY, consistent_rms=0.2))
+    """Muon (Jordan et al. 2024) for matrices and Adam for biases, both with steps of the size that
+    Adam's have (arXiv 2502.16982), after clipping.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(learning_rate, weight_decay=WEIGHT_DECAY, consistent_rms=0.2),
+    )
 
 
 def update_surrogate(
@@ -334,7 +441,8 @@ def update_surrogate(
     weights: LossWeights,
     expert_share: Float[Array, ""] | float = 1.0,
 ) -> tuple[ParentSetPredictionModel, optax.OptState, SurrogateLosses]:
-    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth beside the expert's posterior).
+    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth
+    beside the expert's posterior).
 
     `expert_share` is the part of its weight that the expert's term still has.
     """
@@ -342,8 +450,13 @@ def update_surrogate(
     def loss_fn(model):
         losses = mean_losses(model, batches, demos)
         expert = expert_share * weights.expert * losses.expert_kl
-        return weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + expert, losses
+        return (
+            weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + expert,
+            losses,
+        )
 
     (_, losses), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
-    updates, optimiser_state = optimiser.update(gradients, optimiser_state, eqx.filter(model, eqx.is_array))
+    updates, optimiser_state = optimiser.update(
+        gradients, optimiser_state, eqx.filter(model, eqx.is_array)
+    )
     return eqx.apply_updates(model, updates), optimiser_state, losses

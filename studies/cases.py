@@ -66,7 +66,12 @@ def catalyst_steps(a, first):
     """As `catalyst`; if the bounds have a column of steps: cycles whole, pump in fives, in the
     recommended action, the next experiment and every best effect."""
     stepped = "step" in a.bounds.read_text().splitlines()[0].lower()
-    parts = [s[k] / unit for s, _, _ in (a.best, a.next, *a.effects) for k, unit in (("cycles", 1), ("pump", 5)) if stepped and k in s]
+    parts = [
+        s[k] / unit
+        for s, _, _ in (a.best, a.next, *a.effects)
+        for k, unit in (("cycles", 1), ("pump", 5))
+        if stepped and k in s
+    ]
     return catalyst(a, first) and all(abs(part - round(part)) < 1e-6 for part in parts)
 
 
@@ -82,9 +87,15 @@ def as_r00(a, first):
     units = {"temperature": ("temperature_nK", 1e9), "catalyst": ("catalyst_t", 1e-9)}
     mine, theirs = a.best, first.best
     same = {units.get(k, (k, 1))[0]: v * units.get(k, (k, 1))[1] for k, v in theirs[0].items()}
-    values = same.keys() == mine[0].keys() and np.allclose([mine[0][k] / same[k] for k in same], 1, atol=0.01)
+    values = same.keys() == mine[0].keys() and np.allclose(
+        [mine[0][k] / same[k] for k in same], 1, atol=0.01
+    )
     parents = [a.parents[units.get(k, (k, 1))[0]] - p for k, p in first.parents.items()]
-    return values and max(map(abs, parents)) <= 0.02 and abs(mine[1] - 1e6 - theirs[1]) <= 0.1 * BAND * theirs[2]
+    return (
+        values
+        and max(map(abs, parents)) <= 0.02
+        and abs(mine[1] - 1e6 - theirs[1]) <= 0.1 * BAND * theirs[2]
+    )
 
 
 def few_rows(a, first):
@@ -103,7 +114,9 @@ def mixture(a, first):
     """Says that the fractions sum to 1; neither action is impossible (no fraction below 0, those
     set sum to at most 1, all three to 1)."""
     shares = [list(s.values()) for s, _, _ in (a.best, a.next)]
-    possible = (min(x, default=0) >= 0 and (0.98 if len(x) == 3 else 0) <= sum(x) <= 1.02 for x in shares)
+    possible = (
+        min(x, default=0) >= 0 and (0.98 if len(x) == 3 else 0) <= sum(x) <= 1.02 for x in shares
+    )
     return a.said and all(possible)
 
 
@@ -130,9 +143,13 @@ def tunnel(a, first):
     with open(a.data.parent / "truth.csv", newline="") as file:
         curves, (_, nothing, *rows) = {}, csv.reader(file)
     for name, value, outcome in rows:
-        curves.setdefault(name, []).append((float(value), a.sign * (float(nothing[2]) - float(outcome))))
+        curves.setdefault(name, []).append(
+            (float(value), a.sign * (float(nothing[2]) - float(outcome)))
+        )
     best = max(gain for curve in curves.values() for _, gain in curve)
-    return sum(np.interp(v, *zip(*curves[k], strict=True)) for k, v in a.best[0].items()) >= 0.9 * best
+    return (
+        sum(np.interp(v, *zip(*curves[k], strict=True)) for k, v in a.best[0].items()) >= 0.9 * best
+    )
 
 
 def tubing(a, first):
@@ -257,7 +274,9 @@ def judge(deploy, folder, system, case, first):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="folder of the files")
     parser.add_argument("--system", help="trained system; the default of suggest if left out")
     args = parser.parse_args()

@@ -74,7 +74,9 @@ def measure(system: TrainedACBOSystem, size: int, config: Config) -> dict[str, n
     scenario = OptimizationScenario(f"d={size}", prior, config.num_obs, num_steps=max(STEPS))
     keys = (stage_key(config.seed, "weights", use, f"d={size}") for use in ("problems", "play"))
     problem_key, play_key = keys
-    problems, optima = scenario.draw(problem_key, config.num_problems, system.surrogate.config.num_bins)
+    problems, optima = scenario.draw(
+        problem_key, config.num_problems, system.surrogate.config.num_bins
+    )
     regret = scenario.regret("acbo", system, problems, optima, play_key)
     truth = problems.truth.parents
     possible = jax.vmap(lambda scm: scm.task.possible_parents)(problems.scm)
@@ -84,7 +86,9 @@ def measure(system: TrainedACBOSystem, size: int, config: Config) -> dict[str, n
 
 @eqx.filter_jit
 def inside_bands(system: TrainedACBOSystem, problems) -> tuple[jax.Array, jax.Array]:
-    """Size of every true effect `[batch, vars, bins]`, NaN where nothing can be set, and whether the 90 % band holds it."""
+    """Size of every true effect `[batch, vars, bins]`, NaN where nothing can be set, and whether
+    the 90 % band holds it.
+    """
 
     def one(problem):
         output = system.surrogate.predict(problem.buffer, problem.scm.task)
@@ -95,8 +99,12 @@ def inside_bands(system: TrainedACBOSystem, problems) -> tuple[jax.Array, jax.Ar
     return jax.lax.map(one, problems)
 
 
-def measure_bands(system: TrainedACBOSystem, size: int, config: Config) -> tuple[list[str], list[str]]:
-    """Coverage of the bands by size of effect, pooled, with intervals over problems; and the share of the effects of that size."""
+def measure_bands(
+    system: TrainedACBOSystem, size: int, config: Config
+) -> tuple[list[str], list[str]]:
+    """Coverage of the bands by size of effect, pooled, with intervals over problems; and the share
+    of the effects of that size.
+    """
     prior = SCMPrior(max_vars=size, min_size=size, max_size=size)
     scenario = OptimizationScenario(f"d={size}", prior, config.num_obs)
     key = stage_key(config.seed, "weights", "bands", f"d={size}")
@@ -116,11 +124,17 @@ def main(config: Config) -> dict[tuple[int, Path], dict[str, np.ndarray]]:
     """Measure every system and print the tables; returns the figures per problem."""
     use_compilation_cache(Path("artifacts/cache"))
     systems = {path: TrainedACBOSystem.load(path) for path in config.systems}
-    found = {(d, path): measure(system, d, config) for d in config.sizes for path, system in systems.items()}
+    found = {
+        (d, path): measure(system, d, config)
+        for d in config.sizes
+        for path, system in systems.items()
+    }
     rows = []
     for (size, path), figures in found.items():
         first = found[size, config.systems[0]]
-        cells = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in map(summarise, figures.values())]
+        cells = [
+            f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in map(summarise, figures.values())
+        ]
         rows.append([f"{path.stem}, {size} variables", *cells])
         if path != config.systems[0]:
             more = [paired_difference(figures[name], first[name]) for name in figures]

@@ -1,4 +1,6 @@
-"""Strictness for every test: no silent rank promotion, warnings are errors (pyproject.toml), shapes and types checked at run time in `lib`."""
+"""Strictness for every test: no silent rank promotion, warnings are errors (pyproject.toml), shapes
+and types checked at run time in `lib`.
+"""
 
 import itertools
 from pathlib import Path
@@ -17,7 +19,9 @@ use_compilation_cache(Path(__file__).parent.parent / "artifacts" / "cache")
 
 @pytest.fixture(scope="module", autouse=True)
 def clear_programs():
-    """Forget a module's compiled programs: each maps memory, and a process that reaches the system's limit of 65,530 mappings crashes."""
+    """Forget a module's compiled programs: each maps memory, and a process that reaches the
+    system's limit of 65,530 mappings crashes.
+    """
     yield
     jax.clear_caches()
 

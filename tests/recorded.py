@@ -1,6 +1,8 @@
-"""Recorded runs of the original PARENT_SCALE code: those in `cases`, or those in the folder that PARENT_SCALE_CASES names.
+"""Recorded runs of the original PARENT_SCALE code: those in `cases`, or those in the folder that
+PARENT_SCALE_CASES names.
 
-Of the ten in `cases` none may be missing. Of another folder every `.npz` file of this naming is a case. `cases/README.md` has the format.
+Of the ten in `cases` none may be missing. Of another folder every `.npz` file of this naming is a
+case. `cases/README.md` has the format.
 """
 
 import functools as ft

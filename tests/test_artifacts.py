@@ -46,17 +46,38 @@ def build(hyperparameters):
 def save(path, module=None, **changes):
     module = eqx.nn.MLP(2, 3, 4, 1, key=jr.key(7)) if module is None else module
     config = dataclasses.asdict(Config())
-    arguments: dict[str, Any] = {"stage": "surrogate", "config": config, "hyperparameters": {"width": 4}, "seed": 1, "step": 3, "parents": []}
+    arguments: dict[str, Any] = {
+        "stage": "surrogate",
+        "config": config,
+        "hyperparameters": {"width": 4},
+        "seed": 1,
+        "step": 3,
+        "parents": [],
+    }
     arguments |= {"metrics": {"loss": np.float32(0.5)}} | changes
     save_module(path, module, **arguments)
     return module
 
 
-ARRAYS = {"values": np.arange(6, dtype=np.float32).reshape(2, 3), "sets": np.eye(2, dtype=bool), "names": np.array(["X", "Y"])}
+ARRAYS = {
+    "values": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "sets": np.eye(2, dtype=bool),
+    "names": np.array(["X", "Y"]),
+}
 
 
 def save_demos(path, arrays=ARRAYS):
-    save_arrays(path, arrays, stage="demos", config={"steps": 3}, hyperparameters={}, seed=1, step=0, parents=[], metrics={})
+    save_arrays(
+        path,
+        arrays,
+        stage="demos",
+        config={"steps": 3},
+        hyperparameters={},
+        seed=1,
+        step=0,
+        parents=[],
+        metrics={},
+    )
 
 
 def test_module_round_trip(tmp_path):
@@ -69,7 +90,11 @@ def test_module_round_trip(tmp_path):
     assert header["parents"] == {"demos.npz": hashlib.sha256(parent.read_bytes()).hexdigest()}
     assert header["config"] == {"steps": 3, "sizes": [5, 8]}  # no path
     assert header["metrics"] == {"loss": 0.5} and header["seed"] == 1 and header["step"] == 3
-    assert header["versions"] == {"jax": jax.__version__, "equinox": eqx.__version__, "numpy": np.__version__}
+    assert header["versions"] == {
+        "jax": jax.__version__,
+        "equinox": eqx.__version__,
+        "numpy": np.__version__,
+    }
     assert read_header(path) == header
     line, payload = path.read_bytes().split(b"\n", 1)
     assert json.loads(line) == header and header["checksum"] == checksum(header, payload)
@@ -126,7 +151,10 @@ def damaged(path):
     return lambda: load_arrays(path, "demos")
 
 
-@pytest.mark.parametrize("name,command", [("surrogate.eqx", "02_train_surrogate.py"), ("demos.npz", "01_extract_demos.py")])
+@pytest.mark.parametrize(
+    "name,command",
+    [("surrogate.eqx", "02_train_surrogate.py"), ("demos.npz", "01_extract_demos.py")],
+)
 def test_edited_missing_and_foreign(tmp_path, name, command):
     path = tmp_path / name
     load = damaged(path)
@@ -158,7 +186,9 @@ def test_edited_array_is_found_by_checksum(tmp_path):
 def rewrite_header(path, **changes):
     line, payload = path.read_bytes().split(b"\n", 1)
     header = json.loads(line) | changes
-    path.write_bytes(json.dumps({k: v for k, v in header.items() if v is not None}).encode() + b"\n" + payload)
+    path.write_bytes(
+        json.dumps({k: v for k, v in header.items() if v is not None}).encode() + b"\n" + payload
+    )
 
 
 def test_wrong_stage_schema_shapes(tmp_path):
@@ -171,7 +201,11 @@ def test_wrong_stage_schema_shapes(tmp_path):
     with pytest.raises(ValueError, match="unknown stage 'polcy'"):
         save(path, stage="polcy")
     key = jr.key(0)
-    for wrong in (lambda h: eqx.nn.MLP(2, 3, 5, 1, key=key), lambda h: eqx.nn.MLP(2, 3, 4, 2, key=key), lambda h: eqx.nn.Linear(2, 4, key=key)):
+    for wrong in (
+        lambda h: eqx.nn.MLP(2, 3, 5, 1, key=key),
+        lambda h: eqx.nn.MLP(2, 3, 4, 2, key=key),
+        lambda h: eqx.nn.Linear(2, 4, key=key),
+    ):
         with pytest.raises(ArtifactError, match="surrogate.eqx: wrong shapes.*02_train"):
             load_module(path, "surrogate", wrong)
     with pytest.raises(ArtifactError, match="hyperparameters.*depth"):
@@ -185,7 +219,9 @@ def test_wrong_stage_schema_shapes(tmp_path):
 
 
 def test_nan_is_not_written(tmp_path):
-    broken = eqx.tree_at(lambda m: m.layers[1].bias, build({"width": 4}), jnp.array([0.0, jnp.nan, 0.0]))
+    broken = eqx.tree_at(
+        lambda m: m.layers[1].bias, build({"width": 4}), jnp.array([0.0, jnp.nan, 0.0])
+    )
     with pytest.raises(ArtifactError, match=r"NaN in .*layers\[1\].bias"):
         save(tmp_path / "surrogate.eqx", broken)
     with pytest.raises(ArtifactError, match="NaN in .*values"):
@@ -212,12 +248,17 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_checkpoints(tmp_path):
-    path, tree = tmp_path / "run.ckpt", {"model": build({"width": 4}), "count": jnp.array(3), "best": jnp.inf}
+    path, tree = (
+        tmp_path / "run.ckpt",
+        {"model": build({"width": 4}), "count": jnp.array(3), "best": jnp.inf},
+    )
     assert load_checkpoint(path, tree, "mine") is None
     save_checkpoint(path, tree, fingerprint="mine", step=5)
     loaded = load_checkpoint(path, tree, "mine")
     assert loaded is not None and loaded.step == 5
-    assert eqx.tree_equal(eqx.filter(loaded.tree, eqx.is_array_like), eqx.filter(tree, eqx.is_array_like))
+    assert eqx.tree_equal(
+        eqx.filter(loaded.tree, eqx.is_array_like), eqx.filter(tree, eqx.is_array_like)
+    )
     assert load_checkpoint(path, tree, "other") is None
     with pytest.raises(ArtifactError, match="wrong shapes"):
         load_checkpoint(path, tree["model"], "mine")
@@ -232,14 +273,18 @@ def test_fingerprint(tmp_path):
     script = tmp_path / "02_train.py"
     script.write_text("steps = 3\n")
     same = fingerprint(script, Config(), [parent])
-    assert same == fingerprint(script, Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")])
+    assert same == fingerprint(
+        script, Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")]
+    )
     assert same != fingerprint(script, Config(steps=4), [parent])
     save_demos(parent, ARRAYS | {"more": np.ones(1)})
     assert same != fingerprint(script, Config(), [parent])
 
 
 def test_what_is_half_done_does_not_go_on_with_other_code(tmp_path, monkeypatch):
-    """A changed script or file of `lib` changes the fingerprint; a finished artifact is loaded all the same."""
+    """A changed script or file of `lib` changes the fingerprint; a finished artifact is loaded all
+    the same.
+    """
     script, library = tmp_path / "02_train.py", tmp_path / "lib"
     library.mkdir()
     script.write_text("steps = 3\n")
@@ -282,7 +327,11 @@ def test_log_resumes_as_if_never_killed(tmp_path):
 def test_an_edited_header_is_found(tmp_path):
     path = tmp_path / "surrogate.eqx"
     save(path)
-    for changes in ({"hyperparameters": {"width": 5}}, {"config": {"mixed_precision": True}}, {"seed": 2}):
+    for changes in (
+        {"hyperparameters": {"width": 5}},
+        {"config": {"mixed_precision": True}},
+        {"seed": 2},
+    ):
         before = path.read_bytes()
         rewrite_header(path, **changes)
         with pytest.raises(ArtifactError, match="edited.*02_train"):

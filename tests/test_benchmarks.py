@@ -1,4 +1,6 @@
-"""The literature's systems: optima as stated, equations against plain numpy, interventions and padding; the random ones also against networkx."""
+"""The literature's systems: optima as stated, equations against plain numpy, interventions and
+padding; the random ones also against networkx.
+"""
 
 import itertools
 
@@ -9,7 +11,14 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.benchmarks import BENCHMARKS, covered_edges, erdos_renyi, erdos_renyi_graph, make_benchmark, topological_order
+from lib.benchmarks import (
+    BENCHMARKS,
+    covered_edges,
+    erdos_renyi,
+    erdos_renyi_graph,
+    make_benchmark,
+    topological_order,
+)
 from lib.scm import Intervention, check_scm
 
 
@@ -38,7 +47,13 @@ def epidemiology(rng, n, do):
     b, t = rng.uniform(-1, 1, n), do.get("T", rng.uniform(4, 8, n))
     viral = logistic(0.5 * t + b)
     r = do.get("R", 4 + viral * t)
-    return {"B": b, "T": t, "L": viral, "R": r, "Y": 0.5 + np.cos(4 * t) + np.sin(-viral + 2 * r) + b + rng.normal(size=n)}
+    return {
+        "B": b,
+        "T": t,
+        "L": viral,
+        "R": r,
+        "Y": 0.5 + np.cos(4 * t) + np.sin(-viral + 2 * r) + b + rng.normal(size=n),
+    }
 
 
 def healthcare(rng, n, do, bmi_effect=0.15):
@@ -153,11 +168,21 @@ def test_optimum_as_stated(name):
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("intervene", [False, True])
 def test_samples_agree_with_the_equations(name, intervene):
-    """Means, deviations and correlations of 40,000 rows, against a separate implementation in numpy; z-scores below 5."""
+    """Means, deviations and correlations of 40,000 rows, against a separate implementation in
+    numpy; z-scores below 5.
+    """
     scm, n = make_benchmark(name), 40_000
     do = JOINT[name][0] if intervene else {}
-    rows = np.asarray(jax.jit(lambda key, i: scm.sample(key, i, n))(jr.key(3), setting(scm, do)), float)
-    expected = np.stack([np.broadcast_to(column, n) for column in EQUATIONS[name](np.random.default_rng(0), n, do).values()], 1)
+    rows = np.asarray(
+        jax.jit(lambda key, i: scm.sample(key, i, n))(jr.key(3), setting(scm, do)), float
+    )
+    expected = np.stack(
+        [
+            np.broadcast_to(column, n)
+            for column in EQUATIONS[name](np.random.default_rng(0), n, do).values()
+        ],
+        1,
+    )
     for moment in (lambda x: x, lambda x: x[:, :1] * x, lambda x: np.tanh(x) * x[:, -1:]):
         a, b = moment(rows), moment(expected)
         error = np.abs(a.mean(0) - b.mean(0))
@@ -173,7 +198,11 @@ def test_secondary_interventions_as_stated():
         "epidemiology": [({"R": 5.98}, -0.45)],
         "healthcare": [({"Aspirin": 0.0}, 13.52)],
         "healthcare_aglietti": [({"Aspirin": 0.0}, 5.62)],
-        "complete": [({"D": 3.343}, 0.07), ({"E": -1.318}, 1.60), ({"D": 3.343, "E": -1.318}, -0.638)],
+        "complete": [
+            ({"D": 3.343}, 0.07),
+            ({"E": -1.318}, 1.60),
+            ({"D": 3.343, "E": -1.318}, -0.638),
+        ],
         "synthetic_2": [({"Z": -1.0}, -0.51)],
         "chain": [({"W": 1.0}, 0.5), ({"Z": -1.0}, 0.0), ({"Z": 1.0}, 0.0)],
     }
@@ -184,21 +213,32 @@ def test_secondary_interventions_as_stated():
 
 
 def test_joint_optimum_of_complete():
-    """No other pair of values in a grid over the pairs is better: a third variable adds nothing, for D and E together cut B off."""
+    """No other pair of values in a grid over the pairs is better: a third variable adds nothing,
+    for D and E together cut B off.
+    """
     scm = make_benchmark("complete")
     grids = {name: np.linspace(low, high, 19) for name, (low, high) in RANGES["complete"].items()}
-    means = jax.jit(jax.vmap(lambda values, mask: scm.mean_outcome(Intervention(mask, values)), in_axes=(0, None)))
+    means = jax.jit(
+        jax.vmap(
+            lambda values, mask: scm.mean_outcome(Intervention(mask, values)), in_axes=(0, None)
+        )
+    )
     for a, b in (("B", "D"), ("B", "E"), ("D", "E")):
         i, j = scm.names.index(a), scm.names.index(b)
         pairs = np.stack(np.meshgrid(grids[a], grids[b]), -1).reshape(-1, 2)
         values = jnp.zeros((len(pairs), len(scm.names))).at[:, jnp.array([i, j])].set(pairs)
         mask = jnp.zeros(len(scm.names), bool).at[jnp.array([i, j])].set(True)
-        assert min(means(part, mask).min() for part in np.array_split(values, 19)) > JOINT["complete"][1] - 0.003
+        assert (
+            min(means(part, mask).min() for part in np.array_split(values, 19))
+            > JOINT["complete"][1] - 0.003
+        )
 
 
 @pytest.mark.parametrize("name, median", [("synthetic_2", -3.92), ("chain", -7.4)])
 def test_least_of_noisy_outcomes_as_stated(name, median):
-    """The literature's y* of these are noisy outcomes: the median of the least of 200 rows is far below the optimum of the expected outcome."""
+    """The literature's y* of these are noisy outcomes: the median of the least of 200 rows is far
+    below the optimum of the expected outcome.
+    """
     rows = EQUATIONS[name](np.random.default_rng(0), 200 * 4000, {})["Y"].reshape(4000, 200)
     assert abs(np.median(rows.min(1)) - median) < 0.1
     assert f"{median:g}" in (BENCHMARKS[name].__doc__ or "")
@@ -208,7 +248,9 @@ def test_least_of_noisy_outcomes_as_stated(name, median):
 def test_parents_ranges_and_target(name):
     """A variable is a parent if and only if moving it, with all others held, moves the target."""
     scm = make_benchmark(name, NUM_SLOTS)
-    ranges = dict(zip(scm.names, zip(np.asarray(scm.low), np.asarray(scm.high), strict=True), strict=False))
+    ranges = dict(
+        zip(scm.names, zip(np.asarray(scm.low), np.asarray(scm.high), strict=True), strict=False)
+    )
     assert {n for n, c in zip(scm.names, scm.candidates, strict=False) if c} == set(RANGES[name])
     for variable, expected in RANGES[name].items():
         assert ranges[variable] == expected
@@ -216,18 +258,25 @@ def test_parents_ranges_and_target(name):
     centre = scm.sample(jr.key(0), Intervention.none(NUM_SLOTS), 64).mean(0)
     held = jnp.arange(NUM_SLOTS) != scm.target
     for i in range(int(scm.target)):
-        means = [mean_outcome(scm, Intervention(held, centre.at[i].add(shift))) for shift in (-0.3, 0.3)]
+        means = [
+            mean_outcome(scm, Intervention(held, centre.at[i].add(shift))) for shift in (-0.3, 0.3)
+        ]
         assert (abs(float(means[0] - means[1])) > 1e-3) == bool(scm.parents[i])
 
 
 def test_latents_of_complete():
-    """U1 joins A and Y, U2 joins B and Y, whatever is set: noise that is shared, and that no column shows."""
+    """U1 joins A and Y, U2 joins B and Y, whatever is set: noise that is shared, and that no column
+    shows.
+    """
     scm, n = make_benchmark("complete", NUM_SLOTS), 40_000
     assert scm.draw_noise(jr.key(0), 3).shape == (3, NUM_SLOTS + 2)
     rows = np.asarray(scm.sample(jr.key(1), setting(scm, {"D": 0.0, "E": 0.0}), n), float)
     f, a, b, y = (rows[:, scm.names.index(name)] for name in ("F", "A", "B", "Y"))
     # Cov(A, Y) = Var(U1) = 1; Cov(B, Y) = Cov(U2, exp(-U2)) = -exp(1/2)
-    for product, expected in (((a - f**2) * (y - y.mean()), 1.0), (b * (y - y.mean()), -np.exp(0.5))):
+    for product, expected in (
+        ((a - f**2) * (y - y.mean()), 1.0),
+        (b * (y - y.mean()), -np.exp(0.5)),
+    ):
         assert abs(product.mean() - expected) < 5 * product.std() / np.sqrt(n)
 
 
@@ -250,14 +299,25 @@ def test_padding():
 def test_padding_leaves_means_alone(name):
     scm, wide = make_benchmark(name), make_benchmark(name, 9)
     do = JOINT[name][0]
-    padded = Intervention(*(jnp.pad(leaf, (0, 9 - len(scm.names))) for leaf in jax.tree.leaves(setting(scm, do))))
+    padded = Intervention(
+        *(jnp.pad(leaf, (0, 9 - len(scm.names))) for leaf in jax.tree.leaves(setting(scm, do)))
+    )
     rows = wide.sample(jr.key(0), padded, 20)
-    assert rows.shape == (20, 9) and jnp.all(rows[:, len(scm.names) :] == 0) and not wide.candidates[len(scm.names) :].any()
-    np.testing.assert_allclose(mean_outcome(wide, padded), mean_outcome(scm, setting(scm, do)), rtol=1e-5, atol=1e-6)
+    assert (
+        rows.shape == (20, 9)
+        and jnp.all(rows[:, len(scm.names) :] == 0)
+        and not wide.candidates[len(scm.names) :].any()
+    )
+    np.testing.assert_allclose(
+        mean_outcome(wide, padded), mean_outcome(scm, setting(scm, do)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown benchmark 'toys'; choose from toy, toy_aglietti, graph4, epidemiology, "):
+    with pytest.raises(
+        ValueError,
+        match="unknown benchmark 'toys'; choose from toy, toy_aglietti, graph4, epidemiology, ",
+    ):
         make_benchmark("toys")
     with pytest.raises(ValueError, match="Healthcare has 6 variables: they do not fit in 5"):
         make_benchmark("healthcare", 5)
@@ -271,7 +331,9 @@ def test_errors():
 
 
 def plain_simulation(scm, linear, noise, chosen, values):
-    """Rows from the fields of a model, one variable after the other in float64; `noise` in the order of generation, `chosen` -1 for none."""
+    """Rows from the fields of a model, one variable after the other in float64; `noise` in the
+    order of generation, `chosen` -1 for none.
+    """
     order, adjacency = np.asarray(scm.order), np.asarray(scm.adjacency)
     x = np.zeros(noise.shape)
     for k, variable in enumerate(order):
@@ -280,7 +342,10 @@ def plain_simulation(scm, linear, noise, chosen, values):
         if linear:
             x[:, variable] = inputs @ np.asarray(scm.weights, float)[parents, k] + noise[:, k]
         else:
-            hidden = np.tanh(inputs @ np.asarray(scm.frequencies, float)[parents, k] + np.asarray(scm.phases, float)[k])
+            hidden = np.tanh(
+                inputs @ np.asarray(scm.frequencies, float)[parents, k]
+                + np.asarray(scm.phases, float)[k]
+            )
             output = hidden @ np.asarray(scm.amplitudes, float)[k] - float(scm.shift[k])
             x[:, variable] = 0.1 * noise[:, k] + (output if len(parents) else 0.0)
         x[:, variable] = np.where(chosen == variable, values, x[:, variable])
@@ -295,15 +360,23 @@ def test_random_graphs():
             digraph = nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)
             assert nx.is_directed_acyclic_graph(digraph) and sorted(order) == list(range(num_vars))
             assert all(order.tolist().index(a) < order.tolist().index(b) for a, b in digraph.edges)
-            assert any(set(digraph.predecessors(b)) == set(digraph.predecessors(a)) | {a} for a, b in digraph.edges)
+            assert any(
+                set(digraph.predecessors(b)) == set(digraph.predecessors(a)) | {a}
+                for a, b in digraph.edges
+            )
             assert 1 <= digraph.in_degree(target) <= 3 and digraph.out_degree(target) == 0
     degrees = [erdos_renyi_graph(rng, 10, childless=False)[::2] for _ in range(40)]
     assert {bool(graph[target].any()) for graph, target in degrees} == {False, True}
 
 
-@pytest.mark.parametrize("size, target, parents", [(10, 1, [2, 9]), (15, 8, [4, 11]), (20, 18, [4]), (50, 23, [19, 49]), (100, 16, [26])])
+@pytest.mark.parametrize(
+    "size, target, parents",
+    [(10, 1, [2, 9]), (15, 8, [4, 11]), (20, 18, [4]), (50, 23, [19, 49]), (100, 16, [26])],
+)
 def test_published_targets_have_no_children(size, target, parents):
-    """CBO-U's graphs, from its generator and its seeds: their targets have the parents that its code states, and no child."""
+    """CBO-U's graphs, from its generator and its seeds: their targets have the parents that its
+    code states, and no child.
+    """
     for seed in itertools.count(17, 17):
         graph = nx.fast_gnp_random_graph(size, 1 / (size - 1), seed=seed, directed=True)
         adjacency = nx.to_numpy_array(graph, nodelist=range(size)) > 0
@@ -326,12 +399,17 @@ def test_covered_edges_and_cycles_by_hand():
 def test_simulation_of_random_systems(linear):
     """Every variable set once and once nothing, against a plain simulation with the same noise."""
     num_vars = 10
-    one = jax.vmap(lambda n, i, v, scm: scm.simulate(n[None], Intervention.single(i, v, num_vars))[0], in_axes=(0, 0, 0, None))
+    one = jax.vmap(
+        lambda n, i, v, scm: scm.simulate(n[None], Intervention.single(i, v, num_vars))[0],
+        in_axes=(0, 0, 0, None),
+    )
     simulate = jax.jit(one)
     for seed in range(3):
         scm, _ = erdos_renyi(seed, num_vars, linear)
         check_scm(scm)
-        noise = np.random.default_rng(seed).standard_normal((num_vars + 1, num_vars)).astype(np.float32)
+        noise = (
+            np.random.default_rng(seed).standard_normal((num_vars + 1, num_vars)).astype(np.float32)
+        )
         chosen, values = np.arange(-1, num_vars), np.linspace(-4, 4, num_vars + 1)
         rows = simulate(jnp.asarray(noise), jnp.asarray(chosen), jnp.asarray(values), scm)
         expected = plain_simulation(scm, linear, noise.astype(float), chosen, values)
@@ -345,7 +423,9 @@ def test_data_of_random_systems(linear):
     target = int(scm.target)
     assert buffer.valid.all() and values.shape == (60 + 2 * 9, 10)
     assert not intervened[:60].any() and (intervened[60:].sum(1) == 1).all()
-    np.testing.assert_array_equal(intervened[60:].argmax(1), np.repeat([i for i in range(10) if i != target], 2))
+    np.testing.assert_array_equal(
+        intervened[60:].argmax(1), np.repeat([i for i in range(10) if i != target], 2)
+    )
     assert (np.abs(values[intervened]) <= 5).all() and values[intervened].std() > 2
     np.testing.assert_array_equal(scm.low, values[:60].min(0))
     np.testing.assert_array_equal(scm.high, values[:60].max(0))
@@ -355,13 +435,24 @@ def test_data_of_random_systems(linear):
 
 
 def test_weights_over_seeds():
-    """Linear weights ~ N(2, 1); weights and biases of the hidden layers ~ N(0, 1); a variable without parents has no bias."""
+    """Linear weights ~ N(2, 1); weights and biases of the hidden layers ~ N(0, 1); a variable
+    without parents has no bias.
+    """
     systems = [erdos_renyi(seed, 10, False, num_obs=10)[0] for seed in range(40)]
-    weights = np.concatenate([np.asarray(scm.weights)[np.asarray(scm.adjacency)] for scm in systems])
+    weights = np.concatenate(
+        [np.asarray(scm.weights)[np.asarray(scm.adjacency)] for scm in systems]
+    )
     roots = [~np.asarray(scm.adjacency).any(0) for scm in systems]
-    bias = np.concatenate([np.asarray(scm.shift)[~root] for scm, root in zip(systems, roots, strict=True)])
-    assert all((np.asarray(scm.shift)[root] == 0).all() for scm, root in zip(systems, roots, strict=True))
-    hidden = [np.concatenate([np.ravel(getattr(scm, name)) for scm in systems]) for name in ("frequencies", "phases", "amplitudes")]
+    bias = np.concatenate(
+        [np.asarray(scm.shift)[~root] for scm, root in zip(systems, roots, strict=True)]
+    )
+    assert all(
+        (np.asarray(scm.shift)[root] == 0).all() for scm, root in zip(systems, roots, strict=True)
+    )
+    hidden = [
+        np.concatenate([np.ravel(getattr(scm, name)) for scm in systems])
+        for name in ("frequencies", "phases", "amplitudes")
+    ]
     for sample, mean in ((weights, 2.0), (bias, 0.0), *((h, 0.0) for h in hidden)):
         assert abs(sample.mean() - mean) < 5 / np.sqrt(len(sample))
         assert abs(sample.std() - 1.0) < 5 / np.sqrt(2 * len(sample))
@@ -369,13 +460,20 @@ def test_weights_over_seeds():
 
 def test_seeds_of_random_systems():
     one, again, other, keyed = (erdos_renyi(seed, 10, True) for seed in (3, 3, 4, jr.key(3)))
-    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True))
+    assert all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True)
+    )
     assert len({np.asarray(scm.graph).tobytes() for scm, _ in (one, other, keyed)}) == 3
     assert jnp.array_equal(keyed[1].values, erdos_renyi(jr.key(3), 10, True)[1].values)
     scm, buffer = erdos_renyi(3, 10, True, num_slots=13)
     nonlinear, _ = erdos_renyi(3, 10, False)
     assert jnp.array_equal(nonlinear.graph, one[0].graph) and nonlinear.target == one[0].target
-    assert jnp.array_equal(scm.graph[:10, :10], one[0].graph) and scm.target == one[0].target and not scm.candidates[10:].any()
+    assert (
+        jnp.array_equal(scm.graph[:10, :10], one[0].graph)
+        and scm.target == one[0].target
+        and not scm.candidates[10:].any()
+    )
     np.testing.assert_allclose(buffer.values[:, :10], one[1].values, rtol=1e-5, atol=1e-4)
     assert not buffer.values[:, 10:].any() and not buffer.intervened[:, 10:].any()
 

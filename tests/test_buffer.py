@@ -1,4 +1,6 @@
-"""The buffer as a value, and as a file that a person wrote: every complaint names file, row and column."""
+"""The buffer as a value, and as a file that a person wrote: every complaint names file, row and
+column.
+"""
 
 import inspect
 
@@ -9,7 +11,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.buffer import MIN_OBSERVATIONS, DataError, ExperienceBuffer, decimals, parse_number, read_bounds, read_table
+from lib.buffer import (
+    MIN_OBSERVATIONS,
+    DataError,
+    ExperienceBuffer,
+    decimals,
+    parse_number,
+    read_bounds,
+    read_table,
+)
 from lib.scm import Intervention
 
 
@@ -63,7 +73,10 @@ def test_csv_round_trip(tmp_path):
     read = ExperienceBuffer.from_csv(path)
     assert read.names == names
     filled = MIN_OBSERVATIONS + 1  # free places are not written
-    np.testing.assert_allclose(read.units.raw(read.buffer.values), buffer.values[:filled], rtol=1e-6, atol=1e-4)  # columns of deviation 100
+    # columns of deviation 100
+    np.testing.assert_allclose(
+        read.units.raw(read.buffer.values), buffer.values[:filled], rtol=1e-6, atol=1e-4
+    )
     assert (read.buffer.intervened == buffer.intervened[:filled]).all() and read.buffer.valid.all()
 
 
@@ -76,16 +89,24 @@ def write(path, lines):
 
 
 def test_a_good_file(tmp_path):
-    names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", [" a , b ,intervened", *GOOD[1:], "", " , , "]))
+    names, buffer, units = ExperienceBuffer.from_csv(
+        write(tmp_path / "good.csv", [" a , b ,intervened", *GOOD[1:], "", " , , "])
+    )
     assert names == ("a", "b")
     assert buffer.size == MIN_OBSERVATIONS + 1 and buffer.observational.sum() == MIN_OBSERVATIONS
-    assert units.raw(buffer.values)[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
+    assert units.raw(buffer.values)[2].tolist() == [2.0, 4.0] and buffer.intervened[
+        -1
+    ].tolist() == [True, False]
 
 
 def test_the_intervened_column_may_stand_anywhere(tmp_path):
     lines = [",".join(np.array(line.split(","))[[2, 0, 1]]) for line in GOOD]
     names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "good.csv", lines))
-    assert names == ("a", "b") and units.raw(buffer.values)[2].tolist() == [2.0, 4.0] and buffer.intervened[-1].tolist() == [True, False]
+    assert (
+        names == ("a", "b")
+        and units.raw(buffer.values)[2].tolist() == [2.0, 4.0]
+        and buffer.intervened[-1].tolist() == [True, False]
+    )
 
 
 def replaced(line, text):
@@ -94,7 +115,10 @@ def replaced(line, text):
 
 BAD = {
     "no intervened column": (["a,b", *("1,2" for _ in range(12))], ["intervened"]),
-    "unknown intervened variable": (replaced(11, "3,5,c"), ["row 12", "'intervened'", "'c'", "a, b"]),
+    "unknown intervened variable": (
+        replaced(11, "3,5,c"),
+        ["row 12", "'intervened'", "'c'", "a, b"],
+    ),
     "not a number": (replaced(3, "2,four,"), ["row 4", "'b'", "'four'"]),
     "empty cell": (replaced(3, "2,,"), ["row 4", "'b'", "''"]),
     "NaN": (replaced(4, "nan,9,"), ["row 5", "'a'", "nan"]),
@@ -104,7 +128,10 @@ BAD = {
     "unnamed column": (["a,,intervened", *GOOD[1:]], ["row 1", "''"]),
     "ragged row": (replaced(6, "5,25"), ["row 7", "2 cells", "3 columns"]),
     "too few observations": (GOOD[:4], ["3 observational rows", "10"]),
-    "zero variance": ([GOOD[0], *(f"{i},7," for i in range(12)), "1,8,a"], ["'b'", "zero variance"]),
+    "zero variance": (
+        [GOOD[0], *(f"{i},7," for i in range(12)), "1,8,a"],
+        ["'b'", "zero variance"],
+    ),
     "one variable": (["a,intervened", *(f"{i}," for i in range(12))], ["1 variable"]),
     "empty file": ([""], ["empty"]),
     "header only": (GOOD[:1], ["0 observational rows"]),
@@ -123,7 +150,9 @@ def test_bad_files_say_where_and_what(tmp_path, case):
 def test_row_numbers_are_those_of_the_file(tmp_path):
     """A blank line above the bad row still counts, as it does in any editor."""
     with pytest.raises(DataError, match="row 6"):
-        ExperienceBuffer.from_csv(write(tmp_path / "bad.csv", [*GOOD[:3], "", *replaced(4, "x,9,")[3:]]))
+        ExperienceBuffer.from_csv(
+            write(tmp_path / "bad.csv", [*GOOD[:3], "", *replaced(4, "x,9,")[3:]])
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -148,13 +177,19 @@ def test_parse_number(tmp_path):
 
 
 def test_read_bounds(tmp_path):
-    low, high = read_bounds(write(tmp_path / "bounds.csv", ["variable,low,high", "b,-1,2.5"]), ("a", "b", "y"))
-    assert low.tolist() == [0.0, -1.0, 0.0] and high.tolist() == [0.0, 2.5, 0.0]  # unlisted: no range
+    low, high = read_bounds(
+        write(tmp_path / "bounds.csv", ["variable,low,high", "b,-1,2.5"]), ("a", "b", "y")
+    )
+    # unlisted: no range
+    assert low.tolist() == [0.0, -1.0, 0.0] and high.tolist() == [0.0, 2.5, 0.0]
 
 
 BAD_BOUNDS = {
     "other header": (["name,low,high", "a,0,1"], ["row 1", "name, low, high", "variable,low,high"]),
-    "unknown variable": (["variable,low,high", "a,0,1", "c,0,1"], ["row 3", "'variable'", "'c'", "a, b"]),
+    "unknown variable": (
+        ["variable,low,high", "a,0,1", "c,0,1"],
+        ["row 3", "'variable'", "'c'", "a, b"],
+    ),
     "not a number": (["variable,low,high", "a,zero,1"], ["row 2", "'low'", "'zero'"]),
     "infinite": (["variable,low,high", "a,0,inf"], ["row 2", "'high'", "inf"]),
     "no width": (["variable,low,high", "a,0,1", "b,2,2"], ["row 3", "'low' and 'high'", "2"]),
@@ -173,7 +208,9 @@ def test_bad_bounds_say_where_and_what(tmp_path, case):
 
 def test_bounds_listed_twice_are_refused(tmp_path):
     with pytest.raises(DataError, match="row 3.*'a'"):
-        read_bounds(write(tmp_path / "bounds.csv", ["variable,low,high", "a,0,1", "a,0,2"]), ("a", "b"))
+        read_bounds(
+            write(tmp_path / "bounds.csv", ["variable,low,high", "a,0,1", "a,0,2"]), ("a", "b")
+        )
 
 
 def test_a_short_row_is_refused():
@@ -191,7 +228,9 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     rows = jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3))
     both = Intervention(jnp.array([True, False, True]), jnp.array([0.1, 0.0, 1 / 3]))
     buffer = (
-        ExperienceBuffer(rows, jnp.zeros(rows.shape, bool), jnp.ones(len(rows), bool)).grow(1).add_intervention(both, jnp.array([0.1, 2.0, 1 / 3]))
+        ExperienceBuffer(rows, jnp.zeros(rows.shape, bool), jnp.ones(len(rows), bool))
+        .grow(1)
+        .add_intervention(both, jnp.array([0.1, 2.0, 1 / 3]))
     )
     buffer.to_csv(tmp_path / "data.csv", ("a", "b", "y"))
     assert (tmp_path / "data.csv").read_text().splitlines()[-1].endswith(",a;y")
@@ -199,7 +238,11 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     np.testing.assert_allclose(units.raw(read.values), buffer.values, rtol=1e-6, atol=1e-7)
     read.to_csv(tmp_path / "again.csv", names, units)
     _, again, same = ExperienceBuffer.from_csv(tmp_path / "again.csv")
-    assert eqx.tree_equal(again, read) and (same.shift == units.shift).all() and (same.spread == units.spread).all()
+    assert (
+        eqx.tree_equal(again, read)
+        and (same.shift == units.shift).all()
+        and (same.spread == units.spread).all()
+    )
 
 
 def test_no_unit_is_too_small_and_no_offset_too_large(tmp_path):
@@ -209,11 +252,23 @@ def test_no_unit_is_too_small_and_no_offset_too_large(tmp_path):
     def read(scale, offset, name):
         lines = ["a,b,intervened", *(f"{offset + scale * a:.17g},{b}," for a, b in numbers)]
         _, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / name, lines))
-        return units.raw(buffer.values)[:, 0], np.asarray(buffer.values)[:, 0] * units.spread[0] / scale, units
+        return (
+            units.raw(buffer.values)[:, 0],
+            np.asarray(buffer.values)[:, 0] * units.spread[0] / scale,
+            units,
+        )
 
-    for scale, offset in ((2.0**-80, 0.0), (1e-9, 0.0), (1.0, 2.0**26), (2.0**60, 0.0), (1e25, 0.0)):
+    for scale, offset in (
+        (2.0**-80, 0.0),
+        (1e-9, 0.0),
+        (1.0, 2.0**26),
+        (2.0**60, 0.0),
+        (1e25, 0.0),
+    ):
         raw, values, units = read(scale, offset, "units.csv")
         np.testing.assert_allclose((raw - offset) / scale, numbers[:, 0], atol=1e-5)
-        np.testing.assert_allclose(values - values.mean(), numbers[:, 0] - numbers[:, 0].mean(), atol=1e-5)
+        np.testing.assert_allclose(
+            values - values.mean(), numbers[:, 0] - numbers[:, 0].mean(), atol=1e-5
+        )
     assert read(1.0, 0.0, "units.csv")[2].digits[1] == 3
     assert [decimals(cell) for cell in ("1.50", "12", "6.000738e+10", " -3e-9 ")] == [2, 0, -4, 9]

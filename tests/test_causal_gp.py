@@ -1,4 +1,6 @@
-"""The expert's Gaussian processes against direct computations in numpy, and its acquisition against closed forms and Monte Carlo."""
+"""The expert's Gaussian processes against direct computations in numpy, and its acquisition against
+closed forms and Monte Carlo.
+"""
 
 import functools as ft
 import itertools
@@ -41,7 +43,9 @@ SETS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], bool)
 
 
 def make_rows(seed):
-    """Y = 2 A - B + noise with B = .8 A + noise: adjusting for B gives the slope 2 of do(A), not adjusting gives 1.2. C is alone. Y centred."""
+    """Y = 2 A - B + noise with B = .8 A + noise: adjusting for B gives the slope 2 of do(A), not
+    adjusting gives 1.2. C is alone. Y centred.
+    """
     a, b, c, noise = np.random.default_rng(seed).normal(size=(4, NUM_ROWS))
     b = 0.8 * a + 0.6 * b
     x = np.stack([a, b, c], 1)
@@ -71,30 +75,46 @@ def test_hyperparameters_maximise_the_marginal_likelihood(fitted):
         for length, ratio in itertools.product(STAR_LENGTHSCALES, STAR_NOISE_RATIOS):
             kernel = gaussian(X[:, members], X[:, members], 1.0, length) + ratio * np.eye(NUM_ROWS)
             amplitude = Y @ np.linalg.solve(kernel, Y) / NUM_ROWS
-            score = scipy.stats.multivariate_normal.logpdf(Y, np.zeros(NUM_ROWS), amplitude * kernel)
+            score = scipy.stats.multivariate_normal.logpdf(
+                Y, np.zeros(NUM_ROWS), amplitude * kernel
+            )
             scores[length, ratio] = (score, amplitude)
         length, amplitude = float(fitted.lengthscale[k]), float(fitted.amplitude[k])
         ratio = min(STAR_NOISE_RATIOS, key=lambda r: abs(r - float(fitted.noise[k]) / amplitude))
         score, expected = scores[length, ratio]
         assert score > max(s for s, _ in scores.values()) - 0.05
-        np.testing.assert_allclose([amplitude, float(fitted.noise[k])], [expected, ratio * expected], rtol=2e-2)
+        np.testing.assert_allclose(
+            [amplitude, float(fitted.noise[k])], [expected, ratio * expected], rtol=2e-2
+        )
 
 
 def test_only_the_first_rows_choose_hyperparameters():
-    """Fewer rows than there are give the hyperparameters of these rows alone, here one signal whose later rows are noise."""
-    noisy = np.where(np.arange(NUM_ROWS) < 30, Y, 5 * np.random.default_rng(1).normal(size=NUM_ROWS))
+    """Fewer rows than there are give the hyperparameters of these rows alone, here one signal whose
+    later rows are noise.
+    """
+    noisy = np.where(
+        np.arange(NUM_ROWS) < 30, Y, 5 * np.random.default_rng(1).normal(size=NUM_ROWS)
+    )
     fit = jax.jit(ft.partial(fit_star_gp, max_rows=30))
-    for one, two in zip(fit(single(X), single(Y), jnp.asarray(SETS)), fit(single(X), single(noisy), jnp.asarray(SETS)), strict=True):
+    for one, two in zip(
+        fit(single(X), single(Y), jnp.asarray(SETS)),
+        fit(single(X), single(noisy), jnp.asarray(SETS)),
+        strict=True,
+    ):
         assert (one == two).all()
 
 
 def test_effects_agree_with_a_loop_over_values_and_rows():
-    """Set a variable in every row, predict with the GP of the set, average: mean, predictive variance, and spread of the mean."""
+    """Set a variable in every row, predict with the GP of the set, average: mean, predictive
+    variance, and spread of the mean.
+    """
     effects = jit_effects(single(X), single(Y), jnp.asarray(SETS), HAND_MADE, single(GRID))
     for k, members in enumerate(SETS):
         amplitude, lengthscale, noise = (float(p[k]) for p in HAND_MADE[:3])
         inputs = X[:, members]
-        inverse = np.linalg.inv(gaussian(inputs, inputs, amplitude, lengthscale) + noise * np.eye(NUM_ROWS))
+        inverse = np.linalg.inv(
+            gaussian(inputs, inputs, amplitude, lengthscale) + noise * np.eye(NUM_ROWS)
+        )
         for i, b in itertools.product(range(3), range(BINS)):
             changed = X.copy()
             changed[:, i] = GRID[i, b]
@@ -102,40 +122,58 @@ def test_effects_agree_with_a_loop_over_values_and_rows():
             means = cross @ inverse @ Y
             variances = amplitude - np.einsum("rn,nm,rm->r", cross, inverse, cross) + noise
             expected = [means.mean(), variances.mean(), means.var()]
-            np.testing.assert_allclose([float(e[k, i, b]) for e in effects], expected, atol=1e-4, rtol=1e-4)
+            np.testing.assert_allclose(
+                [float(e[k, i, b]) for e in effects], expected, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_known_effect_is_recovered_under_the_right_set(fitted):
     effects = jit_effects(single(X), single(Y), jnp.asarray(SETS), fitted, single(GRID))
-    slopes = (np.asarray(effects.mean)[:, :, -1] - np.asarray(effects.mean)[:, :, 0]) / (GRID[:, -1] - GRID[:, 0])[None]
+    slopes = (np.asarray(effects.mean)[:, :, -1] - np.asarray(effects.mean)[:, :, 0]) / (
+        GRID[:, -1] - GRID[:, 0]
+    )[None]
     np.testing.assert_allclose(slopes[1], [2.0, -1.0, 0.0], atol=0.15)
     confounded = np.cov(X[:, 0], Y)[0, 1] / X[:, 0].var(ddof=1)  # without B: the regression slope
     np.testing.assert_allclose(slopes[0, 0], confounded, atol=0.15)
     assert abs(confounded - 2.0) > 0.5
-    assert (slopes[0, 1:] == 0).all() and (slopes[3] == 0).all()  # variables outside the set have no effect
-    np.testing.assert_allclose(effects.spread[1, 0, 1], 1.0, atol=0.1)  # what B, of variance one, still does to Y
+    # variables outside the set have no effect
+    assert (slopes[0, 1:] == 0).all() and (slopes[3] == 0).all()
+    # what B, of variance one, still does to Y
+    np.testing.assert_allclose(effects.spread[1, 0, 1], 1.0, atol=0.1)
 
 
 def test_aggregation_is_that_of_a_mixture():
     """Moments of a mixture over sets, and the noise of one outcome, averaged over sets."""
     rng = np.random.default_rng(2)
-    mean, variance, spread = rng.normal(size=(3, 4, 2, BINS)) ** np.array([1, 2, 2])[:, None, None, None]
+    mean, variance, spread = (
+        rng.normal(size=(3, 4, 2, BINS)) ** np.array([1, 2, 2])[:, None, None, None]
+    )
     probs, noise = np.array([0.5, 0.3, 0.2, 0.0]), rng.uniform(0.1, 1.0, 4)
     with np.errstate(divide="ignore"):
         log_probs = single(np.log(probs))
     effects = StarEffects(single(mean), single(variance), single(spread))
-    prior = jax.jit(aggregate_effects)(log_probs, effects, StarGP(jnp.ones(4), jnp.ones(4), single(noise)))
+    prior = jax.jit(aggregate_effects)(
+        log_probs, effects, StarGP(jnp.ones(4), jnp.ones(4), single(noise))
+    )
     for i, b in itertools.product(range(2), range(BINS)):
         first = sum(p * m for p, m in zip(probs, mean[:, i, b], strict=True))
-        second = sum(p * (v + m**2) for p, v, m in zip(probs, variance[:, i, b], mean[:, i, b], strict=True))
+        second = sum(
+            p * (v + m**2) for p, v, m in zip(probs, variance[:, i, b], mean[:, i, b], strict=True)
+        )
         np.testing.assert_allclose(prior.mean[i, b], first, atol=1e-5)
         np.testing.assert_allclose(prior.deviation[i, b] ** 2, second - first**2, atol=1e-5)
-        np.testing.assert_allclose(prior.noise[i, b], sum(p * (s + n) for p, s, n in zip(probs, spread[:, i, b], noise, strict=True)), atol=1e-5)
+        np.testing.assert_allclose(
+            prior.noise[i, b],
+            sum(p * (s + n) for p, s, n in zip(probs, spread[:, i, b], noise, strict=True)),
+            atol=1e-5,
+        )
 
 
 def test_a_sure_belief_passes_its_effect_on(fitted):
     effects = jit_effects(single(X), single(Y), jnp.asarray(SETS), fitted, single(GRID))
-    prior = jax.jit(aggregate_effects)(jnp.array([-jnp.inf, 0.0, -jnp.inf, -jnp.inf]), effects, fitted)
+    prior = jax.jit(aggregate_effects)(
+        jnp.array([-jnp.inf, 0.0, -jnp.inf, -jnp.inf]), effects, fitted
+    )
     np.testing.assert_allclose(prior.mean, effects.mean[1], atol=1e-6)
     np.testing.assert_allclose(prior.deviation**2, effects.variance[1], rtol=1e-4)
 
@@ -144,7 +182,10 @@ def test_a_sure_belief_passes_its_effect_on(fitted):
 
 LINE = np.linspace(-2.0, 4.0, 7)
 MEAN, DEVIATION = np.sin(LINE), 0.3 + 0.2 * np.cos(LINE) ** 2
-POINTS, NOISE = np.array([-1.5, 0.3, 0.9, 3.2, 50.0, -7.0]), np.array([0.1, 0.2, 0.1, 0.3, 1.0, 1.0])
+POINTS, NOISE = (
+    np.array([-1.5, 0.3, 0.9, 3.2, 50.0, -7.0]),
+    np.array([0.1, 0.2, 0.1, 0.3, 1.0, 1.0]),
+)
 OUTCOMES, USED = np.array([-2.0, 0.5, 1.5, -0.3, np.nan, 1e9]), np.arange(6) < 4
 VALUES = np.linspace(-2.0, 4.0, 9)
 UNIT, SCALES = 2.0, (0.3, 1.0)
@@ -153,7 +194,9 @@ UNIT, SCALES = 2.0, (0.3, 1.0)
 @ft.cache
 def jit_fit():
     def fit(grid, deviation, points, outcomes, noise, used):
-        gp = fit_causal_gp(grid, single(MEAN), deviation, points, outcomes, noise, used, UNIT, SCALES)
+        gp = fit_causal_gp(
+            grid, single(MEAN), deviation, points, outcomes, noise, used, UNIT, SCALES
+        )
         return gp, *gp(single(VALUES))
 
     return jax.jit(fit)
@@ -164,10 +207,14 @@ def fit(grid=LINE, deviation=DEVIATION, points=POINTS, outcomes=OUTCOMES, used=U
 
 
 def oracle(all_outcomes, length, amplitude, scale):
-    """Log score, and posterior mean and deviation at VALUES, by the textbook formulas on the rows that are used."""
+    """Log score, and posterior mean and deviation at VALUES, by the textbook formulas on the rows
+    that are used.
+    """
 
     def kernel(a, b):
-        return amplitude * np.exp(-0.5 * ((a[:, None] - b) / length) ** 2) + np.outer(np.interp(a, LINE, DEVIATION), np.interp(b, LINE, DEVIATION))
+        return amplitude * np.exp(-0.5 * ((a[:, None] - b) / length) ** 2) + np.outer(
+            np.interp(a, LINE, DEVIATION), np.interp(b, LINE, DEVIATION)
+        )
 
     points, outcomes = POINTS[USED], all_outcomes[USED]
     prior = kernel(points, points)
@@ -177,7 +224,9 @@ def oracle(all_outcomes, length, amplitude, scale):
     score -= 0.5 * np.log(length / (0.4 * 6.0)) ** 2 + 0.125 * np.log(amplitude / (0.1 * UNIT)) ** 2
     cross = kernel(VALUES, points)
     mean = np.interp(VALUES, LINE, MEAN) + cross @ np.linalg.solve(covariance, outcomes - centre)
-    variance = np.diag(kernel(VALUES, VALUES)) - np.einsum("vp,pv->v", cross, np.linalg.solve(covariance, cross.T))
+    variance = np.diag(kernel(VALUES, VALUES)) - np.einsum(
+        "vp,pv->v", cross, np.linalg.solve(covariance, cross.T)
+    )
     return score, mean, np.sqrt(variance)
 
 
@@ -186,7 +235,9 @@ def test_posterior_and_hyperparameters_agree_with_numpy(size):
     outcomes = np.where(USED, size * OUTCOMES, np.nan)
     gp, mean, deviation = fit(outcomes=outcomes)
     grid = itertools.product(np.array(LENGTHSCALES) * 6.0, np.array(AMPLITUDES) * UNIT, SCALES)
-    (length, amplitude, _), (_, expected_mean, expected_deviation) = max(((h, oracle(outcomes, *h)) for h in grid), key=lambda pair: pair[1][0])
+    (length, amplitude, _), (_, expected_mean, expected_deviation) = max(
+        ((h, oracle(outcomes, *h)) for h in grid), key=lambda pair: pair[1][0]
+    )
     np.testing.assert_allclose([gp.lengthscale, gp.amplitude], [length, amplitude], rtol=1e-5)
     np.testing.assert_allclose(mean, expected_mean, atol=5e-4, rtol=5e-4)
     np.testing.assert_allclose(deviation, expected_deviation, atol=5e-4)
@@ -209,13 +260,18 @@ def test_rows_that_are_not_used_are_not_looked_at():
 def test_without_outcomes_it_is_the_prior():
     gp, mean, deviation = fit(used=np.zeros(6, bool))
     np.testing.assert_allclose(gp.lengthscale, 0.4 * 6.0, rtol=1e-5)
-    np.testing.assert_allclose(gp.amplitude, 0.16 * UNIT, rtol=1e-5)  # of the grid the nearest to 0.1 on a log scale
+    # of the grid the nearest to 0.1 on a log scale
+    np.testing.assert_allclose(gp.amplitude, 0.16 * UNIT, rtol=1e-5)
     np.testing.assert_allclose(mean, np.interp(VALUES, LINE, MEAN), atol=1e-6)
-    np.testing.assert_allclose(deviation, np.sqrt(0.16 * UNIT + np.interp(VALUES, LINE, DEVIATION) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        deviation, np.sqrt(0.16 * UNIT + np.interp(VALUES, LINE, DEVIATION) ** 2), rtol=1e-5
+    )
 
 
 def test_a_range_without_width_is_harmless():
-    for leaf in jax.tree.leaves(fit(grid=np.zeros(7), deviation=np.zeros(7), points=np.zeros(6), outcomes=np.zeros(6))):
+    for leaf in jax.tree.leaves(
+        fit(grid=np.zeros(7), deviation=np.zeros(7), points=np.zeros(6), outcomes=np.zeros(6))
+    ):
         assert np.isfinite(leaf).all()
 
 
@@ -225,8 +281,14 @@ log_improvement, improvement = jax.jit(log_expected_improvement), jax.jit(expect
 
 
 def exact_log(u, std):
-    """log of s (phi(u) + u Phi(u)) without cancellation, from the scaled complementary error function."""
-    return np.log(std) + scipy.stats.norm.logpdf(u) + np.log1p(u * np.sqrt(np.pi / 2) * erfcx(-u / np.sqrt(2)))
+    """log of s (phi(u) + u Phi(u)) without cancellation, from the scaled complementary error
+    function.
+    """
+    return (
+        np.log(std)
+        + scipy.stats.norm.logpdf(u)
+        + np.log1p(u * np.sqrt(np.pi / 2) * erfcx(-u / np.sqrt(2)))
+    )
 
 
 def test_improvement_agrees_with_monte_carlo():
@@ -242,7 +304,9 @@ def test_improvement_agrees_with_the_closed_form(std):
     u = np.linspace(-4.5, 6.0, 22)
     mean, best = 1.0 - u * std, 1.0
     expected = std * (u * scipy.stats.norm.cdf(u) + scipy.stats.norm.pdf(u))
-    np.testing.assert_allclose(improvement(single(mean), single(np.full(22, std)), best), expected, rtol=5e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        improvement(single(mean), single(np.full(22, std)), best), expected, rtol=5e-3, atol=1e-7
+    )
 
 
 def test_the_logarithm_holds_far_below_underflow():
@@ -263,11 +327,17 @@ def test_more_uncertainty_and_a_lower_mean_are_worth_more():
 
 def test_improvement_has_units_of_the_mean():
     mean, std = single(jr.normal(jr.key(0), (2, 3))), single(jnp.exp(jr.normal(jr.key(1), (2, 3))))
-    np.testing.assert_allclose(improvement(7.0 * mean + 3.0, 7.0 * std, 7.0 * 0.2 + 3.0), 7.0 * improvement(mean, std, 0.2), rtol=1e-4)
+    np.testing.assert_allclose(
+        improvement(7.0 * mean + 3.0, 7.0 * std, 7.0 * 0.2 + 3.0),
+        7.0 * improvement(mean, std, 0.2),
+        rtol=1e-4,
+    )
 
 
 def test_refine_finds_the_peak_between_grid_values():
-    grid = single(np.stack([np.linspace(0.0, 1.0, 5), np.linspace(-2.0, 2.0, 5), np.linspace(5.0, 9.0, 5)]))
+    grid = single(
+        np.stack([np.linspace(0.0, 1.0, 5), np.linspace(-2.0, 2.0, 5), np.linspace(5.0, 9.0, 5)])
+    )
     peaks = jnp.array([0.4, 0.55, 8.0])
 
     def score(variable, values):
@@ -279,8 +349,10 @@ def test_refine_finds_the_peak_between_grid_values():
     table = jnp.stack([score(i, grid[i]) for i in range(3)])
     variable, value = jax.jit(search)(table)
     assert variable == 1
-    np.testing.assert_allclose(value, 0.55, atol=0.5 / 8)  # 17 values between the neighbours, one grid step away each
-    variable, value = jax.jit(search)(table.at[2, 0].set(10.0))  # at the edge: the best within the range
+    # 17 values between the neighbours, one grid step away each
+    np.testing.assert_allclose(value, 0.55, atol=0.5 / 8)
+    # at the edge: the best within the range
+    variable, value = jax.jit(search)(table.at[2, 0].set(10.0))
     assert variable == 2
     np.testing.assert_allclose(value, 6.0, atol=1e-5)
 
@@ -289,7 +361,9 @@ def test_refine_finds_the_peak_between_grid_values():
 
 
 def test_hyperparameters_whose_factor_fails_are_left_out_and_counted(monkeypatch):
-    """Here every system with a long lengthscale fails: the best of the others is taken, and nothing is nan."""
+    """Here every system with a long lengthscale fails: the best of the others is taken, and nothing
+    is nan.
+    """
 
     def failing(matrix):
         factor = jnp.linalg.cholesky(matrix)
@@ -302,24 +376,39 @@ def test_hyperparameters_whose_factor_fails_are_left_out_and_counted(monkeypatch
     alike = np.exp(-0.09 / (2 * np.array(STAR_LENGTHSCALES) ** 2))
     fails = alike[:, None] > 0.9 * (1 + np.array(STAR_NOISE_RATIOS))
     assert gp.failures[0] == fails.sum() > 0
-    found = STAR_LENGTHSCALES.index(float(gp.lengthscale[0])), np.abs(gp.noise[0] / gp.amplitude[0] - np.array(STAR_NOISE_RATIOS)).argmin()
+    found = (
+        STAR_LENGTHSCALES.index(float(gp.lengthscale[0])),
+        np.abs(gp.noise[0] / gp.amplitude[0] - np.array(STAR_NOISE_RATIOS)).argmin(),
+    )
     assert not fails[found] and np.isfinite([gp.amplitude[0], gp.noise[0]]).all()
 
     grid = single(np.linspace(-2, 2, 9))
     points, ones = single([0.0, 0.2, 1.5]), jnp.ones(3)
-    causal = fit_causal_gp(grid, jnp.zeros(9), jnp.zeros(9), points, single([0.0, 1.0, 0.0]), 1e-3 * ones, ones > 0)
+    causal = fit_causal_gp(
+        grid, jnp.zeros(9), jnp.zeros(9), points, single([0.0, 1.0, 0.0]), 1e-3 * ones, ones > 0
+    )
     assert 0 < causal.failures < len(LENGTHSCALES) * len(AMPLITUDES)
     assert all(np.isfinite(value).all() for value in causal(grid))
     assert float(causal.lengthscale) < 4 * max(LENGTHSCALES)
 
 
 def test_published_hyperparameters_are_a_maximum_of_the_likelihood_within_limits():
-    """From raw rows: a wave ends where SciPy's search does, and a straight line's endless lengthscale is set to one, as published."""
+    """From raw rows: a wave ends where SciPy's search does, and a straight line's endless
+    lengthscale is set to one, as published.
+    """
     rng = np.random.default_rng(3)
     x = rng.normal(size=(40, 2))
-    y = np.stack([np.sin(2 * x[:, 0]) + 0.1 * rng.normal(size=40), 3 * x[:, 1] + 0.1 * rng.normal(size=40)], 1)
+    y = np.stack(
+        [np.sin(2 * x[:, 0]) + 0.1 * rng.normal(size=40), 3 * x[:, 1] + 0.1 * rng.normal(size=40)],
+        1,
+    )
     sets = jnp.array([[True, False], [False, True]])
-    wave, line = (jax.tree.map(np.asarray, jax.jit(fit_star_gp_published)(single(x), single(y[:, i]), sets[i : i + 1])) for i in range(2))
+    wave, line = (
+        jax.tree.map(
+            np.asarray, jax.jit(fit_star_gp_published)(single(x), single(y[:, i]), sets[i : i + 1])
+        )
+        for i in range(2)
+    )
 
     def loss(logs):
         amplitude, lengthscale, noise = np.exp(logs)
@@ -327,5 +416,7 @@ def test_published_hyperparameters_are_a_maximum_of_the_likelihood_within_limits
         return -scipy.stats.multivariate_normal.logpdf(y[:, 0], np.zeros(40), kernel)
 
     expected = np.exp(scipy.optimize.minimize(loss, np.zeros(3)).x)
-    np.testing.assert_allclose([wave.amplitude[0], wave.lengthscale[0], wave.noise[0]], expected, rtol=0.02)
+    np.testing.assert_allclose(
+        [wave.amplitude[0], wave.lengthscale[0], wave.noise[0]], expected, rtol=0.02
+    )
     assert line.lengthscale[0] == 1.0 and line.amplitude[0] > 100

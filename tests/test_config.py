@@ -30,7 +30,9 @@ def test_preset_arguments(given, expected):
     assert given == before
 
 
-@pytest.mark.parametrize("error", [DataError("data.csv, row 3: wrong"), ArtifactError(Path("x.eqx"), "wrong")])
+@pytest.mark.parametrize(
+    "error", [DataError("data.csv, row 3: wrong"), ArtifactError(Path("x.eqx"), "wrong")]
+)
 def test_errors_of_people_are_one_line(error, capsys):
     with pytest.raises(SystemExit) as leaving, errors_for_people():
         raise error
@@ -62,8 +64,14 @@ def test_compilation_cache_goes_where_it_is_told(tmp_path):
 
 
 def test_stages_and_uses_have_keys_of_their_own():
-    """None of them is what another stage splits off or folds in, although all start at the same seed."""
-    uses = [(stage, use) for stage in ("demos", "surrogate", "policy", "acbo", "evaluation") for use in ("problems", "play")]
+    """None of them is what another stage splits off or folds in, although all start at the same
+    seed.
+    """
+    uses = [
+        (stage, use)
+        for stage in ("demos", "surrogate", "policy", "acbo", "evaluation")
+        for use in ("problems", "play")
+    ]
     keys = [stage_key(0, *use) for use in uses]
     derived = [jr.key(0), *jr.split(jr.key(0), 64)]
     for key in keys:

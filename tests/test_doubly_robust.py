@@ -1,4 +1,6 @@
-"""The prior over parent sets: on systems with known parents, under renaming and padding, and its parts against numpy and scipy."""
+"""The prior over parent sets: on systems with known parents, under renaming and padding, and its
+parts against numpy and scipy.
+"""
 
 import functools as ft
 import itertools
@@ -35,7 +37,9 @@ def zscores(columns):
 
 
 def make_rows(seed, outcome):
-    """Variable 2 is the target; 0 and 1 are roots, 3 is a noisy copy of 0, 4 has nothing to do with anyone. Units differ."""
+    """Variable 2 is the target; 0 and 1 are roots, 3 is a noisy copy of 0, 4 has nothing to do with
+    anyone. Units differ.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(ROWS, REAL))
     x[:, 3] = 0.8 * x[:, 0] + 0.6 * x[:, 3]
@@ -50,7 +54,10 @@ SYSTEMS = {
 }
 
 
-jit_priors = jax.jit(jax.vmap(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, num_features=20)), compiler_options=FAST)
+jit_priors = jax.jit(
+    jax.vmap(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, num_features=20)),
+    compiler_options=FAST,
+)
 
 
 def priors(systems, targets, slots=REAL):
@@ -58,7 +65,9 @@ def priors(systems, targets, slots=REAL):
     rows = np.pad(np.stack(systems), ((0, 0), (0, 0), (0, slots - REAL)))
     keys = jnp.stack([jr.key(5)] * len(systems))
     mask = np.broadcast_to(np.arange(slots) < REAL, (len(systems), slots))
-    sets, log_probs = jit_priors(keys, jnp.asarray(rows, jnp.float32), jnp.asarray(targets), jnp.asarray(mask))
+    sets, log_probs = jit_priors(
+        keys, jnp.asarray(rows, jnp.float32), jnp.asarray(targets), jnp.asarray(mask)
+    )
     return np.asarray(sets), np.exp(np.asarray(log_probs, float))
 
 
@@ -71,7 +80,11 @@ def found():
 
 
 def members(sets, probs):
-    return {frozenset(np.flatnonzero(s).tolist()): float(p) for s, p in zip(sets, probs, strict=True) if p > 0}
+    return {
+        frozenset(np.flatnonzero(s).tolist()): float(p)
+        for s, p in zip(sets, probs, strict=True)
+        if p > 0
+    }
 
 
 def test_probabilities_are_bootstrap_frequencies(found):
@@ -107,7 +120,9 @@ def test_without_any_effect_single_variables_are_equally_probable(found):
 
 
 def test_renaming_variables_renames_the_sets(found):
-    """Random features are drawn per name, so this holds where the evidence is strong, not digit by digit."""
+    """Random features are drawn per name, so this holds where the evidence is strong, not digit by
+    digit.
+    """
     old, new = members(*found["linear"]), members(*found["renamed"])
     renamed = {frozenset(NEW_NAMES[i] for i in s): p for s, p in old.items()}
     best = max(renamed, key=renamed.__getitem__)
@@ -136,17 +151,23 @@ def test_standardise():
 
 
 def test_residuals_are_held_out():
-    """With the waves penalised away each fold's prediction is a ridge regression on the drawn rows of the others, once per bootstrap."""
+    """With the waves penalised away each fold's prediction is a ridge regression on the drawn rows
+    of the others, once per bootstrap.
+    """
     rows, num_folds = 23, 5
     rng = np.random.default_rng(3)
     x = zscores(rng.normal(size=(rows, 3)))
     y = zscores(x @ np.array([1.0, -0.5, 0.0]) + 0.3 * rng.normal(size=rows))
     key = jr.key(4)
     single = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
-    run = jax.jit(lambda penalty: held_out_residuals(jr.key(1), *single, key, 2, num_folds, 4, penalty), compiler_options=FAST)
+    run = jax.jit(
+        lambda penalty: held_out_residuals(jr.key(1), *single, key, 2, num_folds, 4, penalty),
+        compiler_options=FAST,
+    )
     full, without, counts = (np.asarray(a) for a in run(1e6))
     assert full.shape == counts.shape == (2, 25) and without.shape == (3, 2, 25)
-    assert (counts.sum(1) == rows).all() and (counts[:, rows:] == 0).all()  # the places that fill the last fold up were never drawn
+    # the places that fill the last fold up were never drawn
+    assert (counts.sum(1) == rows).all() and (counts[:, rows:] == 0).all()
     order = np.asarray(jr.permutation(jr.split(key)[0], rows))
     fold = np.arange(rows) // 5
 
@@ -155,14 +176,20 @@ def test_residuals_are_held_out():
         for f in range(num_folds):
             train, held_out = np.where(fold == f, 0.0, weights), fold == f
             gram = phi.T @ (train[:, None] * phi) + rows * LINEAR_PENALTY * np.eye(phi.shape[1])
-            result[held_out] = y[order][held_out] - phi[held_out] @ np.linalg.solve(gram, phi.T @ (train * y[order]))
+            result[held_out] = y[order][held_out] - phi[held_out] @ np.linalg.solve(
+                gram, phi.T @ (train * y[order])
+            )
         return result**2
 
     for b in range(2):
-        np.testing.assert_allclose(full[b, :rows], squared_residuals([0, 1, 2], counts[b, :rows]), atol=2e-3)
+        np.testing.assert_allclose(
+            full[b, :rows], squared_residuals([0, 1, 2], counts[b, :rows]), atol=2e-3
+        )
         for i in range(3):
             others = [j for j in range(3) if j != i]
-            np.testing.assert_allclose(without[i, b, :rows], squared_residuals(others, counts[b, :rows]), atol=2e-3)
+            np.testing.assert_allclose(
+                without[i, b, :rows], squared_residuals(others, counts[b, :rows]), atol=2e-3
+            )
     products, *_ = run(0.01)
     assert (products < 0).any()  # with waves the two nuisances differ: no squares
 
@@ -170,7 +197,9 @@ def test_residuals_are_held_out():
 def test_p_values_agree_with_a_paired_t_test():
     rng = np.random.default_rng(5)
     full, counts = rng.normal(size=(2, 30)), rng.integers(0, 4, (2, 30))
-    without = full[None] + rng.normal(np.array([0.4, 0.1, -0.4, 0.0])[:, None, None], 1.0, (4, 2, 30))
+    without = full[None] + rng.normal(
+        np.array([0.4, 0.1, -0.4, 0.0])[:, None, None], 1.0, (4, 2, 30)
+    )
     without[3] = full  # leaving this one out changes nothing
     arguments = (jnp.asarray(a, jnp.float32) for a in (full, without, counts))
     p_values = np.asarray(jax.jit(increase_p_values)(*arguments))
@@ -192,7 +221,9 @@ def test_selection_agrees_with_scipy():
     for p, r, chosen in zip(p_values, real, selected, strict=True):
         assert not chosen[~r].any()
         if r.any():
-            assert (chosen[r] == (scipy.stats.false_discovery_control(p[r], method="by") <= 0.1)).all()
+            assert (
+                chosen[r] == (scipy.stats.false_discovery_control(p[r], method="by") <= 0.1)
+            ).all()
     assert 50 < selected.sum() < real.sum() - 50
 
 
@@ -200,9 +231,12 @@ def test_selection_agrees_with_scipy():
 def test_equal_selections_are_counted_together(drop_empty, kept):
     selected = jnp.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
     sets, log_probs = set_frequencies(selected, jnp.array([True, True, False]), drop_empty)
-    expected = {frozenset({0}): 0.5, frozenset({0, 1}): 0.25} | ({} if drop_empty else {frozenset(): 0.25})
+    expected = {frozenset({0}): 0.5, frozenset({0, 1}): 0.25} | (
+        {} if drop_empty else {frozenset(): 0.25}
+    )
     assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(expected)
-    np.testing.assert_allclose(np.exp(log_probs).sum(), kept, atol=1e-6)  # the published code does not renormalise
+    # the published code does not renormalise
+    np.testing.assert_allclose(np.exp(log_probs).sum(), kept, atol=1e-6)
 
 
 def test_only_empty_selections_give_single_variables():
@@ -210,21 +244,35 @@ def test_only_empty_selections_give_single_variables():
     for drop_empty in (False, True):
         sets, log_probs = set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
         assert sets.shape == (4, 4)  # as many places as variables
-        assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx({frozenset({i}): 1 / 3 for i in (0, 2, 3)})
+        assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(
+            {frozenset({i}): 1 / 3 for i in (0, 2, 3)}
+        )
 
 
 @pytest.mark.parametrize("drop_empty", [False, True])
 def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_empty):
-    """Half of the probability stays with the frequencies, the other half is a product over the four variables."""
+    """Half of the probability stays with the frequencies, the other half is a product over the four
+    variables.
+    """
     selected = np.zeros((10, 6), bool)
-    selected[:6, 0] = selected[:3, 1] = selected[2:4, 4] = True  # {0, 1} twice, {0, 1, 4}, {0, 4}, {0} twice, {} four times
+    # {0, 1} twice, {0, 1, 4}, {0, 4}, {0} twice, {} four times
+    selected[:6, 0] = selected[:3, 1] = selected[2:4, 4] = True
     real = np.arange(6) != 2
-    p_values = np.where(np.arange(6) == 3, 0.4, 0.9) * np.ones((10, 1))  # 3 before 5, which nobody selected either
+    # 3 before 5, which nobody selected either
+    p_values = np.where(np.arange(6) == 3, 0.4, 0.9) * np.ones((10, 1))
     frequencies = set_frequencies(jnp.asarray(selected), jnp.asarray(real), drop_empty)
-    sets, log_probs = with_union(*frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real), drop_empty)
+    sets, log_probs = with_union(
+        *frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real), drop_empty
+    )
     found = members(np.asarray(sets), np.exp(np.asarray(log_probs, float)))
     inside = {0: 6.5 / 11, 1: 3.5 / 11, 4: 2.5 / 11, 3: 0.5 / 11}
-    counted = {frozenset({0, 1}): 0.2, frozenset({0, 1, 4}): 0.1, frozenset({0, 4}): 0.1, frozenset({0}): 0.2, frozenset(): 0.4}
+    counted = {
+        frozenset({0, 1}): 0.2,
+        frozenset({0, 1, 4}): 0.1,
+        frozenset({0, 4}): 0.1,
+        frozenset({0}): 0.2,
+        frozenset(): 0.4,
+    }
     expected = {}
     for size in range(5):
         for chosen in map(frozenset, itertools.combinations(inside, size)):
@@ -236,13 +284,20 @@ def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_e
 
 
 def test_union_and_bandwidth_on_data():
-    """No set is lost, probabilities are normalised, and a target with a short lengthscale is found by cross-validation only."""
+    """No set is lost, probabilities are normalised, and a target with a short lengthscale is found
+    by cross-validation only.
+    """
     rng = np.random.default_rng(7)
     x = rng.normal(size=(ROWS, REAL))
     x[:, 2] = np.cos(2.5 * x[:, 1]) + 0.3 * x[:, 2]
     found = {}
     for bandwidth in BANDWIDTHS:
-        prior = jax.jit(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, bandwidth=bandwidth, union=True), compiler_options=FAST)
+        prior = jax.jit(
+            ft.partial(
+                doubly_robust_prior, num_bootstraps=BOOTSTRAPS, bandwidth=bandwidth, union=True
+            ),
+            compiler_options=FAST,
+        )
         sets, log_probs = prior(jr.key(3), jnp.asarray(x, jnp.float32), 2, jnp.ones(REAL, bool))
         probs = np.exp(np.asarray(log_probs, float))
         assert sets.shape[0] == max(BOOTSTRAPS, REAL) + 2**UNION_SIZE

@@ -1,4 +1,6 @@
-"""The enumerated posterior: every graph once, their prior in closed form, an integral by quadrature, and calibration on systems from its prior."""
+"""The enumerated posterior: every graph once, their prior in closed form, an integral by
+quadrature, and calibration on systems from its prior.
+"""
 
 import itertools
 
@@ -9,23 +11,38 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.enumeration import enumerate_dags, enumerated_effects, enumerated_posterior, fit_mechanism, log_graph_prior, subsets
+from lib.enumeration import (
+    enumerate_dags,
+    enumerated_effects,
+    enumerated_posterior,
+    fit_mechanism,
+    log_graph_prior,
+    subsets,
+)
 from lib.scm import value_grid
 from lib.scm_prior import SCMPrior, sample_problem
 
 
-PRIOR = SCMPrior(max_vars=3, min_size=3, max_size=3, families=("erdos_renyi",), mechanisms=("linear",))
+PRIOR = SCMPrior(
+    max_vars=3, min_size=3, max_size=3, families=("erdos_renyi",), mechanisms=("linear",)
+)
 
 
 @pytest.mark.parametrize("num_vars, count", [(2, 3), (3, 25), (4, 543)])
 def test_every_dag_once(num_vars, count):
     graphs = enumerate_dags(num_vars)
     assert len(graphs) == count == len({graph.tobytes() for graph in graphs})
-    assert all(nx.is_directed_acyclic_graph(nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)) for graph in graphs)
+    assert all(
+        nx.is_directed_acyclic_graph(
+            nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)
+        )
+        for graph in graphs
+    )
 
 
 def test_graph_prior_of_erdos_renyi():
-    """Three variables: the share of the six orders that a graph agrees with, times its probability in one, over the uniform density.
+    """Three variables: the share of the six orders that a graph agrees with, times its probability
+    in one, over the uniform density.
 
     Where no edge was drawn, the first two of the order get one.
     """
@@ -33,21 +50,32 @@ def test_graph_prior_of_erdos_renyi():
     density = np.linspace(0.15, 0.5, 2001)
     edges = graphs.sum((1, 2))
     of_order = (density[:, None] ** edges * (1 - density[:, None]) ** (3 - edges)).mean(0)
-    agree = np.array([sum(not np.tril(graph[list(order)][:, list(order)]).any() for order in orders) for graph in graphs])
-    expected = np.where(edges == 0, 0.0, of_order * agree / 6) + np.where(edges == 1, of_order[edges == 0].sum() / 6, 0.0)
+    agree = np.array(
+        [
+            sum(not np.tril(graph[list(order)][:, list(order)]).any() for order in orders)
+            for graph in graphs
+        ]
+    )
+    expected = np.where(edges == 0, 0.0, of_order * agree / 6) + np.where(
+        edges == 1, of_order[edges == 0].sum() / 6, 0.0
+    )
     probs = np.exp(log_graph_prior(3, PRIOR))
     np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-6)
     np.testing.assert_allclose(probs, expected, atol=5 * np.sqrt(0.25 / 400_000))
 
 
 def test_evidence_by_quadrature():
-    """One parent: weight, noise and scale of the mechanism on a fine grid, with density as the simulator draws them."""
+    """One parent: weight, noise and scale of the mechanism on a fine grid, with density as the
+    simulator draws them.
+    """
     rng = np.random.default_rng(1)
     x = rng.normal(size=(40, 2)).astype(np.float32)
     x[:, 1] = 0.5 * x[:, 0] + 0.6 * x[:, 1]
     x -= x.mean(0)
     members = jnp.array([True, False])
-    evidence, coefficients = jax.jit(lambda x: fit_mechanism(x, x[:, 1], jnp.ones(40, bool), members, PRIOR))(jnp.asarray(x))
+    evidence, coefficients = jax.jit(
+        lambda x: fit_mechanism(x, x[:, 1], jnp.ones(40, bool), members, PRIOR)
+    )(jnp.asarray(x))
 
     def midpoints(low, high, number):
         return low + (high - low) * (np.arange(number) + 0.5) / number, (high - low) / number
@@ -58,16 +86,30 @@ def test_evidence_by_quadrature():
     w, n, s = np.meshgrid(weight, np.exp(log_noise), np.exp(log_scale), indexing="ij")
     b, noise = w / s, n / s  # the negative weights have no likelihood to speak of
     xx, xy, yy = x[:, 0] @ x[:, 0], x[:, 0] @ x[:, 1], x[:, 1] @ x[:, 1]
-    log_likelihood = -39 * np.log(noise) - 19.5 * np.log(2 * np.pi) - 0.5 * np.log(40) - 0.5 * (yy - 2 * b * xy + b**2 * xx) / noise**2
+    log_likelihood = (
+        -39 * np.log(noise)
+        - 19.5 * np.log(2 * np.pi)
+        - 0.5 * np.log(40)
+        - 0.5 * (yy - 2 * b * xy + b**2 * xx) / noise**2
+    )
     density = 0.5 / 1.5 / np.log(10.0) * weight_step * noise_step * scale_step
     expected = np.log((np.exp(log_likelihood) * density).sum())
     assert abs(float(evidence) - expected) < 0.05
-    assert abs(float(coefficients[0]) - (np.exp(log_likelihood) * b).sum() / np.exp(log_likelihood).sum()) < 0.01 and coefficients[1] == 0
+    assert (
+        abs(
+            float(coefficients[0])
+            - (np.exp(log_likelihood) * b).sum() / np.exp(log_likelihood).sum()
+        )
+        < 0.01
+        and coefficients[1] == 0
+    )
 
 
 @pytest.fixture(scope="module")
 def posteriors():
-    """Three hundred systems of three variables from the prior, with 60 observations and 2 interventions per variable."""
+    """Three hundred systems of three variables from the prior, with 60 observations and 2
+    interventions per variable.
+    """
 
     @jax.jit
     def one(key):
@@ -81,11 +123,16 @@ def test_posterior_is_a_distribution_over_possible_sets(posteriors):
     _, target, posterior = posteriors
     np.testing.assert_allclose(np.exp(posterior.log_probs).sum(1), 1.0, rtol=1e-4)
     with_target = subsets(3)[None, :, :][np.zeros(300, int), :, :][np.arange(300), :, target]
-    assert (np.exp(posterior.log_probs)[with_target] == 0).all() and (np.exp(posterior.log_probs)[:, 0] == 0).all()  # a target has parents
+    # a target has parents
+    assert (np.exp(posterior.log_probs)[with_target] == 0).all() and (
+        np.exp(posterior.log_probs)[:, 0] == 0
+    ).all()
 
 
 def test_posterior_is_calibrated(posteriors):
-    """Over systems from its own prior, the mean probability given to a set is the frequency with which it is the true one."""
+    """Over systems from its own prior, the mean probability given to a set is the frequency with
+    which it is the true one.
+    """
     parents, _, posterior = posteriors
     probs = np.exp(posterior.log_probs)
     true = (subsets(3)[None] == parents[:, None]).all(2)
@@ -93,21 +140,35 @@ def test_posterior_is_calibrated(posteriors):
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         inside = (probs >= low) & (probs < high) & (probs > 0)
         expected, spread = probs[inside].sum(), np.sqrt((probs * (1 - probs))[inside].sum())
-        assert abs(true[inside].sum() - expected) < 4 * spread + 1, (low, high, true[inside].sum(), expected)
+        assert abs(true[inside].sum() - expected) < 4 * spread + 1, (
+            low,
+            high,
+            true[inside].sum(),
+            expected,
+        )
     assert -np.log(np.maximum(probs[true], 1e-6)).mean() < 0.6
 
 
 def test_mean_effects_are_unbiased_and_approach_the_truth():
-    """Over systems from the prior, the error of a posterior mean is uncorrelated with it, and shrinks with more rows: slopes, from end to end."""
+    """Over systems from the prior, the error of a posterior mean is uncorrelated with it, and
+    shrinks with more rows: slopes, from end to end.
+    """
 
     def one(num_obs, key):
         scm, buffer = sample_problem(key, PRIOR, num_obs, 2, num_obs + 6)
-        said, truth = enumerated_effects(buffer, scm.task, PRIOR, 2), scm.effect_table(value_grid(scm.low, scm.high, 2))
+        said, truth = (
+            enumerated_effects(buffer, scm.task, PRIOR, 2),
+            scm.effect_table(value_grid(scm.low, scm.high, 2)),
+        )
         return said[:, 1] - said[:, 0], truth[:, 1] - truth[:, 0], scm.candidates
 
     errors = {}
     for num_obs in (30, 400):
-        said, truth, usable = jax.device_get(jax.jit(lambda keys, n=num_obs: jax.lax.map(lambda k: one(n, k), keys))(jr.split(jr.key(6), 200)))
+        said, truth, usable = jax.device_get(
+            jax.jit(lambda keys, n=num_obs: jax.lax.map(lambda k: one(n, k), keys))(
+                jr.split(jr.key(6), 200)
+            )
+        )
         said, truth = said[usable].reshape(200, 2), truth[usable].reshape(200, 2)
         against = ((truth - said) * said).mean(1)
         assert abs(against.mean()) < 3 * against.std() / np.sqrt(200)

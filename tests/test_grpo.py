@@ -1,4 +1,6 @@
-"""GRPO against a numpy loop, against REINFORCE, and on a campaign whose candidates come in twins."""
+"""GRPO against a numpy loop, against REINFORCE, and on a campaign whose candidates come in
+twins.
+"""
 
 from dataclasses import replace
 
@@ -32,16 +34,29 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 BINS, STEPS, GROUP, MIN_SPREAD = 5, 3, 6, 1e-4
 PRIOR = SCMPrior(max_vars=5, min_size=4, max_size=4)
 DESIGN = CampaignDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
-SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS)
-CONFIG = GRPOConfig(group_size=GROUP, lookahead=1, discount=0.5, entropy_weight=0.0, learning_rate=1e-2, min_spread=MIN_SPREAD)
+SIZES = SurrogateConfig(
+    model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS
+)
+CONFIG = GRPOConfig(
+    group_size=GROUP,
+    lookahead=1,
+    discount=0.5,
+    entropy_weight=0.0,
+    learning_rate=1e-2,
+    min_spread=MIN_SPREAD,
+)
 
 
 class Twins(InterventionDistribution):
-    """Only ever samples the centres of its two likeliest cells, so that a group holds the same action many times."""
+    """Only ever samples the centres of its two likeliest cells, so that a group holds the same
+    action many times.
+    """
 
     def sample(self, key):
         _, likely = jax.lax.top_k(self.logits.reshape(-1), 2)
-        variable, index = jnp.unravel_index(likely[jr.bernoulli(key).astype(int)], self.logits.shape)
+        variable, index = jnp.unravel_index(
+            likely[jr.bernoulli(key).astype(int)], self.logits.shape
+        )
         return variable, self.value(variable, index / (self.num_bins - 1))
 
 
@@ -58,7 +73,11 @@ def problem():
 
 @pytest.fixture(scope="module")
 def policy():
-    return TwinPolicy(PolicyConfig(policy_hidden_dim=16, policy_n_layers=1), 3 * SIZES.model_hidden_dim, key=jr.key(1))
+    return TwinPolicy(
+        PolicyConfig(policy_hidden_dim=16, policy_n_layers=1),
+        3 * SIZES.model_hidden_dim,
+        key=jr.key(1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +89,20 @@ def surrogate():
 def campaign(problem, policy, surrogate):
     collect = eqx.filter_jit(collect_campaign)
     scm, truth, buffer = problem
-    return collect(jr.key(3), Simulator(surrogate, scm, truth, RewardConfig()), policy, buffer, STEPS, CONFIG)
+    return collect(
+        jr.key(3), Simulator(surrogate, scm, truth, RewardConfig()), policy, buffer, STEPS, CONFIG
+    )
 
 
 @pytest.fixture(scope="module")
 def gradient():
-    """`(policy, groups, kl_weight) -> ((loss, metrics), gradient)` with the policy as its own reference."""
+    """`(policy, groups, kl_weight) -> ((loss, metrics), gradient)` with the policy as its own
+    reference.
+    """
     both = eqx.filter_value_and_grad(grpo_loss, has_aux=True)
-    return eqx.filter_jit(lambda policy, groups, kl_weight: both(policy, policy, groups, CONFIG, kl_weight))
+    return eqx.filter_jit(
+        lambda policy, groups, kl_weight: both(policy, policy, groups, CONFIG, kl_weight)
+    )
 
 
 def with_returns(groups, returns):
@@ -87,13 +112,20 @@ def with_returns(groups, returns):
 def loop_advantages(rewards):
     """Centred per group, scaled by the deviation over live groups; dead groups get zeros."""
     live = [np.max(group) - np.min(group) > MIN_SPREAD for group in rewards]
-    centred = [[r - np.mean(group) if alive else 0.0 for r in group] for group, alive in zip(rewards, live, strict=True)]
+    centred = [
+        [r - np.mean(group) if alive else 0.0 for r in group]
+        for group, alive in zip(rewards, live, strict=True)
+    ]
     used = [c**2 for group, alive in zip(centred, live, strict=True) if alive for c in group]
-    return np.array(centred) / np.sqrt((np.mean(used) if used else 0.0) + 1e-12), np.array(live, float)
+    return np.array(centred) / np.sqrt((np.mean(used) if used else 0.0) + 1e-12), np.array(
+        live, float
+    )
 
 
 def log_probs(policy, groups):
-    return jax.vmap(lambda group: jax.vmap(policy(group.state).log_prob)(group.variable, group.value))(groups)
+    return jax.vmap(
+        lambda group: jax.vmap(policy(group.state).log_prob)(group.variable, group.value)
+    )(groups)
 
 
 jit_log_probs = eqx.filter_jit(log_probs)
@@ -105,13 +137,19 @@ def test_advantages_of_a_case_done_by_hand():
     scale = np.sqrt((1 + 1 + 4 + 4) / 4)
     np.testing.assert_allclose(advantages, np.array([[-1, 1], [0, 0], [-2, 2]]) / scale, atol=1e-6)
     assert live.tolist() == [1, 0, 1]
-    advantages, live = group_advantages(jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), replace(CONFIG, scale="group"))
+    advantages, live = group_advantages(
+        jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), replace(CONFIG, scale="group")
+    )
     np.testing.assert_allclose(advantages, [[-1, 1], [0, 0], [-1, 1]], atol=1e-6)
     assert live.tolist() == [1, 0, 1]
 
 
 def test_advantages_agree_with_a_loop_and_sum_to_zero():
-    for rewards in (REWARDS, 10.0 * REWARDS + 3.0, np.random.default_rng(0).normal(size=(3, GROUP))):
+    for rewards in (
+        REWARDS,
+        10.0 * REWARDS + 3.0,
+        np.random.default_rng(0).normal(size=(3, GROUP)),
+    ):
         advantages, live = group_advantages(jnp.asarray(rewards, jnp.float32), CONFIG)
         expected, alive = loop_advantages(rewards)
         np.testing.assert_allclose(advantages, expected, atol=1e-5)
@@ -128,7 +166,10 @@ def test_a_problem_has_room_for_its_campaign(problem):
     scm, truth, buffer = problem
     assert buffer.valid.shape[0] == DESIGN.max_obs + DESIGN.per_variable * PRIOR.max_vars + STEPS
     assert DESIGN.min_obs <= buffer.observational.sum() <= DESIGN.max_obs
-    assert buffer.size - buffer.observational.sum() == 3 and buffer.size + STEPS <= buffer.valid.shape[0]
+    assert (
+        buffer.size - buffer.observational.sum() == 3
+        and buffer.size + STEPS <= buffer.valid.shape[0]
+    )
     effects = eqx.filter_jit(lambda scm: scm.effect_table(value_grid(scm.low, scm.high, BINS)))(scm)
     np.testing.assert_allclose(truth.effects, effects, atol=1e-5)
     assert (truth.parents == scm.parents).all() and abs(truth.baseline) < 0.3
@@ -141,47 +182,74 @@ def test_a_campaign_adds_the_first_candidates_action_and_nothing_else(problem, c
     assert (final.values[:start] == problem.buffer.values[:start]).all()
     for t in range(STEPS):
         variable, value = int(groups.variable[t, 0]), groups.value[t, 0]
-        assert final.intervened[start + t].tolist() == [i == variable for i in range(PRIOR.max_vars)]
+        assert final.intervened[start + t].tolist() == [
+            i == variable for i in range(PRIOR.max_vars)
+        ]
         assert final.values[start + t, variable] == value
-        assert groups.state.buffer.valid[t].sum() == start + t and groups.state.step[t] == t and groups.state.steps_left[t] == STEPS - t
+        assert (
+            groups.state.buffer.valid[t].sum() == start + t
+            and groups.state.step[t] == t
+            and groups.state.steps_left[t] == STEPS - t
+        )
         assert (groups.state.buffer.values[t, : start + t] == final.values[: start + t]).all()
     rows = np.asarray(final.values[start : start + STEPS])[:, np.asarray(problem.scm.var_mask)]
     assert len(np.unique(rows, axis=0)) == STEPS
 
 
 def test_twins_share_their_noise(problem, campaign):
-    """Two candidates with the same action get the same outcome, hence the same reward, although the system is noisy; other actions get others."""
+    """Two candidates with the same action get the same outcome, hence the same reward, although the
+    system is noisy; other actions get others.
+    """
     groups, _ = campaign
     assert (problem.scm.noise_scale > 0.1).all()
     different = 0
     for t in range(STEPS):
-        actions = list(zip(np.asarray(groups.variable[t]).tolist(), np.asarray(groups.value[t]).tolist(), strict=True))
+        actions = list(
+            zip(
+                np.asarray(groups.variable[t]).tolist(),
+                np.asarray(groups.value[t]).tolist(),
+                strict=True,
+            )
+        )
         for credit in (groups.reward.total[t], groups.returns[t]):
-            credits = {action: {float(r) for a, r in zip(actions, credit, strict=True) if a == action} for action in actions}
+            credits = {
+                action: {float(r) for a, r in zip(actions, credit, strict=True) if a == action}
+                for action in actions
+            }
             assert all(max(r) - min(r) < 1e-5 for r in credits.values())
             different += len({round(min(r), 4) for r in credits.values()}) > 1
     assert different > 0
 
 
 def test_a_candidate_is_credited_with_what_follows(problem, campaign):
-    """Rewards telescope: with one further experiment, discounted, the credit is the candidate's reward and half of the next, none after the last."""
+    """Rewards telescope: with one further experiment, discounted, the credit is the candidate's
+    reward and half of the next, none after the last.
+    """
     groups, _ = campaign
     later = np.asarray(groups.returns - groups.reward.total)
     assert np.abs(later[:-1]).max() > 1e-3  # what follows counts
     np.testing.assert_array_equal(later[-1], 0.0)
-    assert np.abs(later[:-1]).max() <= CONFIG.discount * (1 + 2 * RewardConfig().structure_weight + RewardConfig().parent_weight)
+    assert np.abs(later[:-1]).max() <= CONFIG.discount * (
+        1 + 2 * RewardConfig().structure_weight + RewardConfig().parent_weight
+    )
 
 
 def test_states_read_from_sums_are_those_of_the_whole_data(problem, surrogate, campaign):
     groups, _ = campaign
     last = jax.tree.map(lambda leaf: leaf[-1], groups.state)
     whole = eqx.filter_jit(make_state)(surrogate, last.buffer, problem.scm.task, STEPS - 1, 1)
-    np.testing.assert_allclose(last.output.effect_mean[problem.scm.candidates], whole.output.effect_mean[problem.scm.candidates], atol=1e-3)
+    np.testing.assert_allclose(
+        last.output.effect_mean[problem.scm.candidates],
+        whole.output.effect_mean[problem.scm.candidates],
+        atol=1e-3,
+    )
     np.testing.assert_allclose(last.output.marginals(), whole.output.marginals(), atol=1e-3)
 
 
 def test_the_reward_table_holds_what_groups_sample(problem, surrogate, policy):
-    """Its gradient is the mean of REINFORCE over every action, and its entries are what candidates on the grid earn."""
+    """Its gradient is the mean of REINFORCE over every action, and its entries are what candidates
+    on the grid earn.
+    """
     scm, truth, buffer = problem
     simulator = Simulator(surrogate, scm, truth, RewardConfig())
 
@@ -190,7 +258,9 @@ def test_the_reward_table_holds_what_groups_sample(problem, surrogate, policy):
         known, noise = simulator.start(buffer, STEPS), scm.draw_noise(jr.key(5), 1)
         table = reward_table(simulator, known, noise)
         exact = eqx.filter_grad(expected_reward)(policy, known[0], table)
-        one = simulator.experiment(known, jnp.array(variable), known[0].output.grid[variable, 2], noise)[1].total
+        one = simulator.experiment(
+            known, jnp.array(variable), known[0].output.grid[variable, 2], noise
+        )[1].total
 
         def reinforce(policy):
             logits = jnp.where(scm.candidates[:, None], policy(known[0]).logits, 0.0)
@@ -202,7 +272,10 @@ def test_the_reward_table_holds_what_groups_sample(problem, surrogate, policy):
     variable = int(np.flatnonzero(scm.candidates)[0])
     table, one, exact, enumerated = compute(simulator, policy, buffer)
     np.testing.assert_allclose(table[variable, 2], one, atol=1e-5)
-    assert np.asarray(table)[np.asarray(scm.candidates)].std() > 1e-3 and not np.asarray(table)[~np.asarray(scm.candidates)].any()
+    assert (
+        np.asarray(table)[np.asarray(scm.candidates)].std() > 1e-3
+        and not np.asarray(table)[~np.asarray(scm.candidates)].any()
+    )
     for left, right in zip(jax.tree.leaves(exact), jax.tree.leaves(enumerated), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
 
@@ -213,12 +286,18 @@ def test_settings_without_a_meaning_are_refused(wrong):
         GRPOConfig(**wrong)
 
 
-def test_actions_are_candidates_within_range_and_log_probs_are_the_policys(problem, policy, campaign):
+def test_actions_are_candidates_within_range_and_log_probs_are_the_policys(
+    problem, policy, campaign
+):
     groups, _ = campaign
     scm = problem.scm
     allowed, low, high = (np.asarray(x) for x in (scm.candidates, scm.low, scm.high))
     variable, value = np.asarray(groups.variable), np.asarray(groups.value)
-    assert allowed[variable].all() and (value >= low[variable] - 1e-6).all() and (value <= high[variable] + 1e-6).all()
+    assert (
+        allowed[variable].all()
+        and (value >= low[variable] - 1e-6).all()
+        and (value <= high[variable] + 1e-6).all()
+    )
     np.testing.assert_allclose(jit_log_probs(policy, groups), groups.log_prob, atol=1e-4)
 
 
@@ -227,7 +306,9 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(policy, campaign, g
     advantages, live = loop_advantages(REWARDS)
 
     def reinforce(policy):
-        return -(log_probs(policy, groups) * jnp.asarray(advantages, jnp.float32)).sum() / (live.sum() * GROUP)
+        return -(log_probs(policy, groups) * jnp.asarray(advantages, jnp.float32)).sum() / (
+            live.sum() * GROUP
+        )
 
     (_, metrics), ours = gradient(policy, groups, jnp.array(0.0))
     theirs = eqx.filter_jit(eqx.filter_grad(reinforce))(policy)
@@ -237,11 +318,15 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(policy, campaign, g
         np.testing.assert_allclose(left, right, atol=1e-5)
     np.testing.assert_allclose(metrics.dead_groups, 1 / 3, atol=1e-6)
     np.testing.assert_allclose([metrics.kl, metrics.clipped], 0.0, atol=1e-6)
-    np.testing.assert_allclose([metrics.returns, metrics.reward], [REWARDS.mean(), groups.reward.total.mean()], atol=1e-6)
+    np.testing.assert_allclose(
+        [metrics.returns, metrics.reward], [REWARDS.mean(), groups.reward.total.mean()], atol=1e-6
+    )
 
 
 def test_equal_rewards_give_no_gradient(policy, campaign, gradient):
-    (loss, metrics), gradients = gradient(policy, with_returns(campaign[0], np.full((STEPS, GROUP), 0.3)), jnp.array(0.0))
+    (loss, metrics), gradients = gradient(
+        policy, with_returns(campaign[0], np.full((STEPS, GROUP), 0.3)), jnp.array(0.0)
+    )
     assert loss == 0 and metrics.dead_groups == 1
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
@@ -250,10 +335,17 @@ def test_clipped_objective_agrees_with_a_loop(policy, campaign, gradient):
     groups = with_returns(campaign[0], REWARDS)
     ratio = np.exp(np.random.default_rng(1).normal(scale=0.3, size=REWARDS.shape))
     old = groups.log_prob - jnp.asarray(np.log(ratio), jnp.float32)
-    (loss, metrics), _ = gradient(policy, eqx.tree_at(lambda g: g.log_prob, groups, old), jnp.array(0.0))
+    (loss, metrics), _ = gradient(
+        policy, eqx.tree_at(lambda g: g.log_prob, groups, old), jnp.array(0.0)
+    )
     advantages, live = loop_advantages(REWARDS)
     terms = [
-        np.mean([min(r * a, np.clip(r, 1 - CONFIG.clip, 1 + CONFIG.clip) * a) for r, a in zip(ratio[g], advantages[g], strict=True)])
+        np.mean(
+            [
+                min(r * a, np.clip(r, 1 - CONFIG.clip, 1 + CONFIG.clip) * a)
+                for r, a in zip(ratio[g], advantages[g], strict=True)
+            ]
+        )
         for g in range(STEPS)
         if live[g]
     ]
@@ -265,8 +357,14 @@ def test_an_update_favours_the_better_twin_and_dead_groups_leave_the_policy_alon
     groups = campaign[0]
     optimiser = optax.adam(CONFIG.learning_rate)
     state = optimiser.init(eqx.filter(policy, eqx.is_array))
-    update = eqx.filter_jit(lambda policy, groups: update_acquisition_grpo(policy, state, optimiser, policy, groups, CONFIG, jnp.array(0.0)))
-    better = np.asarray((groups.variable == groups.variable[:, :1]) & (groups.value == groups.value[:, :1]))
+    update = eqx.filter_jit(
+        lambda policy, groups: update_acquisition_grpo(
+            policy, state, optimiser, policy, groups, CONFIG, jnp.array(0.0)
+        )
+    )
+    better = np.asarray(
+        (groups.variable == groups.variable[:, :1]) & (groups.value == groups.value[:, :1])
+    )
     assert not better.all(1).all()  # somewhere both twins were drawn
     new, _, metrics = update(policy, with_returns(groups, better))
     gain = np.asarray(jit_log_probs(new, groups)) - np.asarray(groups.log_prob)

@@ -1,4 +1,6 @@
-"""Factors, solves and inverses against numpy and scipy, one matrix at a time and under `vmap`, with their gradients."""
+"""Factors, solves and inverses against numpy and scipy, one matrix at a time and under `vmap`, with
+their gradients.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_det, positive_inverse, positive_solve
+from lib.linalg import (
+    backward_solve,
+    cholesky,
+    forward_solve,
+    inverse_and_log_det,
+    positive_inverse,
+    positive_solve,
+)
 
 
 BATCH, DIM, COLUMNS = 3, 6, 2
@@ -31,7 +40,11 @@ CASES = {
     "backward_solve": (backward_solve, upper, (FACTORS, RIGHTS)),
     "positive_solve": (positive_solve, np.linalg.solve, (MATRICES, RIGHTS)),
     "inverse": (lambda m: inverse_and_log_det(m)[0], np.linalg.inv, (MATRICES,)),
-    "log_det": (lambda m: inverse_and_log_det(m)[1], lambda m: np.linalg.slogdet(m)[1], (MATRICES,)),
+    "log_det": (
+        lambda m: inverse_and_log_det(m)[1],
+        lambda m: np.linalg.slogdet(m)[1],
+        (MATRICES,),
+    ),
     "positive_inverse": (positive_inverse, np.linalg.inv, (MATRICES,)),
 }
 
@@ -44,28 +57,38 @@ def single(array):
 def test_one_matrix(name):
     function, oracle, arguments = CASES[name]
     arguments = [a[0] for a in arguments]
-    np.testing.assert_allclose(jax.jit(function)(*map(single, arguments)), oracle(*arguments), atol=5e-4, rtol=5e-4)
+    np.testing.assert_allclose(
+        jax.jit(function)(*map(single, arguments)), oracle(*arguments), atol=5e-4, rtol=5e-4
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_is_its_members(name):
     function, oracle, arguments = CASES[name]
     expected = np.stack([oracle(*each) for each in zip(*arguments, strict=True)])
-    np.testing.assert_allclose(jax.jit(jax.vmap(function))(*map(single, arguments)), expected, atol=5e-4, rtol=5e-4)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(function))(*map(single, arguments)), expected, atol=5e-4, rtol=5e-4
+    )
 
 
 def test_a_batch_of_one_argument_and_of_two_nested_axes():
     """`vmap` over the right-hand side alone, and over a grid of matrices."""
-    shared = jax.jit(jax.vmap(positive_solve, in_axes=(None, 0)))(single(MATRICES[0]), single(RIGHTS))
+    shared = jax.jit(jax.vmap(positive_solve, in_axes=(None, 0)))(
+        single(MATRICES[0]), single(RIGHTS)
+    )
     np.testing.assert_allclose(shared, np.linalg.solve(MATRICES[0][None], RIGHTS), atol=5e-4)
     scales = np.array([1.0, 2.0])
     nested = jax.jit(jax.vmap(lambda s: jax.vmap(cholesky)(s * single(MATRICES))))(single(scales))
-    np.testing.assert_allclose(nested, np.sqrt(scales)[:, None, None, None] * FACTORS[None], atol=5e-4)
+    np.testing.assert_allclose(
+        nested, np.sqrt(scales)[:, None, None, None] * FACTORS[None], atol=5e-4
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_directional_derivatives(name):
-    """Forward mode along a symmetric (or triangular) direction, under `vmap`, against central differences in float64."""
+    """Forward mode along a symmetric (or triangular) direction, under `vmap`, against central
+    differences in float64.
+    """
     function, oracle, arguments = CASES[name]
     rng = np.random.default_rng(1)
     directions = []
@@ -79,7 +102,9 @@ def test_directional_derivatives(name):
         return oracle(*(a[i] + step * d[i] for a, d in zip(arguments, directions, strict=True)))
 
     expected = np.stack([(moved(i, 1e-5) - moved(i, -1e-5)) / 2e-5 for i in range(BATCH)])
-    _, slope = jax.jit(jax.vmap(lambda a, d: jax.jvp(function, a, d)))(tuple(map(single, arguments)), tuple(map(single, directions)))
+    _, slope = jax.jit(jax.vmap(lambda a, d: jax.jvp(function, a, d)))(
+        tuple(map(single, arguments)), tuple(map(single, directions))
+    )
     np.testing.assert_allclose(slope, expected, atol=2e-3, rtol=2e-3)
 
 
@@ -87,12 +112,16 @@ def test_the_log_determinant_has_the_inverse_as_derivative():
     """d log |A| = trace(A^-1 D), here for every direction D = e_i e_i'."""
     directions = np.stack([np.outer(e, e) for e in np.eye(DIM)])
     matrices = np.broadcast_to(MATRICES[0], directions.shape)
-    _, slopes = jax.jit(jax.vmap(lambda m, d: jax.jvp(lambda m: inverse_and_log_det(m)[1], (m,), (d,))))(single(matrices), single(directions))
+    _, slopes = jax.jit(
+        jax.vmap(lambda m, d: jax.jvp(lambda m: inverse_and_log_det(m)[1], (m,), (d,)))
+    )(single(matrices), single(directions))
     np.testing.assert_allclose(slopes, np.diag(np.linalg.inv(MATRICES[0])), atol=5e-4)
 
 
 def test_reverse_mode_through_the_sweeps():
-    """d (b' A^-1 b) / dA = -x x' and / db = 2 x with x = A^-1 b: the networks are trained through this inverse."""
+    """d (b' A^-1 b) / dA = -x x' and / db = 2 x with x = A^-1 b: the networks are trained through
+    this inverse.
+    """
     b = RIGHTS[:, :, 0]
     x = np.linalg.solve(MATRICES, b[:, :, None])[:, :, 0]
     form = jax.grad(lambda m, b: b @ positive_inverse(m) @ b, argnums=(0, 1))
@@ -103,7 +132,9 @@ def test_reverse_mode_through_the_sweeps():
 
 
 def test_an_indefinite_matrix_has_no_factor():
-    factors = jax.jit(jax.vmap(cholesky))(single(np.stack([MATRICES[0], MATRICES[0] - 10 * np.eye(DIM), MATRICES[1]])))
+    factors = jax.jit(jax.vmap(cholesky))(
+        single(np.stack([MATRICES[0], MATRICES[0] - 10 * np.eye(DIM), MATRICES[1]]))
+    )
     assert np.isfinite(np.tril(factors)[[0, 2]]).all()
     assert np.isnan(np.diagonal(factors[1])).any()
 
@@ -113,5 +144,11 @@ def test_scales_far_apart():
     scale = np.logspace(-5, 5, DIM)
     matrix = scale[:, None] ** 0.5 * MATRICES[0] * scale[None] ** 0.5
     for inverse in (positive_inverse(single(matrix)), inverse_and_log_det(single(matrix))[0]):
-        np.testing.assert_allclose(scale[:, None] ** 0.5 * np.asarray(inverse) * scale[None] ** 0.5, np.linalg.inv(MATRICES[0]), atol=5e-3)
-    np.testing.assert_allclose(inverse_and_log_det(single(matrix))[1], np.linalg.slogdet(MATRICES[0])[1], atol=5e-3)
+        np.testing.assert_allclose(
+            scale[:, None] ** 0.5 * np.asarray(inverse) * scale[None] ** 0.5,
+            np.linalg.inv(MATRICES[0]),
+            atol=5e-3,
+        )
+    np.testing.assert_allclose(
+        inverse_and_log_det(single(matrix))[1], np.linalg.slogdet(MATRICES[0])[1], atol=5e-3
+    )

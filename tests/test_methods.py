@@ -1,4 +1,6 @@
-"""Methods that play, and the comparison of an untrained system with a rival: what is measured, not how good it is."""
+"""Methods that play, and the comparison of an untrained system with a rival: what is measured, not
+how good it is.
+"""
 
 import equinox as eqx
 import jax
@@ -6,7 +8,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.methods import METHODS, OptimizationScenario, evaluate_acquisition_performance, exploration_scenario, make_method
+from lib.methods import (
+    METHODS,
+    OptimizationScenario,
+    evaluate_acquisition_performance,
+    exploration_scenario,
+    make_method,
+)
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.scm import Intervention, experiment_key
 from lib.scm_prior import SCMPrior
@@ -14,14 +22,21 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import TrainedACBOSystem
 
 
-SIZES = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=5)
-SCENARIO = OptimizationScenario("tiny", SCMPrior(max_vars=4, min_size=4, max_size=4), num_obs=12, per_variable=1, num_steps=3)
+SIZES = SurrogateConfig(
+    model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=5
+)
+SCENARIO = OptimizationScenario(
+    "tiny", SCMPrior(max_vars=4, min_size=4, max_size=4), num_obs=12, per_variable=1, num_steps=3
+)
 
 
 @pytest.fixture(scope="module")
 def system():
     surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(1))
-    return TrainedACBOSystem(surrogate, AcquisitionPolicyNetwork(PolicyConfig(8, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)))
+    return TrainedACBOSystem(
+        surrogate,
+        AcquisitionPolicyNetwork(PolicyConfig(8, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)),
+    )
 
 
 def test_every_method_has_its_name(system):
@@ -33,24 +48,35 @@ def test_every_method_has_its_name(system):
 def test_regret_starts_and_ends_where_it_should_and_the_key_decides(system):
     problems, optima = SCENARIO.draw(jr.key(0), 6, SIZES.num_bins)
     assert (np.asarray(problems.truth.baseline) > np.asarray(optima)).all()
-    one, again, other = (SCENARIO.regret("random", system, problems, optima, jr.key(key)) for key in (3, 3, 4))
+    one, again, other = (
+        SCENARIO.regret("random", system, problems, optima, jr.key(key)) for key in (3, 3, 4)
+    )
     assert one.shape == (6, SCENARIO.num_steps + 1) and (one > -0.05).all()
     np.testing.assert_array_equal(one, again)
-    np.testing.assert_array_equal(one[:, 0], other[:, 0])  # before the first experiment only the data count
+    # before the first experiment only the data count
+    np.testing.assert_array_equal(one[:, 0], other[:, 0])
     assert (one[:, 1:] != other[:, 1:]).any()
 
 
 def test_the_system_is_held_against_its_rivals(system):
     found = evaluate_acquisition_performance(system, [SCENARIO], num_problems=4, rivals=("random",))
-    assert set(found) == {"tiny/regret@1", "tiny/regret@3"} | {f"tiny/random/difference@{t}{end}" for t in (1, 3) for end in ("", "/low", "/high")}
+    assert set(found) == {"tiny/regret@1", "tiny/regret@3"} | {
+        f"tiny/random/difference@{t}{end}" for t in (1, 3) for end in ("", "/low", "/high")
+    }
     for t in (1, 3):
-        value, low, high = (found[f"tiny/random/difference@{t}{end}"] for end in ("", "/low", "/high"))
+        value, low, high = (
+            found[f"tiny/random/difference@{t}{end}"] for end in ("", "/low", "/high")
+        )
         assert low <= value <= high
 
 
 def test_exploration_means_few_rows_wide_ranges_and_valleys():
     scenario, usual = exploration_scenario(5, 8), SCMPrior()
-    assert scenario.num_obs < 50 and scenario.prior.max_vars == 8 and scenario.prior.min_size == scenario.prior.max_size == 5
+    assert (
+        scenario.num_obs < 50
+        and scenario.prior.max_vars == 8
+        and scenario.prior.min_size == scenario.prior.max_size == 5
+    )
     assert scenario.prior.mechanisms == ("fourier",) and scenario.prior.min_range > usual.min_range
     assert scenario.prior.max_lengthscale < usual.max_lengthscale
 
@@ -59,7 +85,9 @@ def test_exploration_means_few_rows_wide_ranges_and_valleys():
 def test_the_noise_of_an_experiment_is_the_same_for_all_methods(system, name):
     """What every method saw is what its experiments give with the noise of (key, step)."""
     problems, _ = SCENARIO.draw(jr.key(0), 1, SIZES.num_bins)
-    scm, buffer = (jax.tree.map(lambda leaf: leaf[0], one) for one in (problems.scm, problems.buffer))
+    scm, buffer = (
+        jax.tree.map(lambda leaf: leaf[0], one) for one in (problems.scm, problems.buffer)
+    )
     key = jr.key(5)
     run = eqx.filter_jit(make_method(name, system, 12, 3))(key, scm, buffer)
     for t in range(3):

@@ -44,7 +44,8 @@ def test_convergence_ratio():
     assert convergence_ratio(np.stack([cold + 1, cold])) == 0.0  # before any training
     assert convergence_ratio(np.stack([cold - 1, cold])) == 1.0  # never
     falls = np.concatenate([cold, cold[-2:49:-1]])
-    assert convergence_ratio(np.stack([falls, falls]), share=0.5) == 50 / 150  # half of the best, not of the end
+    # half of the best, not of the end
+    assert convergence_ratio(np.stack([falls, falls]), share=0.5) == 50 / 150
 
 
 def test_summarise_covers():
@@ -73,13 +74,15 @@ def test_bootstrap_agrees_with_t_for_a_mean():
 
 
 TRUTH = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 1, 0]], bool)
-MASK = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool)  # the true parent in the last row's fourth place does not count
+# the true parent in the last row's fourth place does not count
+MASK = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool)
 
 
 def test_parent_f1_by_hand():
     said = np.array([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 0, 1]], bool)
     result = parent_f1(said, TRUTH, MASK)
-    np.testing.assert_allclose(result.per_problem, [0.5, 1.0, 1.0])  # TP 1, FP 1, FN 1; nothing to find; TP 1
+    # TP 1, FP 1, FN 1; nothing to find; TP 1
+    np.testing.assert_allclose(result.per_problem, [0.5, 1.0, 1.0])
     assert result.mean.value == pytest.approx(2.5 / 3)
     assert result.pooled.value == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert result.pooled.low <= result.pooled.value <= result.pooled.high
@@ -101,7 +104,10 @@ def test_auroc_counts_pairs():
     assert estimate.value == pytest.approx(pairs.mean())
     assert 0.5 < estimate.low < estimate.value < estimate.high <= 1.0
     assert auroc(np.where(mask, scores, 9.0), truth, mask) == estimate  # what is masked has no say
-    assert auroc(truth.astype(float), truth, mask).value == 1.0 and auroc(np.ones_like(scores), truth, mask).value == 0.5
+    assert (
+        auroc(truth.astype(float), truth, mask).value == 1.0
+        and auroc(np.ones_like(scores), truth, mask).value == 0.5
+    )
     with pytest.raises(ValueError, match="both outcomes"):
         auroc(scores, np.zeros_like(truth), mask)
     with pytest.raises(ValueError, match="NaN"):
@@ -110,7 +116,9 @@ def test_auroc_counts_pairs():
 
 def test_average_precision():
     scores, truth = np.array([[0.9, 0.8, 0.7, 0.6]]), np.array([[1, 0, 1, 0]], bool)
-    assert average_precision(scores, truth, np.ones_like(truth)).value == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(scores, truth, np.ones_like(truth)).value == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
     scores, truth, mask = random_scores(4)
     area, recall = 0.0, 0.0
     for t in np.unique(scores[mask])[::-1]:
@@ -123,10 +131,15 @@ def test_average_precision():
 def test_best_threshold_beats_every_other():
     scores, truth, mask = random_scores(5)
     chosen = best_threshold(scores, truth, mask)
-    best = max(parent_f1(scores >= t, truth, mask).mean.value for t in np.linspace(0, 1, 21))  # what tables show
+    # what tables show
+    best = max(parent_f1(scores >= t, truth, mask).mean.value for t in np.linspace(0, 1, 21))
     assert parent_f1(scores >= chosen, truth, mask).mean.value == pytest.approx(best)
-    assert best_threshold(np.array([[0.2, 0.6, 0.9]]), np.array([[0, 1, 1]], bool), np.ones((1, 3), bool)) == pytest.approx(0.4)
-    assert best_threshold(np.array([[0.2, 0.6]]), np.ones((1, 2), bool), np.ones((1, 2), bool)) == pytest.approx(0.2)
+    assert best_threshold(
+        np.array([[0.2, 0.6, 0.9]]), np.array([[0, 1, 1]], bool), np.ones((1, 3), bool)
+    ) == pytest.approx(0.4)
+    assert best_threshold(
+        np.array([[0.2, 0.6]]), np.ones((1, 2), bool), np.ones((1, 2), bool)
+    ) == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no true parent"):
         best_threshold(scores, np.zeros_like(truth), mask)
 
@@ -136,16 +149,24 @@ def test_calibration_error_by_hand():
     truth = np.array([[0, 1, 1, 1, 0]], bool)
     mask = np.array([[1, 1, 1, 1, 0]], bool)
     # first bin: 2 decisions, half true, mean .05; last bin: 2 decisions, all true, mean .975
-    assert expected_calibration_error(probs, truth, mask).value == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
+    assert expected_calibration_error(probs, truth, mask).value == pytest.approx(
+        (2 * 0.45 + 2 * 0.025) / 4
+    )
     rng = np.random.default_rng(6)
     probs = rng.random((4000, 5))
     truth = rng.random((4000, 5)) < probs
-    assert expected_calibration_error(probs[:400], truth[:400], np.ones_like(truth[:400])).value < 0.05
-    assert expected_calibration_error(probs[:400], ~truth[:400], np.ones_like(truth[:400])).value > 0.4
+    assert (
+        expected_calibration_error(probs[:400], truth[:400], np.ones_like(truth[:400])).value < 0.05
+    )
+    assert (
+        expected_calibration_error(probs[:400], ~truth[:400], np.ones_like(truth[:400])).value > 0.4
+    )
 
 
 def test_normalised_regret():
-    np.testing.assert_allclose(normalised_regret([-2.0, 0.0, 1.0, -1.0], -2.0, 0.0), [0.0, 1.0, 1.5, 0.5])
+    np.testing.assert_allclose(
+        normalised_regret([-2.0, 0.0, 1.0, -1.0], -2.0, 0.0), [0.0, 1.0, 1.5, 0.5]
+    )
     with pytest.raises(ValueError, match="1 problem"):
         normalised_regret(np.zeros(2), np.array([0.0, -1.0]), np.array([0.0, 0.0]))
 
@@ -155,7 +176,10 @@ def test_gap_by_hand():
     assert gap(np.ones(4), -2.0, 0.0) == 0.0  # never better than nothing
     # half of the improvement at the third of four steps: (.5 + 1/4) / (1 + 3/4)
     np.testing.assert_allclose(gap(np.array([0.0, -0.5, -1.0, -1.0]), -2.0, 0.0), 0.75 / 1.75)
-    np.testing.assert_allclose(gap(np.array([[0.0, -1.0], [3.0, 1.0]]), np.array([-2.0, 1.0]), np.array([0.0, 2.0])), [0.5 / 1.5, 1.0 / 1.5])
+    np.testing.assert_allclose(
+        gap(np.array([[0.0, -1.0], [3.0, 1.0]]), np.array([-2.0, 1.0]), np.array([0.0, 2.0])),
+        [0.5 / 1.5, 1.0 / 1.5],
+    )
     with pytest.raises(ValueError, match="no room"):
         gap(np.zeros(1), 0.0, 0.0)
 
@@ -170,21 +194,35 @@ def make_records():
 
 
 def rows_of(markdown):
-    return [[c.strip() for c in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")]
+    return [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in markdown.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_render():
     text = render(make_records(), "optimisation")
     assert text.startswith("**d=10**\n") and "\n**d=10/nonlinear**\n" in text
     lines = rows_of(text)
-    assert lines[0] == ["method", "regret"] and lines[2] == ["random", "0.988 [0.9, 1.05]"] and lines[3] == ["acbo", "0.1 [0.05, 0.15]"]
+    assert (
+        lines[0] == ["method", "regret"]
+        and lines[2] == ["random", "0.988 [0.9, 1.05]"]
+        and lines[3] == ["acbo", "0.1 [0.05, 0.15]"]
+    )
     assert lines[4] == ["method", "time (ms)"] and lines[6] == ["acbo", "12 [11, 13]"]
     one_metric = [replace(r, metric="regret", unit="") for r in make_records()]
     lines = rows_of(render(one_metric, "optimisation"))
-    assert lines[0] == ["method", "d=10", "d=10/nonlinear"] and lines[2] == ["random", "0.988 [0.9, 1.05]", ""]
+    assert lines[0] == ["method", "d=10", "d=10/nonlinear"] and lines[2] == [
+        "random",
+        "0.988 [0.9, 1.05]",
+        "",
+    ]
     success = [Record("success", "d=8", "acbo", "speedup", 120.0, -np.inf, np.inf, 1, "times")]
     assert rows_of(render(success, "success"))[2] == ["speedup", "d=8", "acbo", "120", "1", "times"]
-    with pytest.raises(ValueError, match="no records for 'success'; there are records for optimisation, literature"):
+    with pytest.raises(
+        ValueError, match="no records for 'success'; there are records for optimisation, literature"
+    ):
         render(make_records(), "success")
 
 
@@ -192,13 +230,17 @@ def test_write_results(tmp_path):
     records = make_records()
     write_results(tmp_path / "results", records)
     folder = tmp_path / "results"
-    assert {p.name for p in folder.iterdir()} == {"metrics.json"} | {f"{t}.{s}" for t in ("optimisation", "literature") for s in ("md", "csv", "tex")}
+    assert {p.name for p in folder.iterdir()} == {"metrics.json"} | {
+        f"{t}.{s}" for t in ("optimisation", "literature") for s in ("md", "csv", "tex")
+    }
     rows = json.loads((folder / "metrics.json").read_text())
     assert [list(row) for row in rows] == [[f.name for f in fields(Record)]] * 4
     assert rows[0] == asdict(records[0]) and rows[3]["low"] is None
     with open(folder / "optimisation.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [float(row["value"]) for row in table] == [0.98765, 0.1, 12.0] and table[2]["unit"] == "ms"
+    assert [float(row["value"]) for row in table] == [0.98765, 0.1, 12.0] and table[2][
+        "unit"
+    ] == "ms"
     assert (folder / "optimisation.md").read_text() == render(records, "optimisation") + "\n"
     latex = (folder / "optimisation.tex").read_text()
     assert latex.startswith("% d=10\n\\begin{tabular}") and "0.988 [0.9, 1.05]" in latex
@@ -208,7 +250,10 @@ def test_write_results_refuses(tmp_path):
     record = make_records()[0]
     for records, message in (
         ([record, record], "two records"),
-        ([replace(record, table="optimization")], "unknown table 'optimization'; the tables are success"),
+        (
+            [replace(record, table="optimization")],
+            "unknown table 'optimization'; the tables are success",
+        ),
         ([replace(record, value=float("nan"))], "not a result"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""The expert: its regression against batch formulas in numpy, its steps against recorded runs of the original code, its runs against their own rules.
+"""The expert: its regression against batch formulas in numpy, its steps against recorded runs of
+the original code, its runs against their own rules.
 
 The recorded runs are those of `recorded.py`.
 """
@@ -61,10 +62,16 @@ def single(array):
 
 
 @pytest.mark.parametrize(
-    "name,choices", [("prior", "doubly_robust, uniform"), ("features", "auto, linear, fourier"), ("likelihood", "corrected, published")]
+    "name,choices",
+    [
+        ("prior", "doubly_robust, uniform"),
+        ("features", "auto, linear, fourier"),
+        ("likelihood", "corrected, published"),
+    ],
 )
 def test_unknown_settings_list_the_choices(name, choices, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside tests, where nothing checks types before the settings do
+    # as outside tests, where nothing checks types before the settings do
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     settings = {"num_obs": 10, "num_steps": 1, name: "best"}
     with pytest.raises(ValueError, match=f"unknown {name} 'best'.*{choices}"):
         ParentScaleConfig(**settings)
@@ -89,7 +96,9 @@ def make_rows(seed):
 
 
 X, Y = make_rows(0)
-OMEGA, PHASE = (np.asarray(a, float) for a in draw_features(jr.key(3), len(SETS), NUM_VARS, FEATURES))
+OMEGA, PHASE = (
+    np.asarray(a, float) for a in draw_features(jr.key(3), len(SETS), NUM_VARS, FEATURES)
+)
 
 
 @ft.cache
@@ -97,7 +106,12 @@ def jit_absorb(likelihood):
     """`(linear, use[new]) -> (initial state, states after every new row)`."""
 
     def follow(linear, use):
-        state = ParentSetRegression.fit(jnp.asarray(SETS), single(LOG_PRIOR), linear, *map(single, (OMEGA, PHASE, X[:FITTED], Y[:FITTED], NOISE)))
+        state = ParentSetRegression.fit(
+            jnp.asarray(SETS),
+            single(LOG_PRIOR),
+            linear,
+            *map(single, (OMEGA, PHASE, X[:FITTED], Y[:FITTED], NOISE)),
+        )
 
         def step(state, row):
             state = state.absorb(*row, likelihood)
@@ -109,13 +123,19 @@ def jit_absorb(likelihood):
 
 
 def absorb(linear, likelihood="corrected", use=None):
-    return jit_absorb(likelihood)(jnp.array(linear), jnp.ones(NEW, bool) if use is None else jnp.asarray(use))
+    return jit_absorb(likelihood)(
+        jnp.array(linear), jnp.ones(NEW, bool) if use is None else jnp.asarray(use)
+    )
 
 
 def features(members, omega, phase, linear):
     """Features of all rows under one set."""
     inside = X * members
-    return np.pad(inside, ((0, 0), (0, FEATURES - NUM_VARS))) if linear else np.sqrt(2 / FEATURES) * np.cos(inside @ omega + phase)
+    return (
+        np.pad(inside, ((0, 0), (0, FEATURES - NUM_VARS)))
+        if linear
+        else np.sqrt(2 / FEATURES) * np.cos(inside @ omega + phase)
+    )
 
 
 def log_softmax(scores):
@@ -129,7 +149,9 @@ def posterior_of_weights(phi, y, noise):
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_one_row_at_a_time_is_the_batch_posterior(linear):
-    """Weights are those of a batch regression on all rows, and the predictive densities multiply to the ratio of batch evidences."""
+    """Weights are those of a batch regression on all rows, and the predictive densities multiply to
+    the ratio of batch evidences.
+    """
     _, states = absorb(linear)
     evidence = np.zeros((NEW, len(SETS)))
     for k, members in enumerate(SETS):
@@ -137,7 +159,9 @@ def test_one_row_at_a_time_is_the_batch_posterior(linear):
         outer = phi @ phi.T + NOISE[k] * np.eye(FITTED + NEW)
 
         def log_evidence(rows, outer=outer):
-            return scipy.stats.multivariate_normal.logpdf(Y[:rows], np.zeros(rows), outer[:rows, :rows])
+            return scipy.stats.multivariate_normal.logpdf(
+                Y[:rows], np.zeros(rows), outer[:rows, :rows]
+            )
 
         for t in range(NEW):
             rows = FITTED + t + 1
@@ -152,7 +176,9 @@ def test_one_row_at_a_time_is_the_batch_posterior(linear):
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_the_published_likelihood_departs_as_documented(linear):
-    """Linear: the precision in place of the covariance. Fourier: a row is absorbed before it is scored. The weights are the same."""
+    """Linear: the precision in place of the covariance. Fourier: a row is absorbed before it is
+    scored. The weights are the same.
+    """
     start, states = absorb(linear, "published")
     _, corrected = absorb(linear)
     expected = LOG_PRIOR.copy()
@@ -160,10 +186,15 @@ def test_the_published_likelihood_departs_as_documented(linear):
         y = Y[FITTED + t]
         for k, members in enumerate(SETS):
             phi = features(members, OMEGA[k], PHASE[k], linear)
-            before, after = (posterior_of_weights(phi[:rows], Y[:rows], NOISE[k]) for rows in (FITTED + t, FITTED + t + 1))
+            before, after = (
+                posterior_of_weights(phi[:rows], Y[:rows], NOISE[k])
+                for rows in (FITTED + t, FITTED + t + 1)
+            )
             row = phi[FITTED + t]
             mean, matrix = (before[0], np.linalg.inv(before[1])) if linear else after
-            expected[k] += scipy.stats.norm.logpdf(y, row @ mean, np.sqrt(NOISE[k] + row @ matrix @ row))
+            expected[k] += scipy.stats.norm.logpdf(
+                y, row @ mean, np.sqrt(NOISE[k] + row @ matrix @ row)
+            )
         np.testing.assert_allclose(states.log_probs[t], log_softmax(expected), atol=5e-3)
     np.testing.assert_allclose(states.mean, corrected.mean, atol=1e-5)
     np.testing.assert_allclose(start.log_probs, LOG_PRIOR, atol=1e-5)
@@ -186,9 +217,14 @@ def test_a_row_in_which_the_target_was_set_says_nothing():
     start, _ = absorb(True)
     scale = Scale(jnp.zeros(NUM_VARS), jnp.full(NUM_VARS, 2.0))
     row = single([0.5, -1.0, 2.0, 3.0])
-    step = jax.jit(lambda intervened, valid: absorb_row(start, scale, 3, config, row, intervened, valid), compiler_options=FAST)
+    step = jax.jit(
+        lambda intervened, valid: absorb_row(start, scale, 3, config, row, intervened, valid),
+        compiler_options=FAST,
+    )
     seen = step(jnp.array([True, False, False, False]), jnp.array(True))
-    expected = jax.jit(lambda: start.absorb(row / 2.0, row[3] / 2.0, jnp.array(True)), compiler_options=FAST)()
+    expected = jax.jit(
+        lambda: start.absorb(row / 2.0, row[3] / 2.0, jnp.array(True)), compiler_options=FAST
+    )()
     np.testing.assert_allclose(seen.log_probs, expected.log_probs, atol=1e-5)  # in standard units
     for intervened, valid in ((jnp.arange(4) == 3, True), (jnp.zeros(4, bool), False)):
         assert eqx.tree_equal(step(intervened, jnp.array(valid)), start)
@@ -196,30 +232,44 @@ def test_a_row_in_which_the_target_was_set_says_nothing():
 
 def test_features_of_a_set_ignore_the_other_variables():
     for linear in (True, False):
-        phi = np.asarray(set_features(jnp.asarray(SETS), jnp.array(linear), single(OMEGA), single(PHASE), single(X[0])))
+        phi = np.asarray(
+            set_features(
+                jnp.asarray(SETS), jnp.array(linear), single(OMEGA), single(PHASE), single(X[0])
+            )
+        )
         for k, members in enumerate(SETS):
-            np.testing.assert_allclose(phi[k], features(members, OMEGA[k], PHASE[k], linear)[0], atol=1e-5)
+            np.testing.assert_allclose(
+                phi[k], features(members, OMEGA[k], PHASE[k], linear)[0], atol=1e-5
+            )
 
 
 def test_more_variables_or_sets_leave_the_draws_of_the_others():
     omega, phase = draw_features(jr.key(3), len(SETS) + 2, NUM_VARS + 3, FEATURES)
-    assert (np.asarray(omega, float)[: len(SETS), :NUM_VARS] == OMEGA).all() and (np.asarray(phase, float)[: len(SETS)] == PHASE).all()
+    assert (np.asarray(omega, float)[: len(SETS), :NUM_VARS] == OMEGA).all() and (
+        np.asarray(phase, float)[: len(SETS)] == PHASE
+    ).all()
     assert (omega[0] != omega[1]).all() and phase.min() >= 0 and phase.max() <= 2 * np.pi
 
 
 def test_noise_and_evidence():
-    """The evidence is that of a Gaussian process at the estimated noise; the noise is a fixed point, near the truth and near the best evidence."""
+    """The evidence is that of a Gaussian process at the estimated noise; the noise is a fixed
+    point, near the truth and near the best evidence.
+    """
     rng = np.random.default_rng(1)
     phi = rng.normal(size=(100, 5))
     y = phi @ np.array([1.0, -1.0, 0.5, 0.0, 0.0]) + 0.5 * rng.normal(size=100)
     noise, evidence = (float(v) for v in jax.jit(estimate_noise)(single(phi), single(y)))
 
     def log_evidence(noise):
-        return scipy.stats.multivariate_normal.logpdf(y, np.zeros(100), phi @ phi.T + noise * np.eye(100))
+        return scipy.stats.multivariate_normal.logpdf(
+            y, np.zeros(100), phi @ phi.T + noise * np.eye(100)
+        )
 
     np.testing.assert_allclose(evidence, log_evidence(noise), atol=0.05)
     mean, covariance = posterior_of_weights(phi, y, noise)
-    np.testing.assert_allclose(noise, ((y - phi @ mean) ** 2).sum() / (100 - 5 + np.trace(covariance)), rtol=1e-3)
+    np.testing.assert_allclose(
+        noise, ((y - phi @ mean) ** 2).sum() / (100 - 5 + np.trace(covariance)), rtol=1e-3
+    )
     assert abs(noise - 0.25) < 0.12
     assert evidence > max(log_evidence(factor * noise) for factor in (0.5, 0.8, 1.25, 2.0))
 
@@ -232,28 +282,48 @@ def test_automatic_features_follow_the_data():
     rows[0, :, 2] = 2 * rows[0, :, 0] - rows[0, :, 1] + 0.3 * rows[0, :, 2]
     rows[1, :, 2] = np.cos(2 * rows[1, :, 0]) + 0.1 * rows[1, :, 2]
     sets = jnp.array([[1, 0, 0], [1, 1, 0]], bool)
-    fit = jax.jit(jax.vmap(lambda rows: initial_regression(jr.key(0), sets, jnp.log(jnp.full(2, 0.5)), rows, 2, config)), compiler_options=FAST)
+    fit = jax.jit(
+        jax.vmap(
+            lambda rows: initial_regression(
+                jr.key(0), sets, jnp.log(jnp.full(2, 0.5)), rows, 2, config
+            )
+        ),
+        compiler_options=FAST,
+    )
     state = fit(single(rows))
     assert state.linear.tolist() == [True, False]
-    np.testing.assert_allclose(state.log_probs, np.log(0.5), atol=1e-6)  # observational rows condition the weights only
-    np.testing.assert_allclose(state.noise[0, 1], 0.09 / rows[0, :, 2].var(), rtol=0.3)  # in units of the variance of Y
+    # observational rows condition the weights only
+    np.testing.assert_allclose(state.log_probs, np.log(0.5), atol=1e-6)
+    # in units of the variance of Y
+    np.testing.assert_allclose(state.noise[0, 1], 0.09 / rows[0, :, 2].var(), rtol=0.3)
 
 
 @pytest.mark.parametrize("slots", [5, 7])
 def test_uniform_prior_holds_all_small_sets(slots):
     sets, log_probs = uniform_prior(jnp.array(1), jnp.arange(slots) < 5)
-    listed = {frozenset(np.flatnonzero(s).tolist()) for s, p in zip(np.asarray(sets), np.asarray(log_probs), strict=True) if p > -np.inf}
-    assert listed == {frozenset(c) for size in (1, 2, 3) for c in itertools.combinations((0, 2, 3, 4), size)}
-    np.testing.assert_allclose(np.exp(log_probs)[np.isfinite(log_probs)], 1 / len(listed), rtol=1e-5)
+    listed = {
+        frozenset(np.flatnonzero(s).tolist())
+        for s, p in zip(np.asarray(sets), np.asarray(log_probs), strict=True)
+        if p > -np.inf
+    }
+    assert listed == {
+        frozenset(c) for size in (1, 2, 3) for c in itertools.combinations((0, 2, 3, 4), size)
+    }
+    np.testing.assert_allclose(
+        np.exp(log_probs)[np.isfinite(log_probs)], 1 / len(listed), rtol=1e-5
+    )
 
 
 # --- recorded runs of the original code ---
 
-NUM_FEATURES, BETWEEN = 100, 60  # of a set, by the format; values of the grid of improvements between those that a case needs
+# of a set, by the format; values of the grid of improvements between those that a case needs
+NUM_FEATURES, BETWEEN = 100, 60
 
 
 class Sizes(NamedTuple):
-    """The most of each that a recorded run has: every run is padded to these, so that one program serves all."""
+    """The most of each that a recorded run has: every run is padded to these, so that one program
+    serves all.
+    """
 
     variables: int
     sets: int
@@ -288,7 +358,9 @@ def sizes():
 def interventions(case):
     """Variables and values of all experiments, the initial ones first."""
     initial = case["int_data"][np.arange(len(case["int_var"])), case["int_var"]]
-    return np.concatenate([case["int_var"], case["chosen_var"]]), np.concatenate([initial, case["chosen_value"]])
+    return np.concatenate([case["int_var"], case["chosen_var"]]), np.concatenate(
+        [initial, case["chosen_value"]]
+    )
 
 
 def effect_values(case):
@@ -298,10 +370,14 @@ def effect_values(case):
 
 
 def special_values(case, i):
-    """Values of variable i that a grid of improvements has to hold: of experiments, of the original's improvements, and the ends of its range."""
+    """Values of variable i that a grid of improvements has to hold: of experiments, of the
+    original's improvements, and the ends of its range.
+    """
     variables, values = interventions(case)
     asked = case["ei_argmax"][:, i]
-    return np.unique(np.concatenate([values[variables == i], asked[~np.isnan(asked)], case["search_range"][i]]))
+    return np.unique(
+        np.concatenate([values[variables == i], asked[~np.isnan(asked)], case["search_range"][i]])
+    )
 
 
 def pad(array, *shape):
@@ -319,16 +395,26 @@ def pad_gps(hyperparameters):
 
 
 def test_sizes_follow_from_the_cases():
-    """A run with more candidate sets and updates than any other sets these two sizes, and no other."""
+    """A run with more candidate sets and updates than any other sets these two sizes, and no
+    other.
+    """
     case, size = read_case(NAMES[0]), sizes()
-    many = case | {"sets": np.ones((size.sets + 115, size.variables), bool), "upd_y": np.zeros(size.updates + 20)}
-    assert largest([case, many]) == sizes_of(case)._replace(sets=size.sets + 115, updates=size.updates + 20)
+    many = case | {
+        "sets": np.ones((size.sets + 115, size.variables), bool),
+        "upd_y": np.zeros(size.updates + 20),
+    }
+    assert largest([case, many]) == sizes_of(case)._replace(
+        sets=size.sets + 115, updates=size.updates + 20
+    )
     assert all(np.all(np.array(size) >= sizes_of(read_case(name))) for name in NAMES)
 
 
 def case_features(case, dtype):
     """Whether the case is linear, its frequencies `[sets, vars, features]` and phases."""
-    omega, phase = np.zeros((sizes().sets, sizes().variables, NUM_FEATURES)), np.zeros((sizes().sets, NUM_FEATURES))
+    omega, phase = (
+        np.zeros((sizes().sets, sizes().variables, NUM_FEATURES)),
+        np.zeros((sizes().sets, NUM_FEATURES)),
+    )
     if "weights" not in case:
         for k, members in enumerate(case["sets"]):
             omega[k, np.flatnonzero(members)], phase[k] = case[f"rff{k}_omega"], case[f"rff{k}_b"]
@@ -338,7 +424,9 @@ def case_features(case, dtype):
 @ft.cache
 def jit_follow():
     def follow(sets, log_prior, linear, omega, phase, x, y, updates):
-        start = ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, jnp.ones(len(sets), x.dtype))
+        start = ParentSetRegression.fit(
+            sets, log_prior, linear, omega, phase, x, y, jnp.ones(len(sets), x.dtype)
+        )
 
         def run(likelihood):
             def step(state, row):
@@ -366,7 +454,10 @@ def followed(name, dtype):
         def cast(array, *shape):
             return jnp.asarray(pad(array, *shape), dtype)
 
-        rows = cast(np.nan_to_num(case["upd_x"]), size.updates, size.variables), cast(case["upd_y"], size.updates)
+        rows = (
+            cast(np.nan_to_num(case["upd_x"]), size.updates, size.variables),
+            cast(case["upd_y"], size.updates),
+        )
         both = jit_follow()(
             pad_sets(case),
             jnp.log(cast(case["prior"], size.sets)),
@@ -375,7 +466,9 @@ def followed(name, dtype):
             jnp.asarray(observed[:, target], dtype),
             (*rows, jnp.arange(size.updates) < count),
         )
-        return tuple(np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both)
+        return tuple(
+            np.exp(np.asarray(log_probs, float))[:count, : len(case["sets"])] for log_probs in both
+        )
 
 
 def pruned(probs, published):
@@ -393,22 +486,32 @@ def total_variation(p, q):
 def test_case_posterior_after_every_update(name, dtype, tolerance):
     case = read_case(name)
     published, corrected = followed(name, dtype)
-    assert total_variation(pruned(published, case["posterior_published"]), case["posterior_published"]).max() < tolerance
+    assert (
+        total_variation(
+            pruned(published, case["posterior_published"]), case["posterior_published"]
+        ).max()
+        < tolerance
+    )
     assert total_variation(corrected, case["posterior_corrected"]).max() < tolerance
     if "weights" in case and OURS:
-        assert total_variation(published, corrected).max() > 0.2  # the comparison tells the two apart
+        # the comparison tells the two apart
+        assert total_variation(published, corrected).max() > 0.2
 
 
 @each_case()
 def test_case_exploration_set_is_the_support_of_the_posterior(name):
-    """Before every experiment the original computed an expected improvement exactly for the variables of the sets above the threshold."""
+    """Before every experiment the original computed an expected improvement exactly for the
+    variables of the sets above the threshold.
+    """
     case = read_case(name)
     steps, updates = len(case["ei"]), len(case["upd_y"])
     before = slice(updates - steps - 1, updates - 1)
     probs = pruned(followed(name, "float64")[0], case["posterior_published"])[before]
-    probs = np.where(np.abs(probs - SUPPORT) < 1e-6, case["posterior_published"][before], probs)  # within rounding of the threshold
+    # within rounding of the threshold
+    probs = np.where(np.abs(probs - SUPPORT) < 1e-6, case["posterior_published"][before], probs)
     explored = ((probs > SUPPORT)[:, :, None] & case["sets"][None]).any(1)
-    # Not the first experiment: in one case the original then still explored variables of sets below the threshold.
+    # Not the first experiment: in one case the original then still explored variables of sets below
+    # the threshold.
     assert (explored == ~np.isnan(case["ei"]))[1:].all()
 
 
@@ -417,7 +520,9 @@ jit_fit_published = jax.jit(fit_star_gp_published, compiler_options=FAST)
 
 
 def recorded_gps(case):
-    """Hyperparameters of the original by set, and which sets have them (the others had lost their probability)."""
+    """Hyperparameters of the original by set, and which sets have them (the others had lost their
+    probability).
+    """
     hyperparameters, known = np.ones((3, len(case["sets"]))), np.zeros(len(case["sets"]), bool)
     for row in case["do_effects"]:
         hyperparameters[:, int(row[0])], known[int(row[0])] = row[5:], True
@@ -425,19 +530,27 @@ def recorded_gps(case):
 
 
 def own_gps(case, chosen):
-    """Hyperparameters `[3, sets]` as our fit by the published rules finds them, for the sets that are `chosen`; ones for the others."""
+    """Hyperparameters `[3, sets]` as our fit by the published rules finds them, for the sets that
+    are `chosen`; ones for the others.
+    """
     observed = single(pad(case["obs"], len(case["obs"]), sizes().variables))
-    gp = jit_fit_published(observed, observed[:, int(case["target"])], pad_sets(case), jnp.asarray(pad(chosen, sizes().sets)))
+    gp = jit_fit_published(
+        observed,
+        observed[:, int(case["target"])],
+        pad_sets(case),
+        jnp.asarray(pad(chosen, sizes().sets)),
+    )
     return np.stack([np.asarray(p)[: len(chosen)] for p in gp[:3]])
 
 
 @pytest.mark.parametrize("own_fit", [False, True])
 @each_case()
 def test_case_do_effects(name, own_fit):
-    """Mean of Y under do, in raw units: within .001 of its deviation from the original's hyperparameters, and .05 from our own fit.
+    """Mean of Y under do, in raw units: within .001 of its deviation from the original's
+    hyperparameters, and .05 from our own fit.
 
-    The variance is compared for the original's hyperparameters only. A straight line leaves the amplitude undetermined, and it stays where each
-    optimiser happens to stop.
+    The variance is compared for the original's hyperparameters only. A straight line leaves the
+    amplitude undetermined, and it stays where each optimiser happens to stop.
     """
     case = read_case(name)
     observed, table = case["obs"], case["do_effects"]
@@ -447,12 +560,25 @@ def test_case_do_effects(name, own_fit):
     hyperparameters, known = recorded_gps(case)
     hyperparameters = own_gps(case, known) if own_fit else hyperparameters
     gp, y = StarGP(*single(pad_gps(hyperparameters))), observed[:, int(case["target"])]
-    effects = jit_effects(single(pad(observed, len(observed), sizes().variables)), single(y), pad_sets(case), gp, single(grid))
+    effects = jit_effects(
+        single(pad(observed, len(observed), sizes().variables)),
+        single(y),
+        pad_sets(case),
+        gp,
+        single(grid),
+    )
     chosen, variables = table[:, 0].astype(int), table[:, 1].astype(int)
     places = np.abs(grid[variables] - table[:, 2:3]).argmin(1)
-    np.testing.assert_allclose(effects.mean[chosen, variables, places], table[:, 3], rtol=0, atol=(0.05 if own_fit else 1e-3) * y.std())
+    np.testing.assert_allclose(
+        effects.mean[chosen, variables, places],
+        table[:, 3],
+        rtol=0,
+        atol=(0.05 if own_fit else 1e-3) * y.std(),
+    )
     if not own_fit:
-        np.testing.assert_allclose(effects.variance[chosen, variables, places], table[:, 4], rtol=1e-3)
+        np.testing.assert_allclose(
+            effects.variance[chosen, variables, places], table[:, 4], rtol=1e-3
+        )
 
 
 def softplus(t):
@@ -460,12 +586,19 @@ def softplus(t):
 
 
 def published_hyperparameters(points, outcomes, mean, deviation):
-    """Amplitude, lengthscale and noise of a causal GP as the original finds them: SciPy's L-BFGS from (1, 1, 1e-10), then its limits.
+    """Amplitude, lengthscale and noise of a causal GP as the original finds them: SciPy's L-BFGS
+    from (1, 1, 1e-10), then its limits.
 
-    Its gradient for the amplitude counts the causal part of the kernel too (GPy's stationary kernels divide the whole kernel by the amplitude), so
-    that the search often stops where the likelihood is not largest. The recorded improvements follow from that, and not from a correct gradient.
+    Its gradient for the amplitude counts the causal part of the kernel too (GPy's stationary
+    kernels divide the whole kernel by the amplitude), so that the search often stops where the
+    likelihood is not largest. The recorded improvements follow from that, and not from a correct
+    gradient.
     """
-    squares, residual, causal = (points[:, None] - points[None]) ** 2, outcomes - mean, np.outer(deviation, deviation)
+    squares, residual, causal = (
+        (points[:, None] - points[None]) ** 2,
+        outcomes - mean,
+        np.outer(deviation, deviation),
+    )
 
     def loss(t):
         amplitude, lengthscale, noise = softplus(t)
@@ -473,7 +606,9 @@ def published_hyperparameters(points, outcomes, mean, deviation):
         kernel = rbf + causal + (noise + 1e-8) * np.eye(len(points))
         for jitter in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
             with contextlib.suppress(np.linalg.LinAlgError):
-                factor = np.linalg.cholesky(kernel + jitter * kernel.diagonal().mean() * np.eye(len(points)))
+                factor = np.linalg.cholesky(
+                    kernel + jitter * kernel.diagonal().mean() * np.eye(len(points))
+                )
                 if np.isfinite(factor).all():
                     break
         else:
@@ -481,21 +616,41 @@ def published_hyperparameters(points, outcomes, mean, deviation):
         inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(points)))
         alpha = inverse @ residual
         outer = np.outer(alpha, alpha) - inverse
-        gradient = [(outer * (rbf + causal)).sum() / amplitude, (outer * rbf * squares).sum() / lengthscale**3, np.trace(outer)]
+        gradient = [
+            (outer * (rbf + causal)).sum() / amplitude,
+            (outer * rbf * squares).sum() / lengthscale**3,
+            np.trace(outer),
+        ]
         slope = np.clip(-0.5 * np.array(gradient) * (1 - np.exp(-softplus(t))), -1e10, 1e10)
         return 0.5 * residual @ alpha + np.log(factor.diagonal()).sum(), slope
 
     start = np.log(np.expm1([1.0, 1.0, 1e-10]))
     with np.errstate(all="ignore"):  # the wrong gradient leads it to amplitudes that underflow
-        amplitude, lengthscale, noise = softplus(scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x)
-    return max(amplitude, 1e-5), (1.0 if lengthscale > 20 else lengthscale), min(max(noise, 1e-5), 2.0)
+        amplitude, lengthscale, noise = softplus(
+            scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
+        )
+    return (
+        max(amplitude, 1e-5),
+        (1.0 if lengthscale > 20 else lengthscale),
+        min(max(noise, 1e-5), 2.0),
+    )
 
 
 @ft.cache
 def jit_improvement():
     def improvement(grid, prior, points, outcomes, used, amplitude, lengthscale, noise, best, at):
         noises = jnp.full(points.shape, noise)
-        gp, _ = condition_causal_gp(grid, prior.mean, prior.deviation, points, outcomes, noises, used, amplitude, lengthscale)
+        gp, _ = condition_causal_gp(
+            grid,
+            prior.mean,
+            prior.deviation,
+            points,
+            outcomes,
+            noises,
+            used,
+            amplitude,
+            lengthscale,
+        )
         return log_expected_improvement(*gp(at), best)
 
     return jax.jit(improvement, compiler_options=FAST)
@@ -503,11 +658,20 @@ def jit_improvement():
 
 @ft.cache
 def improvements(name):
-    """Our log expected improvement, given the original's history, `[steps, vars]`: where it attained its own, and the largest on a grid."""
+    """Our log expected improvement, given the original's history, `[steps, vars]`: where it
+    attained its own, and the largest on a grid.
+    """
     case = read_case(name)
-    observed, target, steps, first, size = case["obs"], int(case["target"]), len(case["chosen_var"]), len(case["int_var"]), sizes()
+    observed, target, steps, first, size = (
+        case["obs"],
+        int(case["target"]),
+        len(case["chosen_var"]),
+        len(case["int_var"]),
+        sizes(),
+    )
     hyperparameters, known = recorded_gps(case)
-    missing = ~known & (case["posterior_published"][first - 1 : -1] > 0).any(0)  # one set of one case, before it lost its probability
+    # one set of one case, before it lost its probability
+    missing = ~known & (case["posterior_published"][first - 1 : -1] > 0).any(0)
     hyperparameters = np.where(missing, own_gps(case, missing), hyperparameters)
     variables, values = interventions(case)
     outcomes = np.concatenate([case["int_data"][:, target], case["chosen_y"]])
@@ -516,11 +680,23 @@ def improvements(name):
     grids = np.zeros((num_vars, size.values))
     for i in range(num_vars):
         special = special_values(case, i)
-        grids[i] = np.sort(np.concatenate([special, np.linspace(*case["search_range"][i], size.values - len(special) + 2)[1:-1]]))
+        grids[i] = np.sort(
+            np.concatenate(
+                [
+                    special,
+                    np.linspace(*case["search_range"][i], size.values - len(special) + 2)[1:-1],
+                ]
+            )
+        )
     with jax.enable_x64(True):
         wide = ft.partial(jnp.asarray, dtype="float64")
-        gp, x = StarGP(*wide(pad_gps(hyperparameters))), wide(pad(observed, len(observed), size.variables))
-        effects = jit_effects(x, x[:, target], pad_sets(case), gp, wide(pad(grids, size.variables, size.values)))
+        gp, x = (
+            StarGP(*wide(pad_gps(hyperparameters))),
+            wide(pad(observed, len(observed), size.variables)),
+        )
+        effects = jit_effects(
+            x, x[:, target], pad_sets(case), gp, wide(pad(grids, size.variables, size.values))
+        )
         for t in range(steps):
             belief = wide(pad(case["posterior_published"][first + t - 1], size.sets))
             prior = jax.tree.map(np.asarray, aggregate_effects(jnp.log(belief), effects, gp))
@@ -528,20 +704,37 @@ def improvements(name):
                 own = np.flatnonzero(variables[: first + t] == i)
                 x, y = values[own], outcomes[own]
                 of_variable = CausalPrior(prior.mean[i], prior.deviation[i], prior.noise[i])
-                at_data = np.interp(x, grids[i], of_variable.mean), np.interp(x, grids[i], of_variable.deviation)
+                at_data = (
+                    np.interp(x, grids[i], of_variable.mean),
+                    np.interp(x, grids[i], of_variable.deviation),
+                )
                 found = published_hyperparameters(x, y, *at_data)
                 room = (0, size.points - len(x))
                 used = np.arange(size.points) < len(x)
                 at = np.append(grids[i], case["ei_argmax"][t, i])
-                arguments = (grids[i], of_variable, np.pad(x, room), np.pad(y, room), used, *found, case["incumbent"][t], at)
+                arguments = (
+                    grids[i],
+                    of_variable,
+                    np.pad(x, room),
+                    np.pad(y, room),
+                    used,
+                    *found,
+                    case["incumbent"][t],
+                    at,
+                )
                 log_improvement = np.asarray(jit_improvement()(*arguments))
                 low, high = case["search_range"][i]
-                at_points[t, i], at_best[t, i] = log_improvement[-1], log_improvement[(at >= low) & (at <= high)].max()
+                at_points[t, i], at_best[t, i] = (
+                    log_improvement[-1],
+                    log_improvement[(at >= low) & (at <= high)].max(),
+                )
     return at_points, at_best
 
 
 def agreement(case, log_improvement):
-    """Steps whose exploration set had not just changed, and in which of them the original's choice has our largest improvement within 1 %."""
+    """Steps whose exploration set had not just changed, and in which of them the original's choice
+    has our largest improvement within 1 %.
+    """
     explored = ~np.isnan(case["ei"])
     counts = np.append(True, (explored[1:] == explored[:-1]).all(1))
     steps = np.arange(len(case["chosen_var"]))
@@ -551,10 +744,12 @@ def agreement(case, log_improvement):
 
 @each_case()
 def test_case_choice_is_ours(name):
-    """The variable that the original chose has our largest expected improvement, or is within 1 % of it, given the same history.
+    """The variable that the original chose has our largest expected improvement, or is within 1 %
+    of it, given the same history.
 
-    Compared where the original evaluated its own, or else on our grid. Neither alone settles every step: the original's search (100 random values,
-    then ascent along a gradient that ignores the causal prior) misses narrow maxima, and where all improvements are below 1e-10 its points are
+    Compared where the original evaluated its own, or else on our grid. Neither alone settles every
+    step: the original's search (100 random values, then ascent along a gradient that ignores the
+    causal prior) misses narrow maxima, and where all improvements are below 1e-10 its points are
     arbitrary.
     """
     case = read_case(name)
@@ -568,7 +763,9 @@ def test_case_choice_is_ours(name):
 
 
 class LinearSystem(AbstractSCM):
-    """The system of a recorded linear run: `weights[parent, child]` and standard deviations `noise`."""
+    """The system of a recorded linear run: `weights[parent, child]` and standard deviations
+    `noise`.
+    """
 
     target: jax.Array
     low: jax.Array
@@ -588,7 +785,9 @@ class LinearSystem(AbstractSCM):
     def simulate(self, noise, intervention):
         x = jnp.zeros_like(noise)
         for _ in self.names:  # long enough to reach the end of every path
-            x = jnp.where(intervention.mask[None], intervention.values[None], x @ self.weights + noise)
+            x = jnp.where(
+                intervention.mask[None], intervention.values[None], x @ self.weights + noise
+            )
         return x
 
 
@@ -608,28 +807,51 @@ def linear_system(case):
 
 
 AS_PUBLISHED = ParentScaleConfig(
-    num_obs=200, num_steps=10, prior="uniform", features="linear", likelihood="published", unit_noise=True, outcome_samples=1000
+    num_obs=200,
+    num_steps=10,
+    prior="uniform",
+    features="linear",
+    likelihood="published",
+    unit_noise=True,
+    outcome_samples=1000,
 )
 
 
 def case_buffer(case, experiments):
-    """Observations, the first interventions, and the rows that the original fed to its posterior, if `experiments`, or else free places."""
+    """Observations, the first interventions, and the rows that the original fed to its posterior,
+    if `experiments`, or else free places.
+    """
     observed, first, target = case["obs"], len(case["int_var"]), int(case["target"])
     raw = case["upd_x"][first:] * case["stds"] + case["means"]
     raw[:, target] = case["upd_y"][first:]
     values = np.concatenate([observed, case["int_data"], raw * experiments])
-    chosen = np.concatenate([np.full(len(observed), -1), case["int_var"], case["chosen_var"] if experiments else np.full(len(raw), -1)])
+    chosen = np.concatenate(
+        [
+            np.full(len(observed), -1),
+            case["int_var"],
+            case["chosen_var"] if experiments else np.full(len(raw), -1),
+        ]
+    )
     valid = np.arange(len(values)) < len(values) - (0 if experiments else len(raw))
-    return ExperienceBuffer(single(values), jnp.asarray(chosen[:, None] == np.arange(observed.shape[1])), jnp.asarray(valid))
+    return ExperienceBuffer(
+        single(values),
+        jnp.asarray(chosen[:, None] == np.arange(observed.shape[1])),
+        jnp.asarray(valid),
+    )
 
 
 @each_case("*_linear_dr0_*")
 def test_a_case_is_replayed_from_its_raw_rows(name):
-    """The whole path: standardisation, uniform prior, noise, updates, with the published settings."""
+    """The whole path: standardisation, uniform prior, noise, updates, with the published
+    settings.
+    """
     case = read_case(name)
     first, scm, num_obs = len(case["int_var"]), linear_system(case), len(case["obs"])
     config = dataclasses.replace(AS_PUBLISHED, num_obs=num_obs, num_steps=len(case["chosen_var"]))
-    replay = jax.jit(lambda scm, buffer: replay_posterior(jr.key(0), scm, buffer, num_obs + first, config), compiler_options=FAST)
+    replay = jax.jit(
+        lambda scm, buffer: replay_posterior(jr.key(0), scm, buffer, num_obs + first, config),
+        compiler_options=FAST,
+    )
     probs = np.exp(np.asarray(replay(scm, case_buffer(case, True)), float))
     sets = np.asarray(uniform_prior(scm.target, scm.var_mask)[0])
     order = [np.flatnonzero((sets == members).all(1))[0] for members in case["sets"]]
@@ -639,7 +861,9 @@ def test_a_case_is_replayed_from_its_raw_rows(name):
 
 
 def test_on_the_system_of_a_case_the_expert_does_as_well():
-    """Same system, data, sets and settings: after ten experiments what it recommends is as good as the best that the original tried."""
+    """Same system, data, sets and settings: after ten experiments what it recommends is as good as
+    the best that the original tried.
+    """
     case = read_case("d5_linear_dr1_s0_T30")
     scm = linear_system(case)
     with np.errstate(divide="ignore"):
@@ -648,13 +872,25 @@ def test_on_the_system_of_a_case_the_expert_does_as_well():
     def both(scm, buffer, variables, values):
         run = run_parent_scale(jr.key(0), scm, buffer, AS_PUBLISHED, candidate_sets=candidate_sets)
         mean = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, scm.low.shape[0])))
-        return run, mean(run.recommended_variable, run.recommended_value), mean(variables, values), mean(run.variable, run.value)
+        return (
+            run,
+            mean(run.recommended_variable, run.recommended_value),
+            mean(variables, values),
+            mean(run.variable, run.value),
+        )
 
-    arguments = (case_buffer(case, False), jnp.asarray(case["chosen_var"], jnp.int32), single(case["chosen_value"]))
+    arguments = (
+        case_buffer(case, False),
+        jnp.asarray(case["chosen_var"], jnp.int32),
+        single(case["chosen_value"]),
+    )
     run, recommended, original, tried = jax.jit(both, compiler_options=FAST)(scm, *arguments)
     nothing = float(scm.mean_outcome(Intervention.none(5)))
     assert recommended[-1] < original.min() + 0.02 * (nothing - original.min())
-    np.testing.assert_allclose(run.outcome, tried, atol=5 * case["obs"][:, case["target"]].std() / np.sqrt(1000))  # means of 1,000 samples
+    # means of 1,000 samples
+    np.testing.assert_allclose(
+        run.outcome, tried, atol=5 * case["obs"][:, case["target"]].std() / np.sqrt(1000)
+    )
     assert (np.asarray(run.sets) == case["sets"]).all()
 
 
@@ -666,13 +902,20 @@ KEYS = jr.split(jr.key(11), NUM_RUNS)
 
 
 class SteadyToy(Toy):
-    """The benchmark with a key per variable, so that places without a variable leave the noise of the others as it is."""
+    """The benchmark with a key per variable, so that places without a variable leave the noise of
+    the others as it is.
+    """
 
     def __init__(self, num_slots):
         AbstractBenchmark.__init__(self, num_slots)
 
     def draw_noise(self, key, num_samples):
-        one = jax.vmap(lambda i: jr.uniform(jr.fold_in(key, i), (num_samples,), minval=1e-6, maxval=1.0 - 1e-6), out_axes=1)
+        one = jax.vmap(
+            lambda i: jr.uniform(
+                jr.fold_in(key, i), (num_samples,), minval=1e-6, maxval=1.0 - 1e-6
+            ),
+            out_axes=1,
+        )
         return one(jnp.arange(self.var_mask.shape[0]))
 
 
@@ -680,9 +923,15 @@ class SteadyToy(Toy):
 def jit_buffers():
     def one(key, scm):
         num_vars, num_rows = scm.low.shape[0], CONFIG.num_obs + len(FIRST)
-        interventions = [Intervention.none(num_vars)] * CONFIG.num_obs + [Intervention.single(i, v, num_vars) for i, v in FIRST]
-        masks, values = (jnp.stack([getattr(a, field) for a in interventions]) for field in ("mask", "values"))
-        rows = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, v))[0])(scm.draw_noise(key, num_rows), masks, values)
+        interventions = [Intervention.none(num_vars)] * CONFIG.num_obs + [
+            Intervention.single(i, v, num_vars) for i, v in FIRST
+        ]
+        masks, values = (
+            jnp.stack([getattr(a, field) for a in interventions]) for field in ("mask", "values")
+        )
+        rows = jax.vmap(lambda n, m, v: scm.simulate(n[None], Intervention(m, v))[0])(
+            scm.draw_noise(key, num_rows), masks, values
+        )
         buffer = ExperienceBuffer(rows, masks, jnp.ones(num_rows, bool))
         return buffer.grow(CONFIG.num_steps + FREE)
 
@@ -717,10 +966,16 @@ def runs(problem):
 def test_experiments_are_on_candidates_within_their_ranges(runs, problem):
     (run, _), (scm, _) = runs, problem
     low, high, candidates = (np.asarray(a) for a in (scm.low, scm.high, scm.candidates))
-    for variable, value in ((run.variable, run.value), (run.recommended_variable, run.recommended_value)):
+    for variable, value in (
+        (run.variable, run.value),
+        (run.recommended_variable, run.recommended_value),
+    ):
         assert candidates[variable].all()
         assert (value >= low[variable]).all() and (value <= high[variable]).all()
-    assert run.variable.shape == (NUM_RUNS, CONFIG.num_steps) and run.recommended_value.shape == (NUM_RUNS, CONFIG.num_steps + 1)
+    assert run.variable.shape == (NUM_RUNS, CONFIG.num_steps) and run.recommended_value.shape == (
+        NUM_RUNS,
+        CONFIG.num_steps + 1,
+    )
     assert len(np.unique(run.value)) >= NUM_RUNS  # not always the same one
 
 
@@ -733,9 +988,12 @@ def test_rows_stand_behind_those_that_were_there(runs, problem):
     ).all()
     assert run.buffer.valid[:, :stop].all() and not run.buffer.valid[:, stop:].any()
     everyone, steps = np.arange(NUM_RUNS)[:, None], np.arange(start, stop)[None]
-    assert (run.buffer.intervened[:, start:stop].sum(2) == 1).all() and run.buffer.intervened[everyone, steps, run.variable].all()
+    assert (run.buffer.intervened[:, start:stop].sum(2) == 1).all() and run.buffer.intervened[
+        everyone, steps, run.variable
+    ].all()
     assert (run.buffer.values[everyone, steps, run.variable] == run.value).all()
-    assert (run.buffer.values[:, start:stop, 2] == run.outcome).all()  # one sample: the outcome is the row's
+    # one sample: the outcome is the row's
+    assert (run.buffer.values[:, start:stop, 2] == run.outcome).all()
 
 
 def test_beliefs_are_distributions_over_sets_without_the_target(runs):
@@ -752,7 +1010,8 @@ def test_the_surface_is_an_improvement_on_possible_parents(runs):
     run, _ = runs
     surface, probs = np.asarray(run.surface), np.exp(np.asarray(run.log_probs, float))[:, :-1]
     support = np.any(np.asarray(run.sets)[:, None] & (probs > SUPPORT)[..., None], axis=2)
-    support = np.where(np.any(support, axis=2, keepdims=True), support, [True, True, False])  # no possible parent: everything is explored
+    # no possible parent: everything is explored
+    support = np.where(np.any(support, axis=2, keepdims=True), support, [True, True, False])
     assert (surface[~support] == 0).all() and (surface >= 0).all() and np.isfinite(surface).all()
     assert (surface.max(3)[support] > 0).all()
     assert (np.take_along_axis(support, np.asarray(run.variable)[..., None], 2)).all()
@@ -770,7 +1029,10 @@ def test_places_without_a_variable_leave_the_run_as_it_is(runs):
     for name in ("variable", "recommended_variable"):
         assert (getattr(run, name) == getattr(wide, name)).all()
     for name in ("value", "outcome", "recommended_value", "log_probs"):
-        one, two = (np.exp(getattr(r, name)) if name == "log_probs" else getattr(r, name) for r in (run, wide))
+        one, two = (
+            np.exp(getattr(r, name)) if name == "log_probs" else getattr(r, name)
+            for r in (run, wide)
+        )
         np.testing.assert_allclose(one, two, atol=1e-4, err_msg=name)
     np.testing.assert_allclose(run.surface, wide.surface[:, :, :3], atol=1e-4)
     assert not wide.surface[:, :, 3:].any() and not wide.buffer.values[:, :, 3:].any()
@@ -788,7 +1050,9 @@ def test_what_is_recommended_beats_doing_nothing(runs):
     """On the benchmark itself, by the expected outcome, averaged over the runs."""
     scm = make_benchmark("toy", 3)
     run, _ = runs
-    mean = jax.jit(jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, 3))), compiler_options=FAST)
+    mean = jax.jit(
+        jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, 3))), compiler_options=FAST
+    )
     expected = np.asarray(mean(run.recommended_variable[:, -1], run.recommended_value[:, -1]))
     nothing = float(scm.mean_outcome(Intervention.none(3)))
     assert expected.mean() < nothing - 0.3
@@ -797,8 +1061,14 @@ def test_what_is_recommended_beats_doing_nothing(runs):
 def test_a_buffer_that_fills_up_gives_nan(runs, problem):
     """Rows are counted at run time, where nothing can be raised."""
     scm, buffers = problem
-    crowded, _ = jit_run()(KEYS, scm, eqx.tree_at(lambda b: b.valid, buffers, jnp.ones_like(buffers.valid)))
-    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(crowded) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    crowded, _ = jit_run()(
+        KEYS, scm, eqx.tree_at(lambda b: b.valid, buffers, jnp.ones_like(buffers.valid))
+    )
+    assert all(
+        np.isnan(leaf).all()
+        for leaf in jax.tree.leaves(crowded)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(runs[0]))
 
 
@@ -812,19 +1082,39 @@ def test_a_buffer_that_is_too_small_and_predictions_without_sets_are_refused(pro
 
 
 def test_harder_levels_are_harder_for_the_expert():
-    """The easiest and the hardest level of difficulty, and one between: parents found, and regret of what is recommended."""
+    """The easiest and the hardest level of difficulty, and one between: parents found, and regret
+    of what is recommended.
+    """
     found, lost = [], []
     for level in DIFFICULTY[::2]:
-        settings = ParentScaleConfig(num_obs=level.num_obs, num_steps=4, num_bins=9, num_features=30, num_bootstraps=6, features="fourier")
+        settings = ParentScaleConfig(
+            num_obs=level.num_obs,
+            num_steps=4,
+            num_bins=9,
+            num_features=30,
+            num_bootstraps=6,
+            features="fourier",
+        )
 
         def play(key, level=level, settings=settings):
             problem_key, run_key = jr.split(key)
-            scm, buffer = sample_problem(problem_key, level.prior, level.num_obs, 2, level.num_obs + 24)
+            scm, buffer = sample_problem(
+                problem_key, level.prior, level.num_obs, 2, level.num_obs + 24
+            )
             run = run_parent_scale(run_key, scm, buffer, settings)
             marginals = run.posterior(scm.target).marginals()
-            chosen = Intervention.single(run.recommended_variable[-1], run.recommended_value[-1], scm.low.shape[0])
-            nothing, best = scm.mean_outcome(Intervention.none(scm.low.shape[0])), scm.optimum(9).mean
-            overlap = 2 * jnp.minimum(marginals, scm.parents).sum() / (marginals.sum() + scm.parents.sum())
+            chosen = Intervention.single(
+                run.recommended_variable[-1], run.recommended_value[-1], scm.low.shape[0]
+            )
+            nothing, best = (
+                scm.mean_outcome(Intervention.none(scm.low.shape[0])),
+                scm.optimum(9).mean,
+            )
+            overlap = (
+                2
+                * jnp.minimum(marginals, scm.parents).sum()
+                / (marginals.sum() + scm.parents.sum())
+            )
             return overlap, (scm.mean_outcome(chosen) - best) / (nothing - best)
 
         overlap, regret = jax.jit(jax.vmap(play), compiler_options=FAST)(jr.split(jr.key(21), 24))

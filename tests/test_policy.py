@@ -1,4 +1,6 @@
-"""Distributions over interventions as densities, and a policy that keeps the symmetries of its state. States are made by hand: no surrogate runs."""
+"""Distributions over interventions as densities, and a policy that keeps the symmetries of its
+state. States are made by hand: no surrogate runs.
+"""
 
 import equinox as eqx
 import jax
@@ -27,10 +29,17 @@ REAL, SLOTS, BINS, TOKEN, TARGET = 5, 6, 5, 12, 1
 
 
 def make_task(fixed=3):
-    """Variable 1 is the target, `fixed` has no range, the last slot is padding: three candidates are left."""
+    """Variable 1 is the target, `fixed` has no range, the last slot is padding: three candidates
+    are left.
+    """
     real = jnp.arange(SLOTS) < REAL
     low = jnp.where(real, -1.0 - jnp.arange(SLOTS), 0.0)
-    return Task(jnp.array(TARGET), low, jnp.where(jnp.arange(SLOTS) == fixed, low, jnp.where(real, 2.0, 0.0)), real)
+    return Task(
+        jnp.array(TARGET),
+        low,
+        jnp.where(jnp.arange(SLOTS) == fixed, low, jnp.where(real, 2.0, 0.0)),
+        real,
+    )
 
 
 TASK = make_task()
@@ -38,7 +47,9 @@ CANDIDATES = np.flatnonzero(TASK.candidates)
 
 
 def make_distribution(seed, scale=1.5):
-    logits = jnp.where(TASK.candidates[:, None], scale * jr.normal(jr.key(seed), (SLOTS, BINS)), -jnp.inf)
+    logits = jnp.where(
+        TASK.candidates[:, None], scale * jr.normal(jr.key(seed), (SLOTS, BINS)), -jnp.inf
+    )
     return InterventionDistribution(TASK, jax.nn.log_softmax(logits, axis=(0, 1)))
 
 
@@ -62,7 +73,9 @@ def make_state(seed):
 
 @pytest.fixture(scope="module")
 def policy():
-    return AcquisitionPolicyNetwork(PolicyConfig(policy_hidden_dim=16, policy_n_layers=2), TOKEN, key=jr.key(0))
+    return AcquisitionPolicyNetwork(
+        PolicyConfig(policy_hidden_dim=16, policy_n_layers=2), TOKEN, key=jr.key(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +87,16 @@ def act(policy):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_density_integrates_to_one(seed):
     distribution = make_distribution(seed)
-    points = (jnp.arange(400) + 0.5) / 400  # midpoints, 400 is a multiple of twice the number of inner cells
-    density = jax.jit(jax.vmap(jax.vmap(lambda i, u: jnp.exp(distribution.log_prob(i, distribution.value(i, u))), (None, 0)), (0, None)))
+    # midpoints, 400 is a multiple of twice the number of inner cells
+    points = (jnp.arange(400) + 0.5) / 400
+    density = jax.jit(
+        jax.vmap(
+            jax.vmap(
+                lambda i, u: jnp.exp(distribution.log_prob(i, distribution.value(i, u))), (None, 0)
+            ),
+            (0, None),
+        )
+    )
     integral = density(jnp.asarray(CANDIDATES), points).mean(1)
     np.testing.assert_allclose(integral, jnp.exp(distribution.logits).sum(1)[CANDIDATES], atol=1e-4)
     np.testing.assert_allclose(integral.sum(), 1.0, atol=1e-4)
@@ -87,13 +108,22 @@ def test_cells_are_those_nearest_to_the_grid():
         grid = np.asarray(value_grid(TASK.low, TASK.high, BINS))[i]
         values = np.linspace(grid[0], grid[-1], 37, dtype=np.float32)[1:-1:2]
         nearest = np.abs(values[:, None] - grid).argmin(1)
-        assert (np.asarray(jax.vmap(lambda v, i=i: distribution.cell(jnp.array(i), v))(jnp.asarray(values))) == nearest).all()
-    np.testing.assert_allclose(jnp.exp(distribution.log_widths), [0.125, 0.25, 0.25, 0.25, 0.125], atol=1e-6)
+        assert (
+            np.asarray(
+                jax.vmap(lambda v, i=i: distribution.cell(jnp.array(i), v))(jnp.asarray(values))
+            )
+            == nearest
+        ).all()
+    np.testing.assert_allclose(
+        jnp.exp(distribution.log_widths), [0.125, 0.25, 0.25, 0.25, 0.125], atol=1e-6
+    )
 
 
 def test_samples_fall_within_range_on_candidates_as_often_as_they_should():
     distribution, count = make_distribution(2), 4000
-    variable, value = (np.asarray(x) for x in jax.jit(jax.vmap(distribution.sample))(jr.split(jr.key(0), count)))
+    variable, value = (
+        np.asarray(x) for x in jax.jit(jax.vmap(distribution.sample))(jr.split(jr.key(0), count))
+    )
     assert set(variable) <= set(CANDIDATES)
     low, high = np.asarray(TASK.low)[variable], np.asarray(TASK.high)[variable]
     assert (value >= low).all() and (value <= high).all()
@@ -101,8 +131,14 @@ def test_samples_fall_within_range_on_candidates_as_often_as_they_should():
     seen = np.zeros((SLOTS, BINS))
     np.add.at(seen, (variable, cells), 1)
     probs = np.asarray(jnp.exp(distribution.logits), float)
-    assert scipy.stats.chisquare(seen[CANDIDATES].ravel(), count * probs[CANDIDATES].ravel() / probs[CANDIDATES].sum()).pvalue > 1e-4
-    ends = value[(variable == CANDIDATES[0]) & (cells == 0)]  # a half cell at the low end, filled evenly
+    assert (
+        scipy.stats.chisquare(
+            seen[CANDIDATES].ravel(), count * probs[CANDIDATES].ravel() / probs[CANDIDATES].sum()
+        ).pvalue
+        > 1e-4
+    )
+    # a half cell at the low end, filled evenly
+    ends = value[(variable == CANDIDATES[0]) & (cells == 0)]
     start, width = float(TASK.low[CANDIDATES[0]]), float((TASK.high - TASK.low)[CANDIDATES[0]]) / 8
     assert scipy.stats.kstest(ends, "uniform", (start, width)).pvalue > 1e-4
 
@@ -110,7 +146,10 @@ def test_samples_fall_within_range_on_candidates_as_often_as_they_should():
 def test_mode_is_the_most_probable_cell():
     distribution = make_distribution(3)
     variable, value = distribution.mode()
-    assert distribution.logits[variable, distribution.cell(variable, value)] == distribution.logits.max()
+    assert (
+        distribution.logits[variable, distribution.cell(variable, value)]
+        == distribution.logits.max()
+    )
     assert jnp.isclose(value, value_grid(TASK.low, TASK.high, BINS)[variable], atol=1e-6).any()
 
 
@@ -119,7 +158,9 @@ def test_entropy_of_a_uniform_distribution_is_the_log_of_its_variables(count):
     chosen = np.isin(np.arange(SLOTS), CANDIDATES[:count])
     task = Task(TASK.target, TASK.low, jnp.where(chosen, TASK.high, TASK.low), TASK.var_mask)
     widths = make_distribution(0).log_widths
-    uniform = InterventionDistribution(task, jnp.where(chosen[:, None], widths[None] - np.log(count), -jnp.inf))
+    uniform = InterventionDistribution(
+        task, jnp.where(chosen[:, None], widths[None] - np.log(count), -jnp.inf)
+    )
     np.testing.assert_allclose(uniform.entropy(), np.log(count), atol=1e-5)
     assert make_distribution(4).entropy() < np.log(3)
 
@@ -141,9 +182,15 @@ def test_kl_is_zero_to_itself_and_positive_otherwise():
 
 
 def test_rules_choose_candidates_and_weigh_uncertainty():
-    """Expected improvement prefers the uncertain cell where means are equal; Thompson sampling follows the mean where it is certain."""
+    """Expected improvement prefers the uncertain cell where means are equal; Thompson sampling
+    follows the mean where it is certain.
+    """
     output = make_state(0).output
-    flat = eqx.tree_at(lambda o: (o.effect_mean, o.effect_std), output, (jnp.zeros((SLOTS, BINS)), jnp.ones((SLOTS, BINS)).at[4, 2].set(2.0)))
+    flat = eqx.tree_at(
+        lambda o: (o.effect_mean, o.effect_std),
+        output,
+        (jnp.zeros((SLOTS, BINS)), jnp.ones((SLOTS, BINS)).at[4, 2].set(2.0)),
+    )
     variable, value = expected_improvement_choice(flat)
     assert (int(variable), float(value)) == (4, float(output.grid[4, 2]))
     sure = eqx.tree_at(lambda o: o.effect_std, output, jnp.full((SLOTS, BINS), 1e-6))
@@ -151,7 +198,8 @@ def test_rules_choose_candidates_and_weigh_uncertainty():
     assert jnp.array_equal(jnp.stack(expected_improvement_choice(sure)), jnp.stack(sure.best()))
     drawn = jax.vmap(lambda k: thompson_choice(k, flat)[0])(jr.split(jr.key(1), 400))
     assert set(np.unique(drawn)) == set(CANDIDATES)
-    assert (drawn == 4).mean() > 0.4  # of three candidates the uncertain one is lowest more often than not
+    # of three candidates the uncertain one is lowest more often than not
+    assert (drawn == 4).mean() > 0.4
 
 
 def test_policy_gives_a_distribution_over_candidates(act):
@@ -163,21 +211,36 @@ def test_policy_gives_a_distribution_over_candidates(act):
 
 def test_incumbent_is_the_lowest_candidate():
     state = make_state(0)
-    np.testing.assert_allclose(state.best_value, np.asarray(state.output.effect_mean)[CANDIDATES].min(), atol=1e-6)
+    np.testing.assert_allclose(
+        state.best_value, np.asarray(state.output.effect_mean)[CANDIDATES].min(), atol=1e-6
+    )
 
 
 def reordered(state, order, target):
     """The same state with variable `order[i]` in slot i."""
     task, output = state.task, state.output
-    moved = {"task": Task(jnp.array(target), task.low[order], task.high[order], task.var_mask[order]), "logits": output.logits[:, order]}
-    moved |= {name: getattr(output, name)[order] for name in ("grid", "effect_mean", "effect_std", "tokens", "evidence")}
+    moved = {
+        "task": Task(jnp.array(target), task.low[order], task.high[order], task.var_mask[order]),
+        "logits": output.logits[:, order],
+    }
+    moved |= {
+        name: getattr(output, name)[order]
+        for name in ("grid", "effect_mean", "effect_std", "tokens", "evidence")
+    }
     names = SurrogateOutput.__dataclass_fields__
-    return AcquisitionState(state.buffer, SurrogateOutput(**{n: moved.get(n, getattr(output, n)) for n in names}), state.step, state.steps_left)
+    return AcquisitionState(
+        state.buffer,
+        SurrogateOutput(**{n: moved.get(n, getattr(output, n)) for n in names}),
+        state.step,
+        state.steps_left,
+    )
 
 
 def test_permuting_variables_permutes_the_distribution(act):
     order = np.array([4, 0, 3, 1, 2, 5])
-    np.testing.assert_allclose(act(reordered(make_state(1), order, 3)).logits, act(make_state(1)).logits[order], atol=1e-4)
+    np.testing.assert_allclose(
+        act(reordered(make_state(1), order, 3)).logits, act(make_state(1)).logits[order], atol=1e-4
+    )
 
 
 def test_what_is_said_of_padding_and_fixed_variables_does_not_matter(act):
@@ -185,10 +248,16 @@ def test_what_is_said_of_padding_and_fixed_variables_does_not_matter(act):
     ignored = ~TASK.candidates
     other = make_state(3).output
     spoilt = eqx.tree_at(
-        lambda s: [getattr(s.output, name) for name in ("effect_mean", "effect_std", "tokens", "evidence")],
+        lambda s: [
+            getattr(s.output, name) for name in ("effect_mean", "effect_std", "tokens", "evidence")
+        ],
         state,
         [
-            jnp.where(ignored.reshape(-1, *[1] * (getattr(other, name).ndim - 1)), 3.0 * getattr(other, name), getattr(state.output, name))
+            jnp.where(
+                ignored.reshape(-1, *[1] * (getattr(other, name).ndim - 1)),
+                3.0 * getattr(other, name),
+                getattr(state.output, name),
+            )
             for name in ("effect_mean", "effect_std", "tokens", "evidence")
         ],
     )
@@ -198,7 +267,11 @@ def test_what_is_said_of_padding_and_fixed_variables_does_not_matter(act):
 def test_progress_and_predictions_matter(act):
     state = make_state(4)
     later = eqx.tree_at(lambda s: s.steps_left, state, jnp.array(1))
-    lower = eqx.tree_at(lambda s: s.output.effect_mean, state, state.output.effect_mean.at[CANDIDATES[0], 0].add(-3.0))
+    lower = eqx.tree_at(
+        lambda s: s.output.effect_mean,
+        state,
+        state.output.effect_mean.at[CANDIDATES[0], 0].add(-3.0),
+    )
     before = act(state).logits[CANDIDATES]
     assert jnp.abs(act(later).logits[CANDIDATES] - before).max() > 1e-4
     assert jnp.abs(act(lower).logits[CANDIDATES] - before).max() > 1e-3
@@ -209,7 +282,12 @@ def test_units_of_the_target_do_not_matter(act):
     scaled = eqx.tree_at(
         lambda s: (s.output.effect_mean, s.output.effect_std, s.output.shift, s.output.spread),
         state,
-        (10.0 * state.output.effect_mean + 3.0, 10.0 * state.output.effect_std, 10.0 * state.output.shift + 3.0, 10.0 * state.output.spread),
+        (
+            10.0 * state.output.effect_mean + 3.0,
+            10.0 * state.output.effect_std,
+            10.0 * state.output.shift + 3.0,
+            10.0 * state.output.spread,
+        ),
     )
     np.testing.assert_allclose(act(scaled).logits, act(state).logits, atol=1e-4)
 
@@ -219,12 +297,15 @@ def test_no_gradient_reaches_the_surrogate_and_all_of_it_the_policy(policy):
 
     def objective(both):
         policy, output = both
-        return policy(AcquisitionState(state.buffer, output, state.step, state.steps_left)).log_prob(jnp.array(CANDIDATES[0]), jnp.array(0.3))
+        return policy(
+            AcquisitionState(state.buffer, output, state.step, state.steps_left)
+        ).log_prob(jnp.array(CANDIDATES[0]), jnp.array(0.3))
 
     to_policy, to_output = eqx.filter_jit(eqx.filter_grad(objective))((policy, state.output))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(to_output))
     norms = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(to_policy)]
-    assert np.isfinite(norms).all() and sum(n > 0 for n in norms) >= len(norms) - 1  # a shift of all scores changes nothing
+    # a shift of all scores changes nothing
+    assert np.isfinite(norms).all() and sum(n > 0 for n in norms) >= len(norms) - 1
 
 
 # --- states that no decision can be based on ---
@@ -251,4 +332,6 @@ def test_inside_a_program_only_shapes_are_checked():
     state = make_state(0)
     eqx.filter_jit(check_state)(state, jnp.array(0))
     with pytest.raises(ValueError, match="7 variables"):
-        eqx.filter_jit(check_state)(eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4)))
+        eqx.filter_jit(check_state)(
+            eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4))
+        )

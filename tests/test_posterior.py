@@ -13,7 +13,9 @@ SETS = jnp.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
 
 def make(probabilities, sets=SETS):
     with np.errstate(divide="ignore"):
-        return ParentSetPosterior(jnp.array(2), sets, jnp.asarray(np.log(np.asarray(probabilities, np.float32))))
+        return ParentSetPosterior(
+            jnp.array(2), sets, jnp.asarray(np.log(np.asarray(probabilities, np.float32)))
+        )
 
 
 def test_probabilities_and_marginals():
@@ -25,7 +27,10 @@ def test_probabilities_and_marginals():
 def test_marginals_agree_with_a_sum_over_sets():
     sets = jr.bernoulli(jr.key(0), 0.4, (16, 7))
     probabilities = np.random.default_rng(0).dirichlet(np.ones(16))
-    expected = [sum(p for p, members in zip(probabilities, np.asarray(sets), strict=True) if members[i]) for i in range(7)]
+    expected = [
+        sum(p for p, members in zip(probabilities, np.asarray(sets), strict=True) if members[i])
+        for i in range(7)
+    ]
     np.testing.assert_allclose(make(probabilities, sets).marginals(), expected, atol=1e-6)
 
 
@@ -43,7 +48,9 @@ def test_top_k_is_sorted_and_not_renormalised():
 
 def test_log_prob_of_a_set():
     posterior = make([0.1, 0.2, 0.3, 0.4])
-    np.testing.assert_allclose(posterior.log_prob(jnp.array([False, True, False])), np.log(0.3), atol=1e-6)
+    np.testing.assert_allclose(
+        posterior.log_prob(jnp.array([False, True, False])), np.log(0.3), atol=1e-6
+    )
     assert posterior.log_prob(jnp.array([False, False, True])) == -jnp.inf
 
 

@@ -1,4 +1,6 @@
-"""Rewards on hand-made cases. Four slots: variable 0 and 1 can be set, 2 is the target, 3 is padding; three values -1, 0, 1."""
+"""Rewards on hand-made cases. Four slots: variable 0 and 1 can be set, 2 is the target, 3 is
+padding; three values -1, 0, 1.
+"""
 
 import itertools
 
@@ -20,12 +22,15 @@ REAL = jnp.array([True, True, True, False])
 TASK = Task(jnp.array(2), jnp.where(REAL, -1.0, 0.0), jnp.where(REAL, 1.0, 0.0), REAL)
 INF = np.inf
 EFFECTS = [[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [INF] * 3, [INF] * 3]
-TRUTH = GroundTruth(jnp.array(EFFECTS), jnp.array(1.0), jnp.array([True, False, False, False]))  # possible improvement: 1 - (-1) = 2
+# possible improvement: 1 - (-1) = 2
+TRUTH = GroundTruth(jnp.array(EFFECTS), jnp.array(1.0), jnp.array([True, False, False, False]))
 reward_of = eqx.filter_jit(compute_verifiable_reward)
 
 
 def make_state(best, logits=(0.0, 0.0), spread=1.0):
-    """A state in which the cell `best` is recommended, with independent parents of the given logits."""
+    """A state in which the cell `best` is recommended, with independent parents of the given
+    logits.
+    """
     mean = jnp.ones((4, 3)).at[best].set(0.0).at[2:].set(-9.0)
     each = jnp.array([[*logits, 5.0, 5.0]])  # what is said of target and padding must not count
     grid = value_grid(TASK.low, TASK.high, 3)
@@ -35,26 +40,36 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
 
 
 def score(before, variable, after, truth: GroundTruth | None = TRUTH, **weights):
-    return reward_of(before, jnp.array(variable), after, RewardConfig(**(dict(temperature=0.0) | weights)), truth)
+    return reward_of(
+        before, jnp.array(variable), after, RewardConfig(**(dict(temperature=0.0) | weights)), truth
+    )
 
 
 def test_possible_improvement_stays_positive():
     np.testing.assert_allclose(TRUTH.possible_improvement, 2.0)
-    np.testing.assert_allclose(GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents).possible_improvement, 0.05)
+    np.testing.assert_allclose(
+        GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents).possible_improvement, 0.05
+    )
 
 
 def test_what_is_recommended_is_worth_its_true_effect():
-    """At a temperature, all cells count: one predicted at 0, five at 1 (those of the target and of padding, at -9, do not)."""
+    """At a temperature, all cells count: one predicted at 0, five at 1 (those of the target and of
+    padding, at -9, do not).
+    """
     np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.0), 1.0, atol=1e-6)
     np.testing.assert_allclose(TRUTH.recommended(make_state((1, 2)).output, 0.0), -1.0, atol=1e-6)
     odds = np.exp(-1 / 0.5 / 2.0)  # spread 2
     expected = (1.0 + odds * (2 + 0 + 1 + 1 - 1)) / (1 + 5 * odds)
-    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        TRUTH.recommended(make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6
+    )
     np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.01), 1.0, atol=1e-5)
 
 
 def test_a_hand_computed_case():
-    """Incumbent do(X0 = 0), worth 1; after an experiment on X1 the recommendation is do(X0 = 1), worth 0: a gain of 1 of 2."""
+    """Incumbent do(X0 = 0), worth 1; after an experiment on X1 the recommendation is do(X0 = 1),
+    worth 0: a gain of 1 of 2.
+    """
     reward = score(make_state((0, 1)), 1, make_state((0, 2)))
     np.testing.assert_allclose(reward.optimization, 0.5, atol=1e-6)
     np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
@@ -64,8 +79,11 @@ def test_a_hand_computed_case():
 def test_losses_are_negative_and_clipped():
     worse = score(make_state((0, 2)), 0, make_state((0, 0)))  # from 0 to 2: minus one share
     np.testing.assert_allclose(worse.optimization, -1.0, atol=1e-6)
-    slight = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)  # nothing to gain: shares of .05 are clipped
-    np.testing.assert_allclose(score(make_state((0, 2)), 0, make_state((0, 0)), slight).optimization, -1.0, atol=1e-6)
+    # nothing to gain: shares of .05 are clipped
+    slight = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)
+    np.testing.assert_allclose(
+        score(make_state((0, 2)), 0, make_state((0, 0)), slight).optimization, -1.0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("incumbent", [(0, 1), (0, 2), (1, 2)])
@@ -79,9 +97,17 @@ def test_repeating_the_incumbent_and_learning_nothing_earns_nothing(incumbent):
 def test_structure_is_the_gain_in_log_probability_of_the_true_set():
     before, after = make_state((0, 1), (0.0, 0.0)), make_state((0, 1), (1.0, -1.0))
     sigmoid = 1 / (1 + np.exp(-1.0))
-    np.testing.assert_allclose(score(before, 0, after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5)
-    np.testing.assert_allclose(score(before, 0, make_state((0, 1), (-30.0, 30.0))).structure_discovery, -MAX_GAIN, atol=1e-6)
-    np.testing.assert_allclose(score(make_state((0, 1), (-30.0, 30.0)), 0, after).structure_discovery, MAX_GAIN, atol=1e-6)
+    np.testing.assert_allclose(
+        score(before, 0, after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        score(before, 0, make_state((0, 1), (-30.0, 30.0))).structure_discovery,
+        -MAX_GAIN,
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(
+        score(make_state((0, 1), (-30.0, 30.0)), 0, after).structure_discovery, MAX_GAIN, atol=1e-6
+    )
 
 
 def test_parents_are_the_true_ones():
@@ -94,24 +120,42 @@ def test_weights_add_up():
     before, after = make_state((0, 1)), make_state((1, 2), (2.0, -1.0))
     weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
     reward = score(before, 0, after, **weights)
-    expected = 3.0 * reward.optimization + 0.5 * reward.structure_discovery + 0.25 * reward.parent_intervention
+    expected = (
+        3.0 * reward.optimization
+        + 0.5 * reward.structure_discovery
+        + 0.25 * reward.parent_intervention
+    )
     np.testing.assert_allclose(reward.total, expected, atol=1e-6)
-    assert min(abs(reward.optimization), abs(reward.structure_discovery), reward.parent_intervention) > 0.1
+    assert (
+        min(abs(reward.optimization), abs(reward.structure_discovery), reward.parent_intervention)
+        > 0.1
+    )
 
 
 def test_what_has_nothing_to_do_with_the_action_does_not_move_the_reward():
     before, after = make_state((0, 1)), make_state((0, 2), (1.0, 0.0))
     reference = score(before, 0, after)
     other_rows = TRUTH.effects.at[1, :2].set(0.5)  # another variable, still above the minimum
-    spoilt = eqx.tree_at(lambda s: s.output.logits, after, after.output.logits.at[:, 2:].set(-50.0))  # target and padding
-    for changed in (score(before, 0, after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)), score(before, 0, spoilt)):
-        assert all(jnp.allclose(a, b, atol=1e-6) for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(changed), strict=True))
+    # target and padding
+    spoilt = eqx.tree_at(lambda s: s.output.logits, after, after.output.logits.at[:, 2:].set(-50.0))
+    for changed in (
+        score(before, 0, after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)),
+        score(before, 0, spoilt),
+    ):
+        assert all(
+            jnp.allclose(a, b, atol=1e-6)
+            for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(changed), strict=True)
+        )
 
 
 def test_without_truth_only_predictions_count():
-    """Predicted gains in deviations of the target, the drop of the entropy, and the marginal: what deployment can know."""
+    """Predicted gains in deviations of the target, the drop of the entropy, and the marginal: what
+    deployment can know.
+    """
     before, after = make_state((0, 1), spread=2.0), make_state((1, 2), (3.0, -3.0), spread=2.0)
-    lower = eqx.tree_at(lambda s: s.output.effect_mean, after, after.output.effect_mean.at[1, 2].set(-0.5))
+    lower = eqx.tree_at(
+        lambda s: s.output.effect_mean, after, after.output.effect_mean.at[1, 2].set(-0.5)
+    )
     reward = score(before, 0, lower, None)
     np.testing.assert_allclose(reward.optimization, 0.5 / 2, atol=1e-6)
     p = 1 / (1 + np.exp(-3.0))
@@ -130,12 +174,15 @@ def test_states_about_different_targets_have_no_reward():
 
 
 def test_exploits_earn_less_than_learning():
-    """Repeating one parent, setting the noisiest variable, and intervening where nothing moves: without a better recommendation or belief, the parent
-    bonus is all there is, and it stays below the value of finding an action that is better by a tenth of what is possible."""
+    """Repeating one parent, setting the noisiest variable, and intervening where nothing moves:
+    without a better recommendation or belief, the parent bonus is all there is, and it stays below
+    the value of finding an action that is better by a tenth of what is possible.
+    """
     state = make_state((0, 1))
     repeated = score(state, 0, state)  # a parent, again, with nothing learned
     worthless = score(state, 1, state)  # not a parent, nothing moves
-    noise = score(state, 1, make_state((0, 0)))  # a noisy outcome that misleads: the recommendation gets worse
+    # a noisy outcome that misleads: the recommendation gets worse
+    noise = score(state, 1, make_state((0, 0)))
     tenth = GroundTruth(TRUTH.effects.at[0, 2].set(0.8), TRUTH.baseline, TRUTH.parents)
     learned = score(state, 1, make_state((0, 2)), tenth)
     assert worthless.total == 0.0 and noise.total < 0.0
@@ -144,8 +191,13 @@ def test_exploits_earn_less_than_learning():
 
 
 def test_a_campaign_cannot_earn_by_going_round_in_circles():
-    """Rewards telescope: leaving the best action and finding it again earns what staying does, at any temperature."""
+    """Rewards telescope: leaving the best action and finding it again earns what staying does, at
+    any temperature.
+    """
     path = [make_state(best) for best in ((0, 1), (0, 2), (1, 0), (0, 1))]
     for temperature in (0.0, 0.5):
-        rewards = [score(a, 0, b, parent_weight=0.0, temperature=temperature) for a, b in itertools.pairwise(path)]
+        rewards = [
+            score(a, 0, b, parent_weight=0.0, temperature=temperature)
+            for a, b in itertools.pairwise(path)
+        ]
         np.testing.assert_allclose(sum(float(r.total) for r in rewards), 0.0, atol=1e-6)

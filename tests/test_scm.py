@@ -1,4 +1,6 @@
-"""Structural causal models against networkx (who moves under do) and against closed forms of linear models (by how much)."""
+"""Structural causal models against networkx (who moves under do) and against closed forms of linear
+models (by how much).
+"""
 
 import functools as ft
 
@@ -11,7 +13,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, Task, apply_intervention, check_index, check_scm, sample_from_scm, value_grid
+from lib.scm import (
+    MECHANISMS,
+    NOISES,
+    Intervention,
+    SyntheticSCM,
+    Task,
+    apply_intervention,
+    check_index,
+    check_scm,
+    sample_from_scm,
+    value_grid,
+)
 from lib.scm_prior import SCMPrior, sample_scm
 
 
@@ -57,9 +70,12 @@ def digraph(scm):
 
 
 def linear_form(scm):
-    """x = B x + c + D noise in outside indices, noise in outside order: what a linear model says, written once more in numpy."""
+    """x = B x + c + D noise in outside indices, noise in outside order: what a linear model says,
+    written once more in numpy.
+    """
     order = np.asarray(scm.order)
-    coefficients = np.where(scm.adjacency, scm.weights, 0.0).T / np.asarray(scm.spread)[:, None]  # [child, parent]
+    # [child, parent]
+    coefficients = np.where(scm.adjacency, scm.weights, 0.0).T / np.asarray(scm.spread)[:, None]
     b, c, d = np.zeros((NUM_VARS, NUM_VARS)), np.zeros(NUM_VARS), np.zeros(NUM_VARS)
     b[np.ix_(order, order)] = coefficients
     c[order] = -np.asarray(scm.shift) / np.asarray(scm.spread)
@@ -69,16 +85,30 @@ def linear_form(scm):
 
 
 def hand_made(mechanism="linear", noise_kind="gaussian", num_vars=5, num_units=5):
-    """Four variables, generated in the order 2, 0, 3, 1, in which places 0 and 1 cause place 2 and place 2 causes place 3; X1 is the target."""
+    """Four variables, generated in the order 2, 0, 3, 1, in which places 0 and 1 cause place 2 and
+    place 2 causes place 3; X1 is the target.
+    """
     rng, there = np.random.default_rng(3), jnp.arange(num_vars) < 4
-    axes = {"weights": "vv", "frequencies": "vvu", "phases": "vu", "amplitudes": "vu", "noise_scale": "v", "shift": "v"}  # variables and units
+    # variables and units
+    axes = {
+        "weights": "vv",
+        "frequencies": "vvu",
+        "phases": "vu",
+        "amplitudes": "vu",
+        "noise_scale": "v",
+        "shift": "v",
+    }
     arrays = {}
     for name, kinds in axes.items():
         values = rng.normal(size=[4 if kind == "v" else num_units for kind in kinds])
-        arrays[name] = jnp.asarray(np.pad(values, [(0, num_vars - 4 if kind == "v" else 0) for kind in kinds]), jnp.float32)
+        arrays[name] = jnp.asarray(
+            np.pad(values, [(0, num_vars - 4 if kind == "v" else 0) for kind in kinds]), jnp.float32
+        )
     return SyntheticSCM(
         order=jnp.array([2, 0, 3, 1, *range(4, num_vars)]),
-        adjacency=jnp.zeros((num_vars, num_vars), bool).at[jnp.array([0, 1, 2]), jnp.array([2, 2, 3])].set(True),
+        adjacency=jnp.zeros((num_vars, num_vars), bool)
+        .at[jnp.array([0, 1, 2]), jnp.array([2, 2, 3])]
+        .set(True),
         mechanism=jnp.array(MECHANISMS.index(mechanism)),
         noise_kind=jnp.array(NOISES.index(noise_kind)),
         spread=jnp.where(there, 1.7, 1.0),
@@ -98,7 +128,12 @@ def test_single_and_none():
 
 
 def test_candidates_leave_out_target_padding_and_variables_without_a_range():
-    task = Task(jnp.array(1), jnp.array([-1.0, -1.0, 2.0, 0.0]), jnp.array([1.0, 1.0, 2.0, 0.0]), jnp.array([True, True, True, False]))
+    task = Task(
+        jnp.array(1),
+        jnp.array([-1.0, -1.0, 2.0, 0.0]),
+        jnp.array([1.0, 1.0, 2.0, 0.0]),
+        jnp.array([True, True, True, False]),
+    )
     assert task.possible_parents.tolist() == [True, False, True, False]
     assert task.candidates.tolist() == [True, False, False, False]
 
@@ -138,10 +173,15 @@ def test_do_cuts_the_parents(scms):
     checked = 0
     for i in range(NUM_MODELS):
         scm = member(scms, i)
-        indirect = nx.ancestors(digraph(scm), int(scm.target)) - set(np.flatnonzero(scm.parents).tolist())
+        indirect = nx.ancestors(digraph(scm), int(scm.target)) - set(
+            np.flatnonzero(scm.parents).tolist()
+        )
         for ancestor in sorted(indirect)[:1]:
             held = Intervention(scm.parents, jnp.full(NUM_VARS, 0.7))
-            both = Intervention(scm.parents | (jnp.arange(NUM_VARS) == ancestor), jnp.where(jnp.arange(NUM_VARS) == ancestor, -2.0, 0.7))
+            both = Intervention(
+                scm.parents | (jnp.arange(NUM_VARS) == ancestor),
+                jnp.where(jnp.arange(NUM_VARS) == ancestor, -2.0, 0.7),
+            )
             one, two = simulate(scm, noise, held), simulate(scm, noise, both)
             assert (one[:, np.asarray(scm.parents)] == np.float32(0.7)).all()
             assert (two[:, ancestor] == -2.0).all()
@@ -152,7 +192,9 @@ def test_do_cuts_the_parents(scms):
 
 def test_padding_stays_zero(scms):
     noise = jr.normal(jr.key(3), (NUM_MODELS, 8, NUM_VARS))
-    rows = jax.jit(jax.vmap(lambda scm, n: scm.simulate(n, Intervention.none(NUM_VARS))))(scms, noise)
+    rows = jax.jit(jax.vmap(lambda scm, n: scm.simulate(n, Intervention.none(NUM_VARS))))(
+        scms, noise
+    )
     padding = ~np.asarray(scms.var_mask)
     assert padding.any()
     assert (np.asarray(rows).swapaxes(1, 2)[padding] == 0).all()
@@ -162,19 +204,35 @@ def by_hand(scm, noise):
     """What `simulate` says, once more in numpy, variable by variable."""
     quantiles = {
         "laplace": lambda n: scipy.stats.laplace.ppf(scipy.stats.norm.cdf(n), scale=np.sqrt(0.5)),
-        "uniform": lambda n: scipy.stats.uniform.ppf(scipy.stats.norm.cdf(n), -np.sqrt(3), 2 * np.sqrt(3)),
+        "uniform": lambda n: scipy.stats.uniform.ppf(
+            scipy.stats.norm.cdf(n), -np.sqrt(3), 2 * np.sqrt(3)
+        ),
     }
     mechanism, kind = MECHANISMS[int(scm.mechanism)], NOISES[int(scm.noise_kind)]
-    weights, frequencies, amplitudes = (np.asarray(a, float) for a in (scm.weights, scm.frequencies, scm.amplitudes))
+    weights, frequencies, amplitudes = (
+        np.asarray(a, float) for a in (scm.weights, scm.frequencies, scm.amplitudes)
+    )
     x = np.zeros(noise.shape)
     for k in range(4):
-        parents, e = np.flatnonzero(scm.adjacency[:, k]), quantiles.get(kind, lambda n: n)(np.asarray(noise[:, k], float))
+        parents, e = (
+            np.flatnonzero(scm.adjacency[:, k]),
+            quantiles.get(kind, lambda n: n)(np.asarray(noise[:, k], float)),
+        )
         linear = x[:, parents] @ weights[parents, k]
         z = x[:, parents] @ frequencies[parents, k] + np.asarray(scm.phases[k])
         square = np.where(abs(z) < 1, z**2, 2 * abs(z) - 1) @ amplitudes[k]
-        effect = {"linear": linear, "fourier": np.cos(z) @ amplitudes[k], "mlp": np.tanh(z) @ amplitudes[k], "polynomial": linear + square}
-        deviation = scm.noise_scale[k] * (np.exp(np.tanh(linear)) if kind == "heteroscedastic" else 1.0)
-        x[:, k] = ((effect[mechanism] if len(parents) else 0.0) + deviation * e - scm.shift[k]) / scm.spread[k]
+        effect = {
+            "linear": linear,
+            "fourier": np.cos(z) @ amplitudes[k],
+            "mlp": np.tanh(z) @ amplitudes[k],
+            "polynomial": linear + square,
+        }
+        deviation = scm.noise_scale[k] * (
+            np.exp(np.tanh(linear)) if kind == "heteroscedastic" else 1.0
+        )
+        x[:, k] = (
+            (effect[mechanism] if len(parents) else 0.0) + deviation * e - scm.shift[k]
+        ) / scm.spread[k]
     return x[:, np.argsort(scm.order)]
 
 
@@ -190,27 +248,43 @@ def test_mechanisms_and_noises_agree_with_numpy(mechanism, noise_kind):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_padding_changes_nothing(mechanism):
     noise = jr.normal(jr.key(7), (16, 7))
-    rows = [simulate(hand_made(mechanism, "heteroscedastic", d), noise[:, :d], Intervention.single(0, 2.0, d))[:, :4] for d in (5, 7)]
+    rows = [
+        simulate(
+            hand_made(mechanism, "heteroscedastic", d), noise[:, :d], Intervention.single(0, 2.0, d)
+        )[:, :4]
+        for d in (5, 7)
+    ]
     np.testing.assert_allclose(*rows, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("uniform", 1.8)])
+@pytest.mark.parametrize(
+    ("kind", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("uniform", 1.8)]
+)
 def test_noise_has_unit_variance_and_the_shape_of_its_name(kind, kurtosis):
     normal = scipy.stats.norm.ppf((np.arange(100_000) + 0.5) / 100_000)
-    noise = np.asarray(hand_made(noise_kind=kind).disturbance(jnp.asarray(normal, jnp.float32)[:, None]), float)[:, 0]
+    noise = np.asarray(
+        hand_made(noise_kind=kind).disturbance(jnp.asarray(normal, jnp.float32)[:, None]), float
+    )[:, 0]
     assert abs(noise.mean()) < 1e-3 and abs(noise.var() - 1) < 2e-3
     assert abs((noise**4).mean() - kurtosis) < 0.02 * kurtosis
     assert (np.diff(noise) >= 0).all()
 
 
 def test_heteroscedastic_noise_varies_with_the_parents():
-    """Under do of its only parent, a linear variable's deviation is as the parent's value says; other noise's is the same everywhere."""
+    """Under do of its only parent, a linear variable's deviation is as the parent's value says;
+    other noise's is the same everywhere.
+    """
     noise = jr.normal(jr.key(8), (64, 5))
-    for kind, factor in (("gaussian", lambda v: 1.0), ("heteroscedastic", lambda v: np.exp(np.tanh(float(hand_made().weights[2, 3]) * v)))):
+    for kind, factor in (
+        ("gaussian", lambda v: 1.0),
+        ("heteroscedastic", lambda v: np.exp(np.tanh(float(hand_made().weights[2, 3]) * v))),
+    ):
         scm = hand_made(noise_kind=kind)
         for value in (-2.0, 0.5, 2.0):
             rows = simulate(scm, noise, Intervention.single(3, value, 5))
-            expected = abs(float(scm.noise_scale[3])) / 1.7 * factor(value) * np.asarray(noise)[:, 3].std()
+            expected = (
+                abs(float(scm.noise_scale[3])) / 1.7 * factor(value) * np.asarray(noise)[:, 3].std()
+            )
             np.testing.assert_allclose(rows[:, 1].std(), expected, rtol=1e-4)
 
 
@@ -221,18 +295,35 @@ def test_check_scm_accepts_random_models(scms):
 
 
 def at(name, index, value):
-    return lambda scm: eqx.tree_at(lambda scm: getattr(scm, name), scm, getattr(scm, name).at[index].set(value))
+    return lambda scm: eqx.tree_at(
+        lambda scm: getattr(scm, name), scm, getattr(scm, name).at[index].set(value)
+    )
 
 
 WRONG = {
-    "self-loop": (at("adjacency", (1, 1), True), "the edge from X0 to X0 does not go forward in order"),
-    "cycle": (at("adjacency", (3, 1), True), "the edge from X1 to X0 does not go forward in order: remove it, or put X1 before X0"),
+    "self-loop": (
+        at("adjacency", (1, 1), True),
+        "the edge from X0 to X0 does not go forward in order",
+    ),
+    "cycle": (
+        at("adjacency", (3, 1), True),
+        "the edge from X1 to X0 does not go forward in order: remove it, or put X1 before X0",
+    ),
     "order": (at("order", 3, 3), "order must hold every variable once"),
     "no ancestor": (at("target", (), 2), "the target X2 has no ancestor that may be set"),
-    "no candidate": (at("high", jnp.array([0, 2, 3]), -2.0), "no variable but the target X1 has a range"),
-    "inverted range": (at("low", 3, 4.0), "X3 may be set from 4.0 to 3.0: low must not be above high"),
+    "no candidate": (
+        at("high", jnp.array([0, 2, 3]), -2.0),
+        "no variable but the target X1 has a range",
+    ),
+    "inverted range": (
+        at("low", 3, 4.0),
+        "X3 may be set from 4.0 to 3.0: low must not be above high",
+    ),
     "infinite weight": (at("weights", (0, 2), jnp.inf), "weights of X3 is not finite"),
-    "frequency not a number": (at("frequencies", (2, 3, 1), jnp.nan), "frequencies of X1 is not finite"),
+    "frequency not a number": (
+        at("frequencies", (2, 3, 1), jnp.nan),
+        "frequencies of X1 is not finite",
+    ),
     "infinite range": (at("high", 0, jnp.inf), "high of X0 is not finite"),
 }
 
@@ -253,9 +344,12 @@ def test_linear_means_agree_with_path_products(scms, table):
         grid, target = np.asarray(value_grid(scm.low, scm.high, 5)), int(scm.target)
         for j in np.flatnonzero(scm.candidates).tolist():
             cut = b * (np.arange(NUM_VARS) != j)[:, None]
-            paths = sum(np.linalg.matrix_power(cut, k) for k in range(NUM_VARS))  # products of coefficients along all directed paths
+            # products of coefficients along all directed paths
+            paths = sum(np.linalg.matrix_power(cut, k) for k in range(NUM_VARS))
             rest = paths @ np.where(np.arange(NUM_VARS) == j, 0.0, c)
-            np.testing.assert_allclose(table[i, j], rest[target] + paths[target, j] * grid[j], atol=5e-4, rtol=5e-4)
+            np.testing.assert_allclose(
+                table[i, j], rest[target] + paths[target, j] * grid[j], atol=5e-4, rtol=5e-4
+            )
 
 
 def test_linear_covariance_agrees_with_the_closed_form(scms):
@@ -267,14 +361,19 @@ def test_linear_covariance_agrees_with_the_closed_form(scms):
         expected = total @ np.diag(d**2) @ total.T
         rows = simulate(scm, jr.normal(jr.key(4), (4096, NUM_VARS)), Intervention.none(NUM_VARS))
         error = np.cov(rows.T) - expected
-        deviation = np.sqrt((np.outer(np.diag(expected), np.diag(expected)) + expected**2) / len(rows))
+        deviation = np.sqrt(
+            (np.outer(np.diag(expected), np.diag(expected)) + expected**2) / len(rows)
+        )
         assert (np.abs(error) <= 5 * deviation + 1e-6).all()
 
 
 def test_effect_table_is_infinite_where_nothing_may_be_set(scms, table, candidates):
     expected = np.asarray(scms.var_mask) & (np.arange(NUM_VARS) != np.asarray(scms.target)[:, None])
     assert (candidates == expected).all()
-    assert np.isposinf(np.asarray(table)[~candidates]).all() and np.isfinite(np.asarray(table)[candidates]).all()
+    assert (
+        np.isposinf(np.asarray(table)[~candidates]).all()
+        and np.isfinite(np.asarray(table)[candidates]).all()
+    )
 
 
 def test_effect_table_is_the_mean_under_do(scms, table):
@@ -289,11 +388,19 @@ def test_optimum_is_no_worse_than_any_grid_point(scms, table, candidates):
     best = jax.jit(jax.vmap(lambda scm: scm.optimum(9)))(scms)
     assert (best.mean <= table.min((1, 2)) + 1e-6).all()  # nine values hold the five of the table
     assert (best.mean < table.min((1, 2)) - 1e-3).any()  # and the refinement gains somewhere
-    everyone, variable, value = np.arange(NUM_MODELS), np.asarray(best.variable), np.asarray(best.value)
+    everyone, variable, value = (
+        np.arange(NUM_MODELS),
+        np.asarray(best.variable),
+        np.asarray(best.value),
+    )
     assert candidates[everyone, variable].all()
-    assert (value >= np.asarray(scms.low)[everyone, variable]).all() and (value <= np.asarray(scms.high)[everyone, variable]).all()
+    assert (value >= np.asarray(scms.low)[everyone, variable]).all() and (
+        value <= np.asarray(scms.high)[everyone, variable]
+    ).all()
     scm, first = member(scms, 0), member(best, 0)
-    rows = simulate(scm, scm.reference_noise(), Intervention.single(first.variable, first.value, NUM_VARS))
+    rows = simulate(
+        scm, scm.reference_noise(), Intervention.single(first.variable, first.value, NUM_VARS)
+    )
     np.testing.assert_allclose(rows[:, scm.target].mean(), first.mean, atol=1e-5)
 
 
@@ -309,11 +416,15 @@ def test_samples_of_a_mutilated_model(scms):
     scm, key = member(scms, 0), jr.key(5)
     j = int(np.flatnonzero(scm.candidates)[0])
     intervention = Intervention.single(j, 0.5, NUM_VARS)
-    both = eqx.filter_jit(lambda scm, cut: (sample_from_scm(key, cut, 4), sample_from_scm(key, scm, 4)))
+    both = eqx.filter_jit(
+        lambda scm, cut: (sample_from_scm(key, cut, 4), sample_from_scm(key, scm, 4))
+    )
     rows, observed = both(scm, apply_intervention(scm, intervention))
     assert rows.shape == (4, NUM_VARS) and (rows[:, j] == 0.5).all()
     np.testing.assert_allclose(rows, simulate(scm, scm.draw_noise(key, 4), intervention), atol=1e-5)
-    np.testing.assert_allclose(observed, simulate(scm, scm.draw_noise(key, 4), Intervention.none(NUM_VARS)), atol=1e-5)
+    np.testing.assert_allclose(
+        observed, simulate(scm, scm.draw_noise(key, 4), Intervention.none(NUM_VARS)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("variable", [9, -1, jnp.array(3)])

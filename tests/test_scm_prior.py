@@ -1,4 +1,6 @@
-"""Random problems: the shape of every graph family, standardised models in which something can be gained, and first data sets that add up."""
+"""Random problems: the shape of every graph family, standardised models in which something can be
+gained, and first data sets that add up.
+"""
 
 import functools as ft
 import itertools
@@ -40,16 +42,24 @@ def scms():
 @pytest.fixture(scope="module")
 def graphs():
     """`[family, size - 2, draw, parent, child]` for sizes 2 to 6."""
-    draw = jax.vmap(lambda key, family, size: sample_graph(key, family, PRIOR, size), in_axes=(0, None, None))
+    draw = jax.vmap(
+        lambda key, family, size: sample_graph(key, family, PRIOR, size), in_axes=(0, None, None)
+    )
     draw = jax.vmap(jax.vmap(draw, in_axes=(None, None, 0)), in_axes=(None, 0, None))
-    return np.asarray(jax.jit(draw)(jr.split(jr.key(0), 100), jnp.arange(len(FAMILIES)), jnp.arange(2, NUM_VARS + 1)))
+    return np.asarray(
+        jax.jit(draw)(
+            jr.split(jr.key(0), 100), jnp.arange(len(FAMILIES)), jnp.arange(2, NUM_VARS + 1)
+        )
+    )
 
 
 def member(batch, i):
     return jax.tree.map(lambda leaf: leaf[i], batch)
 
 
-@pytest.mark.parametrize(("field", "known"), [("families", FAMILIES), ("mechanisms", MECHANISMS), ("noises", NOISES)])
+@pytest.mark.parametrize(
+    ("field", "known"), [("families", FAMILIES), ("mechanisms", MECHANISMS), ("noises", NOISES)]
+)
 def test_unknown_names_raise_with_the_list(field, known):
     with pytest.raises(ValueError, match="small_world") as error:
         SCMPrior(**{field: (known[0], "small_world")})
@@ -79,29 +89,36 @@ def test_graphs_of_every_family_are_acyclic_and_stay_within_their_size(graphs, f
     index = np.arange(NUM_VARS)
     for size in range(2, NUM_VARS + 1):
         drawn = graphs[family, size - 2]
-        assert not (drawn & (index[:, None] >= index)).any()  # a strictly upper triangle is acyclic, in topological order
+        # a strictly upper triangle is acyclic, in topological order
+        assert not (drawn & (index[:, None] >= index)).any()
         assert not drawn[:, size:].any() and not drawn[:, :, size:].any()
         assert drawn.any((1, 2)).all()
 
 
 def test_chain_fork_and_collider_are_what_they_are_called(graphs):
     for size in range(2, NUM_VARS + 1):
-        chain, fork, collider = (graphs[FAMILIES.index(name), size - 2] for name in ("chain", "fork", "collider"))
+        chain, fork, collider = (
+            graphs[FAMILIES.index(name), size - 2] for name in ("chain", "fork", "collider")
+        )
         assert (chain == np.eye(NUM_VARS, k=1, dtype=bool) * (np.arange(NUM_VARS) < size)).all()
         assert (fork[:, 0].sum(-1) == size - 1).all() and (fork.sum((1, 2)) == size - 1).all()
         for adjacency in collider:
             degree = adjacency.sum(0)
             centre = int(np.argmax(degree > 0))
             assert degree[centre] == min(centre, 3) and (degree[centre + 1 : size] == 1).all()
-        assert len({int(np.argmax(adjacency.any(0))) for adjacency in collider}) == size - 1  # every place can be the centre
+        # every place can be the centre
+        assert len({int(np.argmax(adjacency.any(0))) for adjacency in collider}) == size - 1
 
 
 def test_scale_free_graphs_attach_to_one_or_two_and_favour_hubs(graphs):
     drawn = graphs[FAMILIES.index("scale_free"), NUM_VARS - 2]
     degree = drawn.sum(1)
     assert (degree[:, 0] == 0).all() and (degree[:, 1] == 1).all()
-    assert ((degree[:, 2:] == 1) | (degree[:, 2:] == 2)).all() and {1, 2} <= set(degree[:, 2:].ravel())
-    single = graphs[FAMILIES.index("scale_free"), 1]  # three variables: the third meets two equal ones
+    assert ((degree[:, 2:] == 1) | (degree[:, 2:] == 2)).all() and {1, 2} <= set(
+        degree[:, 2:].ravel()
+    )
+    # three variables: the third meets two equal ones
+    single = graphs[FAMILIES.index("scale_free"), 1]
     assert all(nx.is_weakly_connected(nx.DiGraph(adjacency[:3, :3])) for adjacency in single)
     total = drawn.sum(1) + drawn.sum(2)
     assert total[:, :2].mean() > total[:, 3:].mean() + 0.5
@@ -115,16 +132,22 @@ def test_density_of_erdos_renyi_graphs(graphs):
 
 
 def test_watts_strogatz_graphs_are_rewired_rings(graphs):
-    """Rewiring keeps the number of edges; a ring with no edge moved is a cycle through all variables, and most graphs are not."""
+    """Rewiring keeps the number of edges; a ring with no edge moved is a cycle through all
+    variables, and most graphs are not.
+    """
     for size in range(2, NUM_VARS + 1):
         drawn = graphs[FAMILIES.index("watts_strogatz"), size - 2]
-        assert set(drawn.sum((1, 2))) == {1 if size == 2 else size} | ({2 * size} if size > 5 else set())
+        assert set(drawn.sum((1, 2))) == {1 if size == 2 else size} | (
+            {2 * size} if size > 5 else set()
+        )
     drawn = graphs[FAMILIES.index("watts_strogatz"), NUM_VARS - 2]
     single = drawn[drawn.sum((1, 2)) == NUM_VARS]
     undirected = [nx.Graph(adjacency) for adjacency in single | single.swapaxes(1, 2)]
     rings = np.mean([nx.is_isomorphic(graph, nx.cycle_graph(NUM_VARS)) for graph in undirected])
-    assert 0 < rings < 0.5  # no edge moves in .7^6 = 12 % of graphs, and some rewired ones are rings again
-    assert (single.mean(0)[np.triu_indices(NUM_VARS, 1)] > 0.15).all()  # 40 % on average: the places on the ring are random
+    # no edge moves in .7^6 = 12 % of graphs, and some rewired ones are rings again
+    assert 0 < rings < 0.5
+    # 40 % on average: the places on the ring are random
+    assert (single.mean(0)[np.triu_indices(NUM_VARS, 1)] > 0.15).all()
 
 
 def test_layered_graphs_have_edges_only_to_the_next_layer(graphs):
@@ -138,7 +161,9 @@ def test_layered_graphs_have_edges_only_to_the_next_layer(graphs):
             assert [layer[i] for i in range(size)] == sorted(layer[i] for i in range(size))
             assert max(map(len, layers)) - min(map(len, layers)) <= 1
             numbers.add((size, len(layers)))
-    assert numbers == {(size, number) for size in range(2, NUM_VARS + 1) for number in range(2, min(size, 4) + 1)}
+    assert numbers == {
+        (size, number) for size in range(2, NUM_VARS + 1) for number in range(2, min(size, 4) + 1)
+    }
 
 
 def test_models_are_padded_at_the_end(scms):
@@ -149,10 +174,14 @@ def test_models_are_padded_at_the_end(scms):
     adjacency, index = np.asarray(scms.adjacency), np.arange(NUM_VARS)
     for axis in (1, 2):  # the last places generated are the padding
         assert not (adjacency.any(axis) & (index >= size[:, None])).any()
-    assert (np.asarray(scms.order)[index >= size[:, None]] == np.broadcast_to(index, scms.order.shape)[index >= size[:, None]]).all()
+    assert (
+        np.asarray(scms.order)[index >= size[:, None]]
+        == np.broadcast_to(index, scms.order.shape)[index >= size[:, None]]
+    ).all()
     assert ((scms.low == 0) & (scms.high == 0) == ~scms.var_mask).all()
     assert (np.asarray(scms.target) < size).all()
-    assert len(np.unique(np.asarray(scms.order)[size == 6], axis=0)) > 5  # outside names say nothing about the order
+    # outside names say nothing about the order
+    assert len(np.unique(np.asarray(scms.order)[size == 6], axis=0)) > 5
 
 
 def test_same_key_same_model(scms):
@@ -162,7 +191,10 @@ def test_same_key_same_model(scms):
 
 def test_defaults_are_those_of_training(scms):
     assert SCMPrior().families == FAMILIES[:5] and SCMPrior().standardised
-    assert set(np.asarray(scms.mechanism)) == {MECHANISMS.index("linear"), MECHANISMS.index("fourier")}
+    assert set(np.asarray(scms.mechanism)) == {
+        MECHANISMS.index("linear"),
+        MECHANISMS.index("fourier"),
+    }
     assert set(np.asarray(scms.noise_kind)) == {NOISES.index("gaussian")}
     drawn = jax.device_get(jax.jit(ft.partial(sample_scm, prior=SCMPrior()))(jr.key(0)))
     assert drawn.target == 0  # as drawn before there were other kinds
@@ -173,29 +205,44 @@ def test_defaults_are_those_of_training(scms):
 def varied():
     """Models of every family, mechanism and noise, standardised and not."""
     priors = [
-        SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=NUM_VARS, families=FAMILIES, mechanisms=MECHANISMS, noises=NOISES, standardised=standardised)
+        SCMPrior(
+            max_vars=NUM_VARS,
+            min_size=3,
+            max_size=NUM_VARS,
+            families=FAMILIES,
+            mechanisms=MECHANISMS,
+            noises=NOISES,
+            standardised=standardised,
+        )
         for standardised in (True, False)
     ]
-    return [jax.jit(jax.vmap(ft.partial(sample_scm, prior=prior)))(jr.split(jr.key(6), NUM_MODELS)) for prior in priors]
+    return [
+        jax.jit(jax.vmap(ft.partial(sample_scm, prior=prior)))(jr.split(jr.key(6), NUM_MODELS))
+        for prior in priors
+    ]
 
 
 def test_every_kind_is_drawn(varied):
     for scms in varied:
         assert set(np.asarray(scms.mechanism)) == set(range(len(MECHANISMS)))
         assert set(np.asarray(scms.noise_kind)) == set(range(len(NOISES)))
-        assert len(set(zip(scms.mechanism.tolist(), scms.noise_kind.tolist(), strict=True))) > 12  # one says nothing about the other
+        # one says nothing about the other
+        assert len(set(zip(scms.mechanism.tolist(), scms.noise_kind.tolist(), strict=True))) > 12
         for i in range(0, NUM_MODELS, 8):
             check_scm(member(scms, i))
 
 
 def observe(scms):
     noise = jr.normal(jr.key(2), (2000, NUM_VARS))
-    return np.asarray(jax.jit(jax.vmap(lambda scm: scm.simulate(noise, Intervention.none(NUM_VARS))))(scms))
+    return np.asarray(
+        jax.jit(jax.vmap(lambda scm: scm.simulate(noise, Intervention.none(NUM_VARS))))(scms)
+    )
 
 
 def test_standardised_models_of_every_kind_have_unit_deviations(varied):
     deviation = observe(varied[0]).std(1)[np.asarray(varied[0].var_mask)]
-    assert np.abs(np.log(deviation)).max() < 0.5 and abs(deviation.mean() - 1) < 0.03  # 256 rows: heavy tails make single ones rough
+    # 256 rows: heavy tails make single ones rough
+    assert np.abs(np.log(deviation)).max() < 0.5 and abs(deviation.mean() - 1) < 0.03
 
 
 def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied):
@@ -206,15 +253,26 @@ def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied
     assert deviation[there].max() / deviation[there].min() > 10 and np.abs(mean[there]).max() > 1
     generated = np.take_along_axis(deviation, np.asarray(scms.order), 1)
     full = there.all(1)
-    assert np.median(generated[full, -1] / generated[full, 0]) > 1.2  # variances add up along the graph
+    # variances add up along the graph
+    assert np.median(generated[full, -1] / generated[full, 0]) > 1.2
     for end in ((mean - scms.low) / deviation, (scms.high - mean) / deviation):
         # by at most what mean and deviation are uncertain by
-        assert (np.asarray(end)[there] > 0.6 * PRIOR.min_range).all() and (np.asarray(end)[there] < 1.6 * PRIOR.max_range).all()
+        assert (np.asarray(end)[there] > 0.6 * PRIOR.min_range).all() and (
+            np.asarray(end)[there] < 1.6 * PRIOR.max_range
+        ).all()
         assert abs(np.asarray(end)[there].mean() - 0.5 * (PRIOR.min_range + PRIOR.max_range)) < 0.2
-    table = jax.jit(jax.vmap(lambda scm: scm.effect_table(scm.low[:, None] + (scm.high - scm.low)[:, None] * jnp.linspace(0, 1, 5)[None])))(scms)
+    table = jax.jit(
+        jax.vmap(
+            lambda scm: scm.effect_table(
+                scm.low[:, None] + (scm.high - scm.low)[:, None] * jnp.linspace(0, 1, 5)[None]
+            )
+        )
+    )(scms)
     everyone, target = np.arange(NUM_MODELS), np.asarray(scms.target)
     drops = (mean[everyone, target] - np.asarray(table).min((1, 2))) / deviation[everyone, target]
-    assert (drops > SCMPrior().min_effect - 0.3).all() and (drops >= SCMPrior().min_effect).mean() > 0.9
+    assert (drops > SCMPrior().min_effect - 0.3).all() and (
+        drops >= SCMPrior().min_effect
+    ).mean() > 0.9
     assert not np.asarray(scms.low)[~there].any() and not np.asarray(scms.high)[~there].any()
 
 
@@ -222,22 +280,38 @@ def test_levels_get_harder_in_every_respect():
     for easier, harder in itertools.pairwise(DIFFICULTY):
         for name in ("size", "density", "noise"):
             for end in ("min", "max"):
-                assert getattr(easier.prior, f"{end}_{name}") < getattr(harder.prior, f"{end}_{name}")
+                assert getattr(easier.prior, f"{end}_{name}") < getattr(
+                    harder.prior, f"{end}_{name}"
+                )
         assert easier.num_obs > harder.num_obs
-        kinds = ([MECHANISMS_BY_DIFFICULTY.index(name) for name in level.prior.mechanisms] for level in (easier, harder))
+        kinds = (
+            [MECHANISMS_BY_DIFFICULTY.index(name) for name in level.prior.mechanisms]
+            for level in (easier, harder)
+        )
         (fewest, most), (fewest_harder, most_harder) = ((min(kind), max(kind)) for kind in kinds)
-        assert fewest <= fewest_harder and most <= most_harder and (fewest, most) != (fewest_harder, most_harder)
+        assert (
+            fewest <= fewest_harder
+            and most <= most_harder
+            and (fewest, most) != (fewest_harder, most_harder)
+        )
         assert set(easier.prior.noises) <= set(harder.prior.noises)
     assert len(DIFFICULTY) == 5 and {level.prior.max_vars for level in DIFFICULTY} == {10}
-    assert (DIFFICULTY[0].prior.mechanisms, DIFFICULTY[-1].prior.mechanisms) == (("linear",), ("fourier",))
+    assert (DIFFICULTY[0].prior.mechanisms, DIFFICULTY[-1].prior.mechanisms) == (
+        ("linear",),
+        ("fourier",),
+    )
 
 
 @pytest.mark.parametrize("level", DIFFICULTY, ids=range(1, 6))
 def test_levels_can_be_sampled(level):
-    make = jax.jit(jax.vmap(lambda key: sample_problem(key, level.prior, level.num_obs, 1, level.num_obs + 10)))
+    make = jax.jit(
+        jax.vmap(lambda key: sample_problem(key, level.prior, level.num_obs, 1, level.num_obs + 10))
+    )
     scms, buffers = make(jr.split(jr.key(7), 8))
     assert set(np.asarray(scms.var_mask).sum(1)) <= {level.prior.min_size, level.prior.max_size}
-    assert (np.asarray(buffers.valid).sum(1) == level.num_obs + np.asarray(scms.var_mask).sum(1) - 1).all()
+    assert (
+        np.asarray(buffers.valid).sum(1) == level.num_obs + np.asarray(scms.var_mask).sum(1) - 1
+    ).all()
     assert np.isfinite(buffers.values).all()
     for i in range(8):
         check_scm(member(scms, i))
@@ -251,10 +325,13 @@ def test_ranges_lie_within_the_prior(scms):
 
 def test_observational_variables_have_mean_zero_and_deviation_one(scms):
     noise = jr.normal(jr.key(2), (2000, NUM_VARS))
-    rows = np.asarray(jax.jit(jax.vmap(lambda scm: scm.simulate(noise, Intervention.none(NUM_VARS))))(scms))
+    rows = np.asarray(
+        jax.jit(jax.vmap(lambda scm: scm.simulate(noise, Intervention.none(NUM_VARS))))(scms)
+    )
     there = np.asarray(scms.var_mask)
     mean, deviation = rows.mean(1)[there], rows.std(1)[there]
-    # calibrated on 256 rows: a standard error of .06 for means of nonlinear models, of .045 for deviations
+    # calibrated on 256 rows: a standard error of .06 for means of nonlinear models, of .045 for
+    # deviations
     assert np.abs(mean).max() < 0.35 and np.abs(mean.mean()) < 0.03
     assert np.abs(deviation - 1).max() < 0.25 and np.abs(deviation.mean() - 1) < 0.03
 
@@ -265,37 +342,62 @@ def test_every_target_can_be_lowered(scms):
 
     def drop(scm):
         grid = scm.low[:, None] + (scm.high - scm.low)[:, None] * jnp.linspace(0.0, 1.0, 5)[None]
-        return scm.mean_outcome(Intervention.none(NUM_VARS), noise) - scm.effect_table(grid, noise).min()
+        return (
+            scm.mean_outcome(Intervention.none(NUM_VARS), noise)
+            - scm.effect_table(grid, noise).min()
+        )
 
     drops = np.asarray(jax.jit(jax.vmap(drop))(scms))
-    # qualification looked at 32 rows of noise, so single models may fall short by its standard error
-    assert (drops > SCMPrior().min_effect - 0.25).all() and (drops >= SCMPrior().min_effect).mean() > 0.9
+    # qualification looked at 32 rows of noise, so single models may fall short by its standard
+    # error
+    assert (drops > SCMPrior().min_effect - 0.25).all() and (
+        drops >= SCMPrior().min_effect
+    ).mean() > 0.9
 
 
 def test_initial_buffer_counts_rows(scms):
     num_obs, per_variable, capacity = 10, 2, 30
-    make = jax.jit(jax.vmap(lambda key, scm, valid: initial_buffer(key, scm, num_obs, per_variable, capacity, valid_obs=valid)))
+    make = jax.jit(
+        jax.vmap(
+            lambda key, scm, valid: initial_buffer(
+                key, scm, num_obs, per_variable, capacity, valid_obs=valid
+            )
+        )
+    )
     valid_obs = jnp.arange(NUM_MODELS) % (num_obs + 1)
     buffers = make(jr.split(jr.key(4), NUM_MODELS), scms, valid_obs)
-    candidates = np.asarray(scms.var_mask) & (np.arange(NUM_VARS) != np.asarray(scms.target)[:, None])
-    values, intervened, valid = (np.asarray(leaf) for leaf in (buffers.values, buffers.intervened, buffers.valid))
+    candidates = np.asarray(scms.var_mask) & (
+        np.arange(NUM_VARS) != np.asarray(scms.target)[:, None]
+    )
+    values, intervened, valid = (
+        np.asarray(leaf) for leaf in (buffers.values, buffers.intervened, buffers.valid)
+    )
     assert values.shape == (NUM_MODELS, capacity, NUM_VARS)
     assert (valid.sum(1) == np.asarray(valid_obs) + per_variable * candidates.sum(1)).all()
     assert (np.diff(valid.astype(int), axis=1) <= 0).all()  # valid rows first
     assert (intervened.sum(1) == per_variable * candidates).all()
-    assert (intervened.sum(2) <= 1).all() and not intervened[~valid].any() and not values[~valid].any()
+    assert (
+        (intervened.sum(2) <= 1).all() and not intervened[~valid].any() and not values[~valid].any()
+    )
     inside = (values >= np.asarray(scms.low)[:, None]) & (values <= np.asarray(scms.high)[:, None])
     assert inside[intervened].all()
     full = member(buffers, num_obs)
     assert (full.observational == (jnp.arange(capacity) < num_obs)).all()
-    assert len(np.unique(full.values[full.valid], axis=0)) == full.size  # every row has its own noise
+    # every row has its own noise
+    assert len(np.unique(full.values[full.valid], axis=0)) == full.size
 
 
 def test_varied_buffers(scms):
     design = DataDesign(min_obs=4, max_obs=12, max_interventions=8)
-    examples = jax.jit(jax.vmap(lambda key: sample_examples(key, PRIOR, design, 5)))(jr.split(jr.key(5), 32))
-    buffers, task = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), (examples.buffer, examples.task))
-    values, intervened, valid = (np.asarray(leaf) for leaf in (buffers.values, buffers.intervened, buffers.valid))
+    examples = jax.jit(jax.vmap(lambda key: sample_examples(key, PRIOR, design, 5)))(
+        jr.split(jr.key(5), 32)
+    )
+    buffers, task = jax.tree.map(
+        lambda leaf: leaf.reshape(64, *leaf.shape[2:]), (examples.buffer, examples.task)
+    )
+    values, intervened, valid = (
+        np.asarray(leaf) for leaf in (buffers.values, buffers.intervened, buffers.valid)
+    )
     assert values.shape == (64, 20, NUM_VARS)
     assert not values[~valid].any() and not intervened[~valid].any()
     observations = valid[:, :12].sum(1)
@@ -303,13 +405,19 @@ def test_varied_buffers(scms):
     assert not intervened[:, :12].any()
     assert (intervened[:, 12:].sum(2) == valid[:, 12:]).all()  # one variable per interventional row
     assert {0, 8} <= set(valid[:, 12:].sum(1))
-    candidates = np.asarray(task.var_mask) & (np.arange(NUM_VARS) != np.asarray(task.target)[:, None])
+    candidates = np.asarray(task.var_mask) & (
+        np.arange(NUM_VARS) != np.asarray(task.target)[:, None]
+    )
     assert not (intervened & ~candidates[:, None]).any()
-    inside = (values >= np.asarray(task.low)[:, None] - 1e-6) & (values <= np.asarray(task.high)[:, None] + 1e-6)
+    inside = (values >= np.asarray(task.low)[:, None] - 1e-6) & (
+        values <= np.asarray(task.high)[:, None] + 1e-6
+    )
     assert inside[intervened].all()
     assert not values[~np.broadcast_to(np.asarray(task.var_mask)[:, None], values.shape)].any()
     # both data sets of a model share the truth, not the rows
-    assert (examples.effects[:, 0] == examples.effects[:, 1]).all() and (examples.parents[:, 0] == examples.parents[:, 1]).all()
+    assert (examples.effects[:, 0] == examples.effects[:, 1]).all() and (
+        examples.parents[:, 0] == examples.parents[:, 1]
+    ).all()
     assert (examples.buffer.values[:, 0, 0] != examples.buffer.values[:, 1, 0]).any(-1).all()
     assert (np.isfinite(examples.effects).all(-1).reshape(64, -1) == candidates).all()
     assert not (np.asarray(examples.parents).reshape(64, -1) & ~candidates).any()

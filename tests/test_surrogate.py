@@ -1,4 +1,6 @@
-"""The surrogate: exact probabilities, symmetries, indifference to padding and units, and one batch that it can learn by heart."""
+"""The surrogate: exact probabilities, symmetries, indifference to padding and units, and one batch
+that it can learn by heart.
+"""
 
 import itertools
 from dataclasses import replace
@@ -31,9 +33,14 @@ from lib.system import TrainedACBOSystem
 
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained" / "acbo.eqx"
-CONFIG = SurrogateConfig(model_hidden_dim=16, model_n_layers=2, num_products=4, num_components=2, num_bins=5)
+CONFIG = SurrogateConfig(
+    model_hidden_dim=16, model_n_layers=2, num_products=4, num_components=2, num_bins=5
+)
 REAL, SLOTS, ROWS, VALID, TARGET = 6, 8, 32, 26, 2  # six variables in eight slots, six rows free
-SETS = np.array([[m[0], m[1], 0, m[2], m[3], m[4], 0, 0] for m in itertools.product((0, 1), repeat=5)], bool)  # every parent set of variable 2
+# every parent set of variable 2
+SETS = np.array(
+    [[m[0], m[1], 0, m[2], m[3], m[4], 0, 0] for m in itertools.product((0, 1), repeat=5)], bool
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +50,19 @@ def model():
 
 @pytest.fixture(scope="module")
 def predict(model):
-    """Batched: `(buffers, tasks) -> outputs` with a leading axis, one compilation per number of slots."""
-    jit_predict = eqx.filter_jit(lambda model, buffers, tasks: jax.vmap(model.predict)(buffers, tasks))
+    """Batched: `(buffers, tasks) -> outputs` with a leading axis, one compilation per number of
+    slots.
+    """
+    jit_predict = eqx.filter_jit(
+        lambda model, buffers, tasks: jax.vmap(model.predict)(buffers, tasks)
+    )
     return lambda buffers, tasks: jit_predict(model, buffers, tasks)
 
 
 def make_data(seed):
-    """Correlated rows of six variables in numpy: a third of them interventional, zeros beyond six variables and in free rows."""
+    """Correlated rows of six variables in numpy: a third of them interventional, zeros beyond six
+    variables and in free rows.
+    """
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(ROWS, REAL)) @ (np.eye(REAL) + 0.4 * rng.normal(size=(REAL, REAL)))
     intervened = np.zeros((ROWS, REAL), bool)
@@ -65,7 +78,11 @@ def build(data, slots=SLOTS, valid=None):
     spare = slots - values.shape[1]
     valid = np.arange(ROWS) < VALID if valid is None else valid
     wide = ((0, 0), (0, spare))
-    buffer = ExperienceBuffer(jnp.asarray(np.pad(values, wide), jnp.float32), jnp.asarray(np.pad(intervened, wide)), jnp.asarray(valid))
+    buffer = ExperienceBuffer(
+        jnp.asarray(np.pad(values, wide), jnp.float32),
+        jnp.asarray(np.pad(intervened, wide)),
+        jnp.asarray(valid),
+    )
     low, high = (jnp.asarray(np.pad(end, (0, spare)), jnp.float32) for end in (low, high))
     return buffer, Task(jnp.array(target), low, high, jnp.arange(slots) < values.shape[1])
 
@@ -84,7 +101,13 @@ PERMUTATION = np.array([3, 0, 5, 1, 4, 2])
 
 def permuted(data):
     values, intervened, low, high, target = data
-    return values[:, PERMUTATION], intervened[:, PERMUTATION], low[PERMUTATION], high[PERMUTATION], PERMUTATION.tolist().index(target)
+    return (
+        values[:, PERMUTATION],
+        intervened[:, PERMUTATION],
+        low[PERMUTATION],
+        high[PERMUTATION],
+        PERMUTATION.tolist().index(target),
+    )
 
 
 def rescaled(data, scale, shift):
@@ -110,19 +133,35 @@ def noisy_padding(pair):
     buffer, task = pair
     there = np.asarray(task.var_mask)
     spoilt = ExperienceBuffer(
-        jnp.where(there[None], buffer.values, 7.0), buffer.intervened | (jnp.asarray(~there)[None] & ~buffer.observational[:, None]), buffer.valid
+        jnp.where(there[None], buffer.values, 7.0),
+        buffer.intervened | (jnp.asarray(~there)[None] & ~buffer.observational[:, None]),
+        buffer.valid,
     )
-    return spoilt, Task(task.target, jnp.where(there, task.low, -5.0), jnp.where(there, task.high, 5.0), task.var_mask)
+    return spoilt, Task(
+        task.target,
+        jnp.where(there, task.low, -5.0),
+        jnp.where(there, task.high, 5.0),
+        task.var_mask,
+    )
 
 
 VARIANTS = {
     "base": build(BASE),
     "variables": build(permuted(BASE)),
-    "rows": build((BASE[0][ROW_ORDER], BASE[1][ROW_ORDER], *BASE[2:]), valid=(np.arange(ROWS) < VALID)[ROW_ORDER]),
+    "rows": build(
+        (BASE[0][ROW_ORDER], BASE[1][ROW_ORDER], *BASE[2:]),
+        valid=(np.arange(ROWS) < VALID)[ROW_ORDER],
+    ),
     "free rows": build(noisy_free_rows(BASE)),
     "padding": noisy_padding(build(BASE)),
     "units": build(rescaled(BASE, np.exp(OTHERS), 3.0 * OTHERS)),
-    "target units": build(rescaled(BASE, np.where(np.arange(REAL) == TARGET, 4.0, 1.0), np.where(np.arange(REAL) == TARGET, -7.0, 0.0))),
+    "target units": build(
+        rescaled(
+            BASE,
+            np.where(np.arange(REAL) == TARGET, 4.0, 1.0),
+            np.where(np.arange(REAL) == TARGET, -7.0, 0.0),
+        )
+    ),
 }
 
 
@@ -140,7 +179,9 @@ def assert_same(a, b, order=None):
         left, right = np.asarray(getattr(a, name))[order], np.asarray(getattr(b, name))[:REAL]
         rows = usable if name != "tokens" else slice(None)
         np.testing.assert_allclose(left[rows], right[rows], atol=1e-4, rtol=1e-4, err_msg=name)
-    np.testing.assert_allclose(np.asarray(a.logits)[:, order], np.asarray(b.logits)[:, :REAL], atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(a.logits)[:, order], np.asarray(b.logits)[:, :REAL], atol=1e-4
+    )
     np.testing.assert_allclose(a.log_weights, b.log_weights, atol=1e-4)
     np.testing.assert_allclose(a.marginals()[order], b.marginals()[:REAL], atol=1e-4)
 
@@ -173,7 +214,10 @@ def test_a_shorter_posterior_holds_the_likely_parents(outputs):
     posterior = output.posterior(num_free=2)
     np.testing.assert_allclose(posterior.probs.sum(), 1.0, atol=1e-5)
     likely = np.argsort(-np.asarray(output.marginals()))[:2]
-    assert set(np.flatnonzero(posterior.sets.any(0))) == set(likely.tolist()) and posterior.sets.shape[0] == 4
+    assert (
+        set(np.flatnonzero(posterior.sets.any(0))) == set(likely.tolist())
+        and posterior.sets.shape[0] == 4
+    )
 
 
 def test_permuting_variables_permutes_everything(outputs):
@@ -186,7 +230,9 @@ def test_order_of_rows_free_rows_and_padding_do_not_matter(outputs, variant):
 
 
 def test_rows_added_one_by_one_give_what_encoding_them_gives(model, outputs):
-    """The last four interventional rows of `BASE` arrive after the state of all others was formed."""
+    """The last four interventional rows of `BASE` arrive after the state of all others was
+    formed.
+    """
     buffer, task = VARIANTS["base"]
     state = eqx.filter_jit(model.encode)(*build(BASE, valid=np.arange(ROWS) < VALID - 4))
     update = eqx.filter_jit(model.update)
@@ -210,14 +256,23 @@ def test_units_of_other_variables_do_not_matter(outputs):
 def test_units_of_the_target_scale_effects_and_nothing_else(outputs):
     base, scaled = outputs["base"], outputs["target units"]
     usable = np.asarray(base.task.candidates)
-    np.testing.assert_allclose((4.0 * base.effect_mean - 7.0)[usable], scaled.effect_mean[usable], atol=1e-3)
-    np.testing.assert_allclose((4.0 * base.effect_std)[usable], scaled.effect_std[usable], rtol=1e-3)
+    np.testing.assert_allclose(
+        (4.0 * base.effect_mean - 7.0)[usable], scaled.effect_mean[usable], atol=1e-3
+    )
+    np.testing.assert_allclose(
+        (4.0 * base.effect_std)[usable], scaled.effect_std[usable], rtol=1e-3
+    )
     np.testing.assert_allclose(base.marginals(), scaled.marginals(), atol=1e-4)
     np.testing.assert_allclose(4.0 * base.spread, scaled.spread, rtol=1e-4)
 
 
 def test_data_matter(outputs, predict):
-    other = member(jax.device_get(predict(*stack([build(make_data(seed)) for seed in range(1, 1 + len(VARIANTS))]))), 0)
+    other = member(
+        jax.device_get(
+            predict(*stack([build(make_data(seed)) for seed in range(1, 1 + len(VARIANTS))]))
+        ),
+        0,
+    )
     assert jnp.abs(other.logits - outputs["base"].logits)[:, :REAL].max() > 1e-2
 
 
@@ -227,7 +282,10 @@ def test_blocks_differ_at_initialisation(model):
 
 
 def test_mixed_precision_changes_digits_only(outputs):
-    half = eqx.filter_jit(ParentSetPredictionModel)(replace(CONFIG, mixed_precision=True), key=jr.key(0))  # the same weights
+    # the same weights
+    half = eqx.filter_jit(ParentSetPredictionModel)(
+        replace(CONFIG, mixed_precision=True), key=jr.key(0)
+    )
     rounded = eqx.filter_jit(half.predict)(*VARIANTS["base"])
     difference = jnp.abs(rounded.logits - outputs["base"].logits)[:, :REAL].max()
     assert 0 < difference < 0.05 and rounded.logits.dtype == jnp.float32
@@ -258,7 +316,8 @@ def test_awkward_data_give_finite_answers(predict):
 def test_best_is_the_lowest_candidate(outputs):
     output = outputs["base"]
     mean = jnp.zeros((SLOTS, CONFIG.num_bins)).at[4, 1].set(-1.0)
-    mean = mean.at[TARGET, 0].set(-5.0).at[SLOTS - 1, 0].set(-9.0)  # target and padding do not count
+    # target and padding do not count
+    mean = mean.at[TARGET, 0].set(-5.0).at[SLOTS - 1, 0].set(-9.0)
     variable, value = eqx.tree_at(lambda o: o.effect_mean, output, mean).best()
     assert variable == 4
     np.testing.assert_allclose(value, output.grid[4, 1], atol=1e-6)
@@ -278,19 +337,29 @@ def test_losses_of_a_known_case(outputs):
 def test_kl_to_the_expert(outputs):
     output = outputs["base"]
     np.testing.assert_allclose(expert_kl(output, output.posterior()), 0.0, atol=1e-4)
-    sure = ParentSetPosterior(output.task.target, jnp.asarray(SETS[[3, 0]]), jnp.array([0.0, -jnp.inf]))
-    np.testing.assert_allclose(expert_kl(output, sure), -output.log_prob(jnp.asarray(SETS[3])), atol=1e-5)
+    sure = ParentSetPosterior(
+        output.task.target, jnp.asarray(SETS[[3, 0]]), jnp.array([0.0, -jnp.inf])
+    )
+    np.testing.assert_allclose(
+        expert_kl(output, sure), -output.log_prob(jnp.asarray(SETS[3])), atol=1e-5
+    )
 
 
 def test_observed_task_spans_the_filled_rows():
-    buffer = ExperienceBuffer(jnp.array([[1.0, -2.0], [3.0, 5.0], [99.0, 99.0]]), jnp.zeros((3, 2), bool), jnp.array([True, True, False]))
+    buffer = ExperienceBuffer(
+        jnp.array([[1.0, -2.0], [3.0, 5.0], [99.0, 99.0]]),
+        jnp.zeros((3, 2), bool),
+        jnp.array([True, True, False]),
+    )
     task = observed_task(buffer, 1)
     assert task.low.tolist() == [1.0, -2.0] and task.high.tolist() == [3.0, 5.0]
     assert task.var_mask.all() and task.target == 1
 
 
 def test_one_batch_is_learnt_by_heart(model):
-    """Updates are finite, also on constant columns and with infinite entries in the effect table, and lower both losses."""
+    """Updates are finite, also on constant columns and with infinite entries in the effect table,
+    and lower both losses.
+    """
     data = [make_data(seed) for seed in range(5)]
     data.append((np.where(np.arange(REAL) == 1, 3.0, BASE[0]), *BASE[1:]))
     buffers, tasks = stack([build(d) for d in data] + [build(BASE, valid=np.arange(ROWS) < 2)])
@@ -301,11 +370,17 @@ def test_one_batch_is_learnt_by_heart(model):
     optimiser = optax.adam(3e-3)
     batch = Example(buffers, tasks, parents, jnp.asarray(effects, jnp.float32))
     narrow = jax.tree.map(lambda leaf: leaf[:2], batch)  # a second bucket, of the same width here
-    step = eqx.filter_jit(lambda model, state: update_surrogate(model, state, optimiser, (batch, narrow), None, LossWeights()))
+    step = eqx.filter_jit(
+        lambda model, state: update_surrogate(
+            model, state, optimiser, (batch, narrow), None, LossWeights()
+        )
+    )
     state, history = optimiser.init(eqx.filter(model, eqx.is_array)), []
     for _ in range(60):
         model, state, losses = step(model, state)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))
+        )
         history.append((float(losses.parent_nll), float(losses.effect_nll)))
     (first_parent, first_effect), (last_parent, last_effect) = history[0], history[-1]
     assert last_parent < 0.5 * first_parent
@@ -313,15 +388,24 @@ def test_one_batch_is_learnt_by_heart(model):
 
 
 def test_mean_losses_are_over_examples_not_over_buckets(model):
-    """A bucket of three and one of a single example weigh three to one; the expert's states have a mean of their own."""
+    """A bucket of three and one of a single example weigh three to one; the expert's states have a
+    mean of their own.
+    """
     buffers, tasks = stack([build(make_data(seed)) for seed in range(4)])
     allowed = ((np.arange(SLOTS) < REAL) & (np.arange(SLOTS) != TARGET))[None, :, None]
-    effects = np.where(allowed, np.random.default_rng(2).normal(size=(4, 1, CONFIG.num_bins)), np.inf).astype(np.float32)
+    effects = np.where(
+        allowed, np.random.default_rng(2).normal(size=(4, 1, CONFIG.num_bins)), np.inf
+    ).astype(np.float32)
     whole = Example(buffers, tasks, jnp.asarray(SETS[[3, 8, 1, 30]]), jnp.asarray(effects))
-    parts = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole) for rows in (slice(0, 3), slice(3, 4))]
+    parts = [
+        jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole)
+        for rows in (slice(0, 3), slice(3, 4))
+    ]
     expert = jax.vmap(lambda b, t: model.predict(b, t).posterior())(buffers, tasks)
     demos = ExpertExamples(buffers, tasks, expert)
-    both = eqx.filter_jit(lambda model: (mean_losses(model, [whole], None), mean_losses(model, parts, demos)))
+    both = eqx.filter_jit(
+        lambda model: (mean_losses(model, [whole], None), mean_losses(model, parts, demos))
+    )
     together, apart = both(model)
     np.testing.assert_allclose(together.parent_nll, apart.parent_nll, rtol=1e-4)
     np.testing.assert_allclose(together.effect_nll, apart.effect_nll, rtol=1e-3, atol=1e-4)
@@ -346,7 +430,9 @@ def systems():
         scm = sample_scm(key, prior)
         return initial_buffer(jr.fold_in(key, 1), scm, 200, 2, 216), scm.task
 
-    return jax.device_get(eqx.filter_jit(lambda keys: jax.lax.map(one, keys))(jr.split(jr.key(5), 32)))
+    return jax.device_get(
+        eqx.filter_jit(lambda keys: jax.lax.map(one, keys))(jr.split(jr.key(5), 32))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +445,9 @@ def batched(model):
 
     def one(buffer, task):
         output = model.predict(buffer, task)
-        effects = jnp.where(task.candidates[:, None], (output.effect_mean - output.shift) / output.spread, 0.0)
+        effects = jnp.where(
+            task.candidates[:, None], (output.effect_mean - output.shift) / output.spread, 0.0
+        )
         return output.marginals(), output.posterior().entropy(), effects
 
     every = eqx.filter_jit(jax.vmap(one))
@@ -368,34 +456,57 @@ def batched(model):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_shipped_weights_do_not_care_for_order_or_padding(shipped, systems, dtype, tolerance):
-    """In probabilities and in deviations of the target, or of them where they are larger: exactly so, but for rounding."""
+    """In probabilities and in deviations of the target, or of them where they are larger: exactly
+    so, but for rounding.
+    """
     with jax.enable_x64(dtype == "float64"):
-        model, (buffers, tasks) = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, (shipped, systems))
+        model, (buffers, tasks) = jax.tree.map(
+            lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, (shipped, systems)
+        )
         check_order_and_padding(batched(model), buffers, tasks, tolerance)
 
 
 def check_order_and_padding(answers, buffers, tasks, tolerance):
     order = np.random.default_rng(0).permutation(8)
-    shuffled = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (buffers.values[..., order], buffers.intervened[..., order]))
+    shuffled = eqx.tree_at(
+        lambda b: (b.values, b.intervened),
+        buffers,
+        (buffers.values[..., order], buffers.intervened[..., order]),
+    )
     columns = [tasks.low, tasks.high, tasks.var_mask]
-    moved = eqx.tree_at(lambda t: (t.target, t.low, t.high, t.var_mask), tasks, [np.argsort(order)[tasks.target], *(c[:, order] for c in columns)])
+    moved = eqx.tree_at(
+        lambda t: (t.target, t.low, t.high, t.var_mask),
+        tasks,
+        [np.argsort(order)[tasks.target], *(c[:, order] for c in columns)],
+    )
 
     def wide(leaf):
         return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 4)])
 
-    more = eqx.tree_at(lambda b: (b.values, b.intervened), buffers, (wide(buffers.values), wide(buffers.intervened)))
-    padding = answers(more, eqx.tree_at(lambda t: (t.low, t.high, t.var_mask), tasks, [wide(c) for c in columns]))
+    more = eqx.tree_at(
+        lambda b: (b.values, b.intervened),
+        buffers,
+        (wide(buffers.values), wide(buffers.intervened)),
+    )
+    padding = answers(
+        more, eqx.tree_at(lambda t: (t.low, t.high, t.var_mask), tasks, [wide(c) for c in columns])
+    )
     base, other = answers(buffers, tasks), answers(shuffled, moved)
     for index in (0, 2):
-        np.testing.assert_allclose(base[index][:, order], other[index], rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(base[index], padding[index][:, :8], rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            base[index][:, order], other[index], rtol=tolerance, atol=tolerance
+        )
+        np.testing.assert_allclose(
+            base[index], padding[index][:, :8], rtol=tolerance, atol=tolerance
+        )
 
 
 def test_more_rows_of_the_same_system_lower_the_entropy(answers, systems):
     buffers, tasks = systems
     entropy = {}
     for count in (20, 60, 200):
-        valid = buffers.valid & ((np.arange(216) < count) | (np.arange(216) >= 200))[None]  # the same interventions every time
+        # the same interventions every time
+        valid = buffers.valid & ((np.arange(216) < count) | (np.arange(216) >= 200))[None]
         entropy[count] = answers(eqx.tree_at(lambda b: b.valid, buffers, valid), tasks)[1]
     for fewer, more in ((20, 60), (60, 200)):
         fall = entropy[fewer] - entropy[more]
@@ -411,7 +522,9 @@ def test_shipped_weights_take_any_size_and_awkward_values(answers, num_vars):
     ends = jnp.ones(num_vars)
     problems = [
         (
-            ExperienceBuffer(jnp.asarray(rows, jnp.float32), jnp.zeros(rows.shape, bool), jnp.arange(64) < count),
+            ExperienceBuffer(
+                jnp.asarray(rows, jnp.float32), jnp.zeros(rows.shape, bool), jnp.arange(64) < count
+            ),
             Task(jnp.array(0), -end * ends, end * ends, jnp.ones(num_vars, bool)),
         )
         for rows, end, count in cases

@@ -1,4 +1,6 @@
-"""The trained system: from a buffer to an experiment and back, on disk and in a campaign. Weights are untrained: only the plumbing is tested."""
+"""The trained system: from a buffer to an experiment and back, on disk and in a campaign. Weights
+are untrained: only the plumbing is tested.
+"""
 
 import functools as ft
 from pathlib import Path
@@ -18,24 +20,39 @@ from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.scm import Task
 from lib.scm_prior import SCMPrior, sample_problem
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
-from lib.system import OnlineConfig, TrainedACBOSystem, flip_target, load_policy, load_surrogate, online_policy, run_campaign
+from lib.system import (
+    OnlineConfig,
+    TrainedACBOSystem,
+    flip_target,
+    load_policy,
+    load_surrogate,
+    online_policy,
+    run_campaign,
+)
 
 
 ROOT = Path(__file__).parent.parent
 NUM_VARS, STEPS = 5, 3
-SIZES = SurrogateConfig(model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5)
+SIZES = SurrogateConfig(
+    model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5
+)
 
 
 @pytest.fixture(scope="module")
 def problem():
     prior = SCMPrior(max_vars=NUM_VARS, min_size=4, max_size=4)
-    return jax.jit(lambda key: sample_problem(key, prior, num_obs=12, per_variable=1, capacity=17))(jr.key(0))
+    return jax.jit(lambda key: sample_problem(key, prior, num_obs=12, per_variable=1, capacity=17))(
+        jr.key(0)
+    )
 
 
 @pytest.fixture(scope="module")
 def system():
     surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(1))
-    return TrainedACBOSystem(surrogate, AcquisitionPolicyNetwork(PolicyConfig(16, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)))
+    return TrainedACBOSystem(
+        surrogate,
+        AcquisitionPolicyNetwork(PolicyConfig(16, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +75,9 @@ def saved(system, tmp_path_factory):
 
 def test_a_policy_for_other_tokens_is_refused(system):
     with pytest.raises(ValueError, match="reads tokens of 24 numbers, the surrogate gives 48"):
-        TrainedACBOSystem(system.surrogate, AcquisitionPolicyNetwork(PolicyConfig(16, 1), 24, key=jr.key(2)))
+        TrainedACBOSystem(
+            system.surrogate, AcquisitionPolicyNetwork(PolicyConfig(16, 1), 24, key=jr.key(2))
+        )
 
 
 def test_a_state_with_nothing_to_set_is_refused(system, state):
@@ -85,7 +104,9 @@ def test_artifacts_of_another_stage_are_refused(system, saved, tmp_path):
             load(saved)
     path = tmp_path / "surrogate.eqx"
     common = dict(config={}, seed=0, step=0, metrics={})
-    save_module(path, system.surrogate, stage="surrogate", hyperparameters=SIZES.hyperparameters, **common)
+    save_module(
+        path, system.surrogate, stage="surrogate", hyperparameters=SIZES.hyperparameters, **common
+    )
     surrogate, header = load_surrogate(path)
     assert eqx.tree_equal(surrogate, system.surrogate) and header["stage"] == "surrogate"
     with pytest.raises(ArtifactError, match="surrogate"):
@@ -96,7 +117,10 @@ def test_artifacts_of_another_stage_are_refused(system, saved, tmp_path):
         path := tmp_path / "policy.eqx",
         system.policy,
         stage="policy",
-        hyperparameters={"policy": system.policy.config.hyperparameters, "token_dim": 3 * SIZES.model_hidden_dim},
+        hyperparameters={
+            "policy": system.policy.config.hyperparameters,
+            "token_dim": 3 * SIZES.model_hidden_dim,
+        },
         **common,
     )
     assert eqx.tree_equal(load_policy(path)[0], system.policy)
@@ -113,7 +137,8 @@ def test_flipping_the_target_twice_changes_nothing(problem):
 
 def test_campaigns_record_what_is_in_the_buffer_and_share_noise_between_methods(problem):
     scm, buffer = problem
-    variable = scm.order[max(k for k in range(4) if scm.candidates[scm.order[k]])]  # the last one generated: others do not depend on it
+    # the last one generated: others do not depend on it
+    variable = scm.order[max(k for k in range(4) if scm.candidates[scm.order[k]])]
     run = eqx.filter_jit(ft.partial(run_campaign, num_steps=STEPS))
 
     def always(value):
@@ -126,26 +151,42 @@ def test_campaigns_record_what_is_in_the_buffer_and_share_noise_between_methods(
     assert one.buffer.size == start + STEPS
     rows = np.asarray(one.buffer.values[start : start + STEPS])
     assert (one.buffer.values[:start] == buffer.values[:start]).all()
-    assert (rows[:, variable] == np.asarray(one.value)).all() and (rows[:, scm.target] == np.asarray(one.outcome)).all()
-    assert (one.buffer.intervened[start : start + STEPS] == (jnp.arange(NUM_VARS) == variable)[None]).all()
+    assert (rows[:, variable] == np.asarray(one.value)).all() and (
+        rows[:, scm.target] == np.asarray(one.outcome)
+    ).all()
+    assert (
+        one.buffer.intervened[start : start + STEPS] == (jnp.arange(NUM_VARS) == variable)[None]
+    ).all()
     np.testing.assert_allclose(one.value, [-1.0, -0.9, -0.8], atol=1e-6)
     # one recommendation before each experiment, one after the last
     np.testing.assert_allclose(one.recommended_value, start + np.arange(STEPS + 1) - 1.0, atol=1e-5)
     graph = nx.DiGraph(np.asarray(scm.graph))
-    paired = [i for i in range(4) if i != variable and i not in nx.descendants(graph, int(variable))]
+    paired = [
+        i for i in range(4) if i != variable and i not in nx.descendants(graph, int(variable))
+    ]
     other = np.asarray(two.buffer.values[start : start + STEPS])
     assert paired and (rows[:, paired] == other[:, paired]).all()
-    assert len(np.unique(rows[:, paired], axis=0)) == STEPS  # but every experiment has its own noise
+    # but every experiment has its own noise
+    assert len(np.unique(rows[:, paired], axis=0)) == STEPS
 
 
 def test_exploration_mixes_with_the_uniform_distribution(system, state):
-    mixtures = eqx.filter_jit(lambda system, state: [system.policy(state), *(system.distribution(state, rate) for rate in (0.0, 0.25, 1.0))])
+    mixtures = eqx.filter_jit(
+        lambda system, state: [
+            system.policy(state),
+            *(system.distribution(state, rate) for rate in (0.0, 0.25, 1.0)),
+        ]
+    )
     policy, learned, mixed, uniform = mixtures(system, state)
     for distribution in (learned, mixed, uniform):
         assert_distribution(distribution, state.task)
     np.testing.assert_allclose(learned.logits, policy.logits, atol=1e-5)
     np.testing.assert_allclose(uniform.entropy(), np.log(3), atol=1e-5)
-    np.testing.assert_allclose(jnp.exp(mixed.logits), 0.75 * jnp.exp(learned.logits) + 0.25 * jnp.exp(uniform.logits), atol=1e-5)
+    np.testing.assert_allclose(
+        jnp.exp(mixed.logits),
+        0.75 * jnp.exp(learned.logits) + 0.25 * jnp.exp(uniform.logits),
+        atol=1e-5,
+    )
 
 
 def test_the_next_experiment(system, state):
@@ -153,7 +194,9 @@ def test_the_next_experiment(system, state):
     best = system.select_intervention(state)
     mode = system.policy(state).mode()
     assert best[0] == mode[0] and best[1] == mode[1]
-    first, again, other = (system.select_intervention(state, 1.0, key=jr.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        system.select_intervention(state, 1.0, key=jr.key(seed)) for seed in (0, 0, 1)
+    )
     assert first == again and first[1] != other[1]
     for variable, value in (best, first, other):
         assert task.candidates[variable] and task.low[variable] <= value <= task.high[variable]
@@ -161,7 +204,9 @@ def test_the_next_experiment(system, state):
 
 def test_posterior_of_a_buffer(system, problem):
     scm, buffer = problem
-    posterior = eqx.filter_jit(lambda system, buffer: system.predict_posterior(buffer, 2))(system, buffer)
+    posterior = eqx.filter_jit(lambda system, buffer: system.predict_posterior(buffer, 2))(
+        system, buffer
+    )
     np.testing.assert_allclose(posterior.probs.sum(), 1.0, atol=1e-5)
     assert posterior.marginals()[2] == 0
 
@@ -173,10 +218,16 @@ def test_the_same_key_gives_the_same_campaign(system, problem, state):
     one, two = run(key=jr.key(4)), run(key=jr.key(4))
     assert eqx.tree_equal(one, two)
     assert one.variable.shape == (STEPS,) and one.recommended_value.shape == (STEPS + 1,)
-    assert one.buffer.size == buffer.size + STEPS and one.buffer.valid.shape[0] == buffer.valid.shape[0] + STEPS
+    assert (
+        one.buffer.size == buffer.size + STEPS
+        and one.buffer.valid.shape[0] == buffer.valid.shape[0] + STEPS
+    )
     assert scm.candidates[one.variable].all() and scm.candidates[one.recommended_variable].all()
     assert ((one.value >= scm.low[one.variable]) & (one.value <= scm.high[one.variable])).all()
-    assert (jnp.take(one.buffer.values, scm.target, axis=1)[buffer.size + jnp.arange(STEPS)] == one.outcome).all()
+    assert (
+        jnp.take(one.buffer.values, scm.target, axis=1)[buffer.size + jnp.arange(STEPS)]
+        == one.outcome
+    ).all()
     other = run(key=jr.key(5))
     assert (other.outcome != one.outcome).any()
     variable, value = state.output.best()  # the first recommendation comes before any experiment
@@ -203,7 +254,9 @@ def test_a_full_buffer_is_refused(problem):
     room = full.valid.shape[0] - int(full.size)
     with pytest.raises(ValueError, match="too few"):
         run_campaign(jr.key(0), scm, full, room + 1, decide)
-    traced = eqx.filter_jit(lambda buffer: run_campaign(jr.key(0), scm, buffer, room + 1, decide))(full)
+    traced = eqx.filter_jit(lambda buffer: run_campaign(jr.key(0), scm, buffer, room + 1, decide))(
+        full
+    )
     assert jnp.isnan(traced.outcome).all() and jnp.isnan(traced.value).all()
 
 
@@ -220,16 +273,24 @@ def test_wrong_types_are_named(system, problem, saved):
 
 
 def test_public_methods_are_compiled_once(system, problem, monkeypatch):
-    """Another number of rows, up to the next multiple of 128, and another target need no other program."""
+    """Another number of rows, up to the next multiple of 128, and another target need no other
+    program.
+    """
     traced, predict = [], ParentSetPredictionModel.predict
-    monkeypatch.setattr(ParentSetPredictionModel, "predict", lambda *arguments: traced.append(1) or predict(*arguments))
+    monkeypatch.setattr(
+        ParentSetPredictionModel,
+        "predict",
+        lambda *arguments: traced.append(1) or predict(*arguments),
+    )
     buffer = problem[1].grow(1)
     first = system.predict_posterior(buffer, 2)
     again = system.predict_posterior(buffer.grow(5), 2)
     system.predict_posterior(buffer, 1)
     assert len(traced) <= 1  # none where an earlier test needed the same program
     np.testing.assert_allclose(first.probs, again.probs, atol=1e-6)
-    direct = eqx.filter_jit(lambda surrogate, buffer: surrogate(buffer, 2))(system.surrogate, buffer)
+    direct = eqx.filter_jit(lambda surrogate, buffer: surrogate(buffer, 2))(
+        system.surrogate, buffer
+    )
     np.testing.assert_allclose(first.probs, direct.probs, atol=1e-5)
 
 
@@ -237,21 +298,33 @@ def test_shipped_weights_say_what_they_said():
     """Posterior, effects and policy on ten data sets, as commit 5de510e gave them."""
     with np.load(ROOT / "tests" / "cases" / "shipped.npz") as file:
         stored = {name: jnp.asarray(file[name]) for name in file.files}
-    inputs = {name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")}
+    inputs = {
+        name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")
+    }
     shipped = TrainedACBOSystem.load(ROOT / "pretrained" / "acbo.eqx")
 
     @eqx.filter_jit
     def read(system, buffer, task):
         state = system.state(buffer, task)
         output = state.output
-        found = {"marginals": output.marginals(), "effect_mean": output.effect_mean, "effect_std": output.effect_std}
-        return found | {"log_probs": state.posterior.log_probs, "policy": system.policy(state).logits}
+        found = {
+            "marginals": output.marginals(),
+            "effect_mean": output.effect_mean,
+            "effect_std": output.effect_std,
+        }
+        return found | {
+            "log_probs": state.posterior.log_probs,
+            "policy": system.policy(state).logits,
+        }
 
     for i in range(10):
         one = {what: value[i] for what, value in inputs.items()}
         buffer = ExperienceBuffer(one["values"], one["intervened"], one["valid"])
-        for what, value in read(shipped, buffer, Task(one["target"], one["low"], one["high"], one["var_mask"])).items():
+        for what, value in read(
+            shipped, buffer, Task(one["target"], one["low"], one["high"], one["var_mask"])
+        ).items():
             before = stored[what][i]
             if what in ("log_probs", "policy"):
                 value, before = jnp.exp(value), jnp.exp(before)
-            np.testing.assert_allclose(value, before, atol=3e-4, err_msg=f"{what} {i}")  # float32, compiled otherwise
+            # float32, compiled otherwise
+            np.testing.assert_allclose(value, before, atol=3e-4, err_msg=f"{what} {i}")

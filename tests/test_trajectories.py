@@ -1,6 +1,8 @@
-"""Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and cut into examples that hold no later rows.
+"""Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and
+cut into examples that hold no later rows.
 
-Runs of the original code are imported from a dictionary made by hand, and from the recorded ones of `recorded.py`.
+Runs of the original code are imported from a dictionary made by hand, and from the recorded ones of
+`recorded.py`.
 """
 
 import types
@@ -41,7 +43,9 @@ from lib.trajectories import (
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BATCH, NUM_VARS, NUM_OBS, STEPS, BINS = 5, 5, 30, 3, 5
 PRIOR = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=4)  # always a place without a variable
-CONFIG = ParentScaleConfig(num_obs=NUM_OBS, num_steps=STEPS, num_bins=BINS, num_features=10, num_bootstraps=4)
+CONFIG = ParentScaleConfig(
+    num_obs=NUM_OBS, num_steps=STEPS, num_bins=BINS, num_features=10, num_bootstraps=4
+)
 CAPACITY = NUM_OBS + NUM_VARS + STEPS
 
 
@@ -51,7 +55,9 @@ def trajectories():
 
     def make(key):
         problem_key, expert_key = jr.split(key)
-        scms, buffers = jax.vmap(lambda k: sample_problem(k, PRIOR, NUM_OBS, 1, CAPACITY))(jr.split(problem_key, BATCH))
+        scms, buffers = jax.vmap(lambda k: sample_problem(k, PRIOR, NUM_OBS, 1, CAPACITY))(
+            jr.split(problem_key, BATCH)
+        )
         return extract_multiple_trajectories(jr.split(expert_key, BATCH), scms, buffers, CONFIG)
 
     return jax.jit(make, compiler_options=FAST)(jr.key(0))
@@ -62,7 +68,9 @@ def validate():
     """Every check of a batch, after comparing them with the summary that the scripts use."""
 
     def both(trajectories):
-        return jax.vmap(lambda one: check_trajectory(one, CONFIG))(trajectories), validate_trajectory_consistency(trajectories, CONFIG)
+        return jax.vmap(lambda one: check_trajectory(one, CONFIG))(
+            trajectories
+        ), validate_trajectory_consistency(trajectories, CONFIG)
 
     run = jax.jit(both, compiler_options=FAST)
 
@@ -77,9 +85,12 @@ def validate():
 @pytest.fixture(scope="module")
 def copies(trajectories):
     """One renamed and flipped copy of every run."""
-    augment = jax.jit(lambda t, key: augment_expert_demonstrations(t, 2, key=key), compiler_options=FAST)
+    augment = jax.jit(
+        lambda t, key: augment_expert_demonstrations(t, 2, key=key), compiler_options=FAST
+    )
     both = augment(trajectories, jr.key(1))
-    assert eqx.tree_equal(take(both, np.arange(BATCH)), trajectories)  # the originals come first, as they are
+    # the originals come first, as they are
+    assert eqx.tree_equal(take(both, np.arange(BATCH)), trajectories)
     return take(both, np.arange(BATCH, 2 * BATCH))
 
 
@@ -97,7 +108,9 @@ def test_rewards_are_improvements_on_the_best_outcome_so_far(trajectories):
         values, intervened = np.asarray(one.buffer.values), np.asarray(one.buffer.intervened)
         seen = [values[r, target] for r in range(first) if intervened[r].any()]
         for t in range(STEPS):
-            np.testing.assert_allclose(one.reward[t], max(min(seen) - float(one.outcome[t]), 0.0), atol=1e-6)
+            np.testing.assert_allclose(
+                one.reward[t], max(min(seen) - float(one.outcome[t]), 0.0), atol=1e-6
+            )
             seen.append(float(one.outcome[t]))
     assert (trajectories.reward > 0).any() and (trajectories.reward == 0).any()
 
@@ -109,17 +122,43 @@ def test_the_state_before_a_step_holds_the_rows_before_it(trajectories):
         step = one.step(t)
         known = first + t
         assert step.buffer.valid[:known].all() and not step.buffer.valid[known:].any()
-        assert (step.buffer.values[:known] == one.buffer.values[:known]).all() and not step.buffer.values[known:].any()
-        assert (step.buffer.intervened[:known] == one.buffer.intervened[:known]).all() and not step.buffer.intervened[known:].any()
-        assert (step.posterior.log_probs == one.log_probs[t]).all() and step.posterior.target == one.scm.target
+        assert (
+            step.buffer.values[:known] == one.buffer.values[:known]
+        ).all() and not step.buffer.values[known:].any()
+        assert (
+            step.buffer.intervened[:known] == one.buffer.intervened[:known]
+        ).all() and not step.buffer.intervened[known:].any()
+        assert (
+            step.posterior.log_probs == one.log_probs[t]
+        ).all() and step.posterior.target == one.scm.target
         assert step.step_number == t and step.value == one.value[t] and step.reward == one.reward[t]
-        assert one.buffer.values[known, step.variable] == step.value and one.buffer.values[known, one.scm.target] == step.outcome
+        assert (
+            one.buffer.values[known, step.variable] == step.value
+            and one.buffer.values[known, one.scm.target] == step.outcome
+        )
 
 
 def test_failures_are_those_of_the_run(trajectories):
     one = take(trajectories, np.array(0))
-    shared = {name: getattr(one, name) for name in ("sets", "log_probs", "surface", "variable", "value", "outcome", "num_initial", "buffer")}
-    run = ExpertRun(**shared, recommended_variable=jnp.zeros(STEPS + 1, int), recommended_value=jnp.zeros(STEPS + 1), failures=jnp.array(7))
+    shared = {
+        name: getattr(one, name)
+        for name in (
+            "sets",
+            "log_probs",
+            "surface",
+            "variable",
+            "value",
+            "outcome",
+            "num_initial",
+            "buffer",
+        )
+    }
+    run = ExpertRun(
+        **shared,
+        recommended_variable=jnp.zeros(STEPS + 1, int),
+        recommended_value=jnp.zeros(STEPS + 1),
+        failures=jnp.array(7),
+    )
     again = extract_expert_trajectory(run, one.scm, jr.wrap_key_data(one.key_data))
     assert eqx.tree_equal(again, edit(one, lambda t: t.failures, lambda _: jnp.array(7)))
     assert trajectories.failures.shape == (BATCH,) and trajectories.source == "parent_scale"
@@ -128,7 +167,9 @@ def test_failures_are_those_of_the_run(trajectories):
 
 
 def test_a_demonstration_gets_room_and_steps(monkeypatch, trajectories):
-    """`expert_demonstration` asks the expert for exactly these experiments, in a buffer with as much more room."""
+    """`expert_demonstration` asks the expert for exactly these experiments, in a buffer with as
+    much more room.
+    """
     asked = {}
 
     def expert(key, scm, buffer, config):
@@ -156,25 +197,63 @@ def test_what_the_expert_was_given_is_accepted(start):
     scm, buffer = start
     check_expert_input(scm, buffer, CONFIG)
     other = int(np.flatnonzero(scm.task.possible_parents)[0])
-    check_expert_input(scm, eqx.tree_at(lambda b: b.values, buffer, buffer.values.at[:NUM_OBS, other].set(2.0)), CONFIG)  # constant, not the target
-    free = eqx.tree_at(lambda b: b.values, buffer, jnp.where(buffer.valid[:, None], buffer.values, jnp.nan))
+    # constant, not the target
+    check_expert_input(
+        scm,
+        eqx.tree_at(lambda b: b.values, buffer, buffer.values.at[:NUM_OBS, other].set(2.0)),
+        CONFIG,
+    )
+    free = eqx.tree_at(
+        lambda b: b.values, buffer, jnp.where(buffer.valid[:, None], buffer.values, jnp.nan)
+    )
     check_expert_input(scm, free, CONFIG)
 
 
 UNUSABLE = {
-    "few asked for": (r"num_obs = 9.*at least 10.*add observations", lambda s, b: (s, b, ParentScaleConfig(num_obs=9, num_steps=STEPS))),
-    "interventional": ("row 4 of the buffer is free or interventional.*num_obs = 30", lambda s, b: (s, flag(b, 4), CONFIG)),
-    "free": ("row 29 of the buffer is free", lambda s, b: (s, edit(b, lambda b: b.valid, lambda a: a & (jnp.arange(CAPACITY) < 29)), CONFIG)),
-    "nan": ("row 3 of the buffer, X1: nan is not a finite number", lambda s, b: (s, edit(b, lambda b: b.values, put(3, 1, jnp.nan)), CONFIG)),
+    "few asked for": (
+        r"num_obs = 9.*at least 10.*add observations",
+        lambda s, b: (s, b, ParentScaleConfig(num_obs=9, num_steps=STEPS)),
+    ),
+    "interventional": (
+        "row 4 of the buffer is free or interventional.*num_obs = 30",
+        lambda s, b: (s, flag(b, 4), CONFIG),
+    ),
+    "free": (
+        "row 29 of the buffer is free",
+        lambda s, b: (
+            s,
+            edit(b, lambda b: b.valid, lambda a: a & (jnp.arange(CAPACITY) < 29)),
+            CONFIG,
+        ),
+    ),
+    "nan": (
+        "row 3 of the buffer, X1: nan is not a finite number",
+        lambda s, b: (s, edit(b, lambda b: b.values, put(3, 1, jnp.nan)), CONFIG),
+    ),
     "constant": (
         "the target X[0-4] is constant over the 30 observational rows",
         lambda s, b: (s, edit(b, lambda b: b.values, put(slice(NUM_OBS), s.target, 1.0)), CONFIG),
     ),
-    "range": ("X2 may be set from 1.0 to -1.0: give finite numbers", lambda s, b: (edit(s, ranges, put_range(1.0, -1.0)), b, CONFIG)),
-    "nan range": ("X2 may be set from nan", lambda s, b: (edit(s, ranges, put_range(jnp.nan, 1.0)), b, CONFIG)),
-    "no candidate": ("no variable but the target", lambda s, b: (edit(s, ranges, lambda r: (r[0], r[0])), b, CONFIG)),
-    "room": ("use grow()", lambda s, b: (s, jax.tree.map(lambda leaf: leaf[: NUM_OBS + STEPS], b), CONFIG)),
-    "model": ("noise_scale of X.* is not finite", lambda s, b: (edit(s, lambda s: s.noise_scale, lambda a: a * jnp.nan), b, CONFIG)),
+    "range": (
+        "X2 may be set from 1.0 to -1.0: give finite numbers",
+        lambda s, b: (edit(s, ranges, put_range(1.0, -1.0)), b, CONFIG),
+    ),
+    "nan range": (
+        "X2 may be set from nan",
+        lambda s, b: (edit(s, ranges, put_range(jnp.nan, 1.0)), b, CONFIG),
+    ),
+    "no candidate": (
+        "no variable but the target",
+        lambda s, b: (edit(s, ranges, lambda r: (r[0], r[0])), b, CONFIG),
+    ),
+    "room": (
+        "use grow()",
+        lambda s, b: (s, jax.tree.map(lambda leaf: leaf[: NUM_OBS + STEPS], b), CONFIG),
+    ),
+    "model": (
+        "noise_scale of X.* is not finite",
+        lambda s, b: (edit(s, lambda s: s.noise_scale, lambda a: a * jnp.nan), b, CONFIG),
+    ),
 }
 
 
@@ -209,7 +288,9 @@ def test_a_demonstration_from_unusable_data_is_refused_and_a_traced_one_cannot_b
     flat = edit(buffer, lambda b: b.values, jnp.zeros_like)
     with pytest.raises(ValueError, match="constant"):
         expert_demonstration(scm, flat, 2, CONFIG, key=key)
-    eqx.filter_eval_shape(lambda buffer: expert_demonstration(scm, buffer, 2, CONFIG, key=key), flat)
+    eqx.filter_eval_shape(
+        lambda buffer: expert_demonstration(scm, buffer, 2, CONFIG, key=key), flat
+    )
     with pytest.raises(ValueError, match="constant"):  # a constant of the program
         eqx.filter_eval_shape(lambda: run_parent_scale(key, scm, flat, CONFIG))
 
@@ -218,7 +299,9 @@ def test_a_demonstration_from_unusable_data_is_refused_and_a_traced_one_cannot_b
 
 
 def linear_model(adjacency, weights, topo, noise_scale, target, low, high):
-    """The linear system in raw units; `adjacency`, `weights` and the others are in the order of the variables, `topo` is the order of generation."""
+    """The linear system in raw units; `adjacency`, `weights` and the others are in the order of the
+    variables, `topo` is the order of generation.
+    """
     d = len(topo)
     return SyntheticSCM(
         order=jnp.asarray(topo, jnp.int32),
@@ -240,13 +323,17 @@ def linear_model(adjacency, weights, topo, noise_scale, target, low, high):
 
 
 WEIGHTS = np.array([[0, 0, 0.5], [2, 0, 0], [0, 0, 0]])  # X1 -> X0 -> X2
-HAND = linear_model(WEIGHTS != 0, WEIGHTS, np.array([1, 0, 2]), np.ones(3), 2, [-2, -2, 0], [2, 2, 0])
+HAND = linear_model(
+    WEIGHTS != 0, WEIGHTS, np.array([1, 0, 2]), np.ones(3), 2, [-2, -2, 0], [2, 2, 0]
+)
 ROWS = np.random.default_rng(0).normal(size=(12, 3))
 SAMPLES = np.array([[1.0, 0.1, 0.6], [0.3, -2.0, -1.5], [-2.0, 0.2, -1.1]])
 
 
 def by_hand(**changes):
-    """Three experiments; the original forgets sets (X0, X1 after the first, X1 later) as it goes on."""
+    """Three experiments; the original forgets sets (X0, X1 after the first, X1 later) as it goes
+    on.
+    """
     return {
         "D_O": {f"X{i}": ROWS[:, i] for i in range(3)},
         "intervention_set": [("X0",), ("X1",), ("X0",)],
@@ -270,36 +357,69 @@ def without(key):
 def test_a_run_of_the_original_is_what_it_says():
     one = extract_expert_trajectory(by_hand(), HAND)
     assert one.source == "imported" and one.num_initial == 12 and one.failures == 0
-    assert one.variable.tolist() == [0, 1, 0] and one.value.tolist() == [1, -2, -2] and one.outcome.tolist() == [0.5, -1.25, -1.0]
+    assert (
+        one.variable.tolist() == [0, 1, 0]
+        and one.value.tolist() == [1, -2, -2]
+        and one.outcome.tolist() == [0.5, -1.25, -1.0]
+    )
     assert one.reward.tolist() == [0.0, 1.75, 0.0]
-    assert one.sets.tolist() == [[False] * 3, [True, False, False], [False, True, False], [True, True, False]]
-    np.testing.assert_allclose(np.exp(one.log_probs), [[0, 0.5, 0.25, 0.25], [0, 0.75, 0.25, 0], [0.1, 0.9, 0, 0], [0, 1, 0, 0]], atol=1e-6)
+    assert one.sets.tolist() == [
+        [False] * 3,
+        [True, False, False],
+        [False, True, False],
+        [True, True, False],
+    ]
+    np.testing.assert_allclose(
+        np.exp(one.log_probs),
+        [[0, 0.5, 0.25, 0.25], [0, 0.75, 0.25, 0], [0.1, 0.9, 0, 0], [0, 1, 0, 0]],
+        atol=1e-6,
+    )
     np.testing.assert_allclose(one.buffer.values[:12], ROWS, atol=1e-6)
     assert one.buffer.values[12:].tolist() == [[1, 0, 0.5], [0, -2, -1.25], [-2, 0, -1.0]]
-    assert one.buffer.intervened[12:].tolist() == [[True, False, False], [False, True, False], [True, False, False]]
+    assert one.buffer.intervened[12:].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [True, False, False],
+    ]
     assert one.buffer.valid.tolist() == [True] * 12 + [False] * 3
     for t in range(4):  # the experiments' rows are known in part only
         known = one.buffer_before(t)
         assert known.size == 12 and not known.values[12:].any() and not known.intervened[12:].any()
     assert one.surface.shape == (3, 3, 16) and not one.surface.any()
     assert all(check_trajectory(one, CONFIG))
-    assert one.step(1).posterior.to_dict(HAND.names) == {frozenset({"X0"}): 0.75, frozenset({"X1"}): 0.25}
+    assert one.step(1).posterior.to_dict(HAND.names) == {
+        frozenset({"X0"}): 0.75,
+        frozenset({"X1"}): 0.25,
+    }
 
 
 def test_columns_may_be_columns_and_the_best_may_start_before_the_first():
     one = extract_expert_trajectory(by_hand(), HAND)
     columns = {name: column[:, None] for name, column in by_hand()["D_O"].items()}
-    for changes in (dict(D_O=columns), dict(D_O=ROWS), dict(global_opt=[0.7, 0.5, -1.25, -1.25]), dict(global_opt=[-3.0] * 4)):
+    for changes in (
+        dict(D_O=columns),
+        dict(D_O=ROWS),
+        dict(global_opt=[0.7, 0.5, -1.25, -1.25]),
+        dict(global_opt=[-3.0] * 4),
+    ):
         assert eqx.tree_equal(extract_expert_trajectory(by_hand(**changes), HAND), one)
 
 
 def test_rows_of_experiments_that_are_given_are_known():
     one = extract_expert_trajectory(by_hand(samples=SAMPLES), HAND)
-    assert one.buffer.valid.all() and [int(one.buffer_before(t).size) for t in range(4)] == [12, 13, 14, 15]
+    assert one.buffer.valid.all() and [int(one.buffer_before(t).size) for t in range(4)] == [
+        12,
+        13,
+        14,
+        15,
+    ]
     np.testing.assert_allclose(one.buffer.values[12:], SAMPLES, atol=1e-6)
     averaged = ParentScaleConfig(num_obs=12, num_steps=3, outcome_samples=1000)
-    assert all(check_trajectory(one, averaged)) and not check_trajectory(one, CONFIG).recorded  # the outcome is not that of the row
-    assert not check_trajectory(edit(one, lambda t: t.value, lambda a: a.at[1].add(0.5)), averaged).recorded
+    # the outcome is not that of the row
+    assert all(check_trajectory(one, averaged)) and not check_trajectory(one, CONFIG).recorded
+    assert not check_trajectory(
+        edit(one, lambda t: t.value, lambda a: a.at[1].add(0.5)), averaged
+    ).recorded
 
 
 def test_an_imported_run_is_checked_but_not_replayed():
@@ -309,14 +429,27 @@ def test_an_imported_run_is_checked_but_not_replayed():
         ("normalised", edit(one, lambda t: t.log_probs, lambda a: a.at[1].add(0.1))),
         ("finite", edit(one, lambda t: t.outcome, lambda a: a.at[0].set(jnp.inf))),
     ):
-        assert [name for name, holds in check_trajectory(changed, CONFIG)._asdict().items() if not holds] == [check]
+        assert [
+            name for name, holds in check_trajectory(changed, CONFIG)._asdict().items() if not holds
+        ] == [check]
 
 
 def test_without_the_last_belief_the_last_experiment_is_dropped():
     given = by_hand(samples=SAMPLES)
-    short, whole = (extract_expert_trajectory(given | {"posterior_probabilities": given["posterior_probabilities"][:n]}, HAND) for n in (3, 4))
-    assert short.variable.shape == (2,) and short.log_probs.shape[0] == 3 and short.buffer.valid.shape == (14,)
-    assert (short.outcome == whole.outcome[:2]).all() and (short.buffer.values == whole.buffer.values[:14]).all()
+    short, whole = (
+        extract_expert_trajectory(
+            given | {"posterior_probabilities": given["posterior_probabilities"][:n]}, HAND
+        )
+        for n in (3, 4)
+    )
+    assert (
+        short.variable.shape == (2,)
+        and short.log_probs.shape[0] == 3
+        and short.buffer.valid.shape == (14,)
+    )
+    assert (short.outcome == whole.outcome[:2]).all() and (
+        short.buffer.values == whole.buffer.values[:14]
+    ).all()
 
 
 def beliefs(t, belief):
@@ -327,37 +460,109 @@ def beliefs(t, belief):
 AT_ODDS = {
     "key": (r"^global_opt: missing.*D_O, intervention_set", without("global_opt")),
     "target": (r"^target: 'X1', but the model's is 'X2'", by_hand(target="X1")),
-    "observed variable": (r"^D_O: unknown variable 'X7'.*X0, X1, X2", by_hand(D_O=by_hand()["D_O"] | {"X7": ROWS[:, 0]})),
+    "observed variable": (
+        r"^D_O: unknown variable 'X7'.*X0, X1, X2",
+        by_hand(D_O=by_hand()["D_O"] | {"X7": ROWS[:, 0]}),
+    ),
     "column": (r"^D_O: no column 'X2'", by_hand(D_O={"X0": ROWS[:, 0], "X1": ROWS[:, 1]})),
-    "rows": (r"^D_O\['X1'\]: its shape is \(11,\): give shape \(12\)", by_hand(D_O=by_hand()["D_O"] | {"X1": ROWS[1:, 1]})),
-    "no rows": (r"^D_O\['X0'\]: its shape is \(0,\): give shape \(any\)", by_hand(D_O={f"X{i}": [] for i in range(3)})),
+    "rows": (
+        r"^D_O\['X1'\]: its shape is \(11,\): give shape \(12\)",
+        by_hand(D_O=by_hand()["D_O"] | {"X1": ROWS[1:, 1]}),
+    ),
+    "no rows": (
+        r"^D_O\['X0'\]: its shape is \(0,\): give shape \(any\)",
+        by_hand(D_O={f"X{i}": [] for i in range(3)}),
+    ),
     "ragged": (r"^D_O: not an array of numbers", by_hand(D_O=[[1.0, 2.0, 3.0], [1.0, 2.0]])),
     "columns": (r"^D_O: its shape is \(12, 2\): give shape \(any, 3\)", by_hand(D_O=ROWS[:, :2])),
-    "nan": (r"^D_O\['X0'\]\[4\]: nan is not a finite number", by_hand(D_O=by_hand()["D_O"] | {"X0": np.where(np.arange(12) == 4, np.nan, 0.0)})),
-    "no experiments": ("^intervention_set: no experiments", by_hand(intervention_set=[], intervention_values=[], current_y=[], global_opt=[])),
-    "variable": (r"^intervention_set\[1\]: unknown variable 'Z'", by_hand(intervention_set=[("X0",), ("Z",), ("X0",)])),
-    "name": (r"^intervention_set\[0\]: 'X0' is not a tuple of names", by_hand(intervention_set=["X0", ("X1",), ("X0",)])),
-    "joint": (r"^intervention_set\[2\]: .*only experiments on one variable", by_hand(intervention_set=[("X0",), ("X1",), ("X0", "X1")])),
-    "target set": (r"^intervention_set\[0\]: .*not the target", by_hand(intervention_set=[("X2",), ("X1",), ("X0",)])),
-    "values": ("^intervention_values: 2 entries, but intervention_set has 3", by_hand(intervention_values=[(1.0,), (-2.0,)])),
-    "joint value": (r"^intervention_values\[1\]: its shape is \(2,\)", by_hand(intervention_values=[(1.0,), (-2.0, 1.0), (-2.0,)])),
-    "infinite value": (r"^intervention_values\[2\]\[0\]: inf is not a finite", by_hand(intervention_values=[(1.0,), (-2.0,), (np.inf,)])),
-    "word": (r"^intervention_values\[0\]: not an array of numbers", by_hand(intervention_values=[("high",), (-2.0,), (-2.0,)])),
+    "nan": (
+        r"^D_O\['X0'\]\[4\]: nan is not a finite number",
+        by_hand(D_O=by_hand()["D_O"] | {"X0": np.where(np.arange(12) == 4, np.nan, 0.0)}),
+    ),
+    "no experiments": (
+        "^intervention_set: no experiments",
+        by_hand(intervention_set=[], intervention_values=[], current_y=[], global_opt=[]),
+    ),
+    "variable": (
+        r"^intervention_set\[1\]: unknown variable 'Z'",
+        by_hand(intervention_set=[("X0",), ("Z",), ("X0",)]),
+    ),
+    "name": (
+        r"^intervention_set\[0\]: 'X0' is not a tuple of names",
+        by_hand(intervention_set=["X0", ("X1",), ("X0",)]),
+    ),
+    "joint": (
+        r"^intervention_set\[2\]: .*only experiments on one variable",
+        by_hand(intervention_set=[("X0",), ("X1",), ("X0", "X1")]),
+    ),
+    "target set": (
+        r"^intervention_set\[0\]: .*not the target",
+        by_hand(intervention_set=[("X2",), ("X1",), ("X0",)]),
+    ),
+    "values": (
+        "^intervention_values: 2 entries, but intervention_set has 3",
+        by_hand(intervention_values=[(1.0,), (-2.0,)]),
+    ),
+    "joint value": (
+        r"^intervention_values\[1\]: its shape is \(2,\)",
+        by_hand(intervention_values=[(1.0,), (-2.0, 1.0), (-2.0,)]),
+    ),
+    "infinite value": (
+        r"^intervention_values\[2\]\[0\]: inf is not a finite",
+        by_hand(intervention_values=[(1.0,), (-2.0,), (np.inf,)]),
+    ),
+    "word": (
+        r"^intervention_values\[0\]: not an array of numbers",
+        by_hand(intervention_values=[("high",), (-2.0,), (-2.0,)]),
+    ),
     "outcomes": ("^current_y: 4 entries", by_hand(current_y=[0.5, -1.25, -1.0, -1.0])),
     "outcome": (r"^current_y\[1\]: nan is not a finite", by_hand(current_y=[0.5, np.nan, -1.0])),
-    "beliefs": ("^posterior_probabilities: 2 beliefs for 3 experiments", by_hand(posterior_probabilities=[{("X0",): 1.0}] * 2)),
-    "sum": (r"^posterior_probabilities\[1\]: the probabilities sum to 0.75", beliefs(1, {("X0",): 0.75, ("X1",): 0.0})),
-    "negative": (r"^posterior_probabilities\[0\]\[\('X1',\)\]: .*negative", beliefs(0, {("X0",): 1.25, ("X1",): -0.25})),
-    "nan belief": (r"^posterior_probabilities\[2\]\[\('X0',\)\]: nan is not", beliefs(2, {("X0",): np.nan})),
-    "twice": (r"^posterior_probabilities\[3\].*given twice", beliefs(3, {("X0", "X1"): 0.5, ("X1", "X0"): 0.5})),
-    "target believed": (r"^posterior_probabilities\[0\].*a set with the target", beliefs(0, {("X2",): 1.0})),
+    "beliefs": (
+        "^posterior_probabilities: 2 beliefs for 3 experiments",
+        by_hand(posterior_probabilities=[{("X0",): 1.0}] * 2),
+    ),
+    "sum": (
+        r"^posterior_probabilities\[1\]: the probabilities sum to 0.75",
+        beliefs(1, {("X0",): 0.75, ("X1",): 0.0}),
+    ),
+    "negative": (
+        r"^posterior_probabilities\[0\]\[\('X1',\)\]: .*negative",
+        beliefs(0, {("X0",): 1.25, ("X1",): -0.25}),
+    ),
+    "nan belief": (
+        r"^posterior_probabilities\[2\]\[\('X0',\)\]: nan is not",
+        beliefs(2, {("X0",): np.nan}),
+    ),
+    "twice": (
+        r"^posterior_probabilities\[3\].*given twice",
+        beliefs(3, {("X0", "X1"): 0.5, ("X1", "X0"): 0.5}),
+    ),
+    "target believed": (
+        r"^posterior_probabilities\[0\].*a set with the target",
+        beliefs(0, {("X2",): 1.0}),
+    ),
     "set": (r"^posterior_probabilities\[0\]: unknown variable 'Z'", beliefs(0, {("X0", "Z"): 1.0})),
     "list": (r"^posterior_probabilities\[0\]: list: give a dictionary", beliefs(0, [0.5, 0.5])),
-    "optimum length": ("^global_opt: 2 entries for 3 experiments", by_hand(global_opt=[0.5, -1.25])),
-    "optimum rises": (r"^global_opt\[2\]: -1.0 is above the entry before it", by_hand(global_opt=[0.5, -1.25, -1.0])),
-    "optimum": (r"^global_opt\[2\]: -1.5, but the best of current_y is -1.25", by_hand(global_opt=[0.5, -1.5, -1.5])),
-    "samples": (r"^samples: its shape is \(2, 3\): give shape \(3, 3\)", by_hand(samples=SAMPLES[:2])),
-    "other sample": (r"^samples\[1\]: -0.0 where intervention_values\[1\] set -2.0", by_hand(samples=SAMPLES * [1, 0, 1])),
+    "optimum length": (
+        "^global_opt: 2 entries for 3 experiments",
+        by_hand(global_opt=[0.5, -1.25]),
+    ),
+    "optimum rises": (
+        r"^global_opt\[2\]: -1.0 is above the entry before it",
+        by_hand(global_opt=[0.5, -1.25, -1.0]),
+    ),
+    "optimum": (
+        r"^global_opt\[2\]: -1.5, but the best of current_y is -1.25",
+        by_hand(global_opt=[0.5, -1.5, -1.5]),
+    ),
+    "samples": (
+        r"^samples: its shape is \(2, 3\): give shape \(3, 3\)",
+        by_hand(samples=SAMPLES[:2]),
+    ),
+    "other sample": (
+        r"^samples\[1\]: -0.0 where intervention_values\[1\] set -2.0",
+        by_hand(samples=SAMPLES * [1, 0, 1]),
+    ),
 }
 
 
@@ -369,7 +574,9 @@ def test_a_run_at_odds_with_itself_is_refused(name):
 
 
 def test_a_run_of_one_experiment_needs_the_belief_after_it_and_no_run_of_the_original_has_a_key():
-    cut = {name: value[:1] if isinstance(value, list) else value for name, value in by_hand().items()}
+    cut = {
+        name: value[:1] if isinstance(value, list) else value for name, value in by_hand().items()
+    }
     with pytest.raises(ValueError, match="add the last belief"):
         extract_expert_trajectory(cut, HAND)
     with pytest.raises(ValueError, match="leave the key out"):
@@ -377,13 +584,20 @@ def test_a_run_of_one_experiment_needs_the_belief_after_it_and_no_run_of_the_ori
 
 
 def test_imported_runs_are_stored_and_augmented(tmp_path):
-    pair = (extract_expert_trajectory(by_hand(samples=samples), HAND) for samples in (SAMPLES, SAMPLES * [1, 1, 2]))
+    pair = (
+        extract_expert_trajectory(by_hand(samples=samples), HAND)
+        for samples in (SAMPLES, SAMPLES * [1, 1, 2])
+    )
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
     save(tmp_path / "demos.npz", batch)
     loaded, _ = load_trajectories(tmp_path / "demos.npz", "train")
     assert eqx.tree_equal(loaded, batch)
     both = augment_expert_demonstrations(loaded, 2, key=jr.key(5))
-    assert both.source == "imported" and both.variable.shape == (4, 3) and eqx.tree_equal(take(both, np.arange(2)), batch)
+    assert (
+        both.source == "imported"
+        and both.variable.shape == (4, 3)
+        and eqx.tree_equal(take(both, np.arange(2)), batch)
+    )
     averaged = ParentScaleConfig(num_obs=12, num_steps=3, outcome_samples=1000)
     assert validate_trajectory_consistency(both, averaged).all()
 
@@ -392,28 +606,49 @@ def test_imported_runs_are_stored_and_augmented(tmp_path):
 def test_a_recorded_run_of_the_original_is_imported(name):
     case = read_case(name)
     d, low, high = len(case["topo"]), *case["search_range"].T
-    scm = linear_model(case["adjacency"], case["weights"], case["topo"], case["noise_sigma"], case["target"], low, high)
+    scm = linear_model(
+        case["adjacency"],
+        case["weights"],
+        case["topo"],
+        case["noise_sigma"],
+        case["target"],
+        low,
+        high,
+    )
     members = [tuple(f"X{i}" for i in np.flatnonzero(row)) for row in case["sets"]]
-    published = case["posterior_published"][2 * (d - 1) - 1 :]  # after the initial interventions, then after every experiment
+    # after the initial interventions, then after every experiment
+    published = case["posterior_published"][2 * (d - 1) - 1 :]
     output = {
         "D_O": {f"X{i}": case["obs"][:, i, None] for i in range(d)},
         "intervention_set": [(f"X{i}",) for i in case["chosen_var"]],
         "intervention_values": [(v,) for v in case["chosen_value"]],
         "current_y": list(case["chosen_y"]),
-        "posterior_probabilities": [{m: p for m, p in zip(members, row, strict=True) if p > 0} for row in published],
+        "posterior_probabilities": [
+            {m: p for m, p in zip(members, row, strict=True) if p > 0} for row in published
+        ],
         "global_opt": list(np.minimum.accumulate(case["chosen_y"])),
         "target": f"X{case['target']}",
     }
     one = extract_expert_trajectory(output, scm)
     assert all(check_trajectory(one, CONFIG))
-    assert one.variable.tolist() == case["chosen_var"].tolist() and one.buffer_before(3).size == len(case["obs"])
+    assert one.variable.tolist() == case["chosen_var"].tolist() and one.buffer_before(
+        3
+    ).size == len(case["obs"])
     for t, row in enumerate(published):
         found = one.posterior(t).to_dict(scm.names)
-        assert found == pytest.approx({frozenset(m): p for m, p in zip(members, row, strict=True) if p > 0}, abs=1e-5)
-    np.testing.assert_allclose(one.reward.sum(), case["chosen_y"][0] - case["chosen_y"].min(), rtol=1e-4)
-    mean = np.asarray(one.buffer.values[: len(case["obs"])]).mean(0)  # the model is the one that the rows are from
+        assert found == pytest.approx(
+            {frozenset(m): p for m, p in zip(members, row, strict=True) if p > 0}, abs=1e-5
+        )
+    np.testing.assert_allclose(
+        one.reward.sum(), case["chosen_y"][0] - case["chosen_y"].min(), rtol=1e-4
+    )
+    # the model is the one that the rows are from
+    mean = np.asarray(one.buffer.values[: len(case["obs"])]).mean(0)
     drawn = scm.sample(jr.key(0), Intervention.none(d), 4000)
-    assert (np.abs(mean - np.asarray(drawn).mean(0)) < 5 * case["obs"].std(0) / np.sqrt(len(case["obs"]))).all()
+    assert (
+        np.abs(mean - np.asarray(drawn).mean(0))
+        < 5 * case["obs"].std(0) / np.sqrt(len(case["obs"]))
+    ).all()
     np.testing.assert_allclose(np.asarray(drawn).std(0), case["obs"].std(0), rtol=0.25)
 
 
@@ -428,12 +663,34 @@ def test_runs_of_the_expert_are_consistent(trajectories, validate):
 FAR = 25.0
 EDITS = {
     "outcome": ("recorded", lambda t: edit(t, lambda t: t.outcome, lambda a: a.at[:, 1].add(0.5))),
-    "value": ("recorded", lambda t: edit(t, lambda t: t.value, lambda a: a.at[:, 0].multiply(0.5).at[:, 0].add(0.1))),
-    "variable": ("in_range", lambda t: edit(t, lambda t: t.variable, lambda a: jnp.broadcast_to(t.scm.target[:, None], a.shape))),
-    "value out of range": ("in_range", lambda t: edit(t, lambda t: t.value, lambda a: a.at[:, 2].set(FAR))),
-    "posterior": ("replayed", lambda t: edit(t, lambda t: t.log_probs, lambda a: jnp.log(0.8 * jnp.exp(a) + 0.2 / a.shape[-1]))),
-    "not normalised": ("normalised", lambda t: edit(t, lambda t: t.log_probs, lambda a: a.at[:, -1].add(0.01))),
-    "surface": ("finite", lambda t: edit(t, lambda t: t.surface, lambda a: a.at[:, 0, 0, 0].set(jnp.nan))),
+    "value": (
+        "recorded",
+        lambda t: edit(t, lambda t: t.value, lambda a: a.at[:, 0].multiply(0.5).at[:, 0].add(0.1)),
+    ),
+    "variable": (
+        "in_range",
+        lambda t: edit(
+            t, lambda t: t.variable, lambda a: jnp.broadcast_to(t.scm.target[:, None], a.shape)
+        ),
+    ),
+    "value out of range": (
+        "in_range",
+        lambda t: edit(t, lambda t: t.value, lambda a: a.at[:, 2].set(FAR)),
+    ),
+    "posterior": (
+        "replayed",
+        lambda t: edit(
+            t, lambda t: t.log_probs, lambda a: jnp.log(0.8 * jnp.exp(a) + 0.2 / a.shape[-1])
+        ),
+    ),
+    "not normalised": (
+        "normalised",
+        lambda t: edit(t, lambda t: t.log_probs, lambda a: a.at[:, -1].add(0.01)),
+    ),
+    "surface": (
+        "finite",
+        lambda t: edit(t, lambda t: t.surface, lambda a: a.at[:, 0, 0, 0].set(jnp.nan)),
+    ),
     "key": ("replayed", lambda t: edit(t, lambda t: t.key_data, lambda a: a + 1)),
 }
 
@@ -443,7 +700,8 @@ def test_edited_runs_are_refused(trajectories, validate, name):
     check, change = EDITS[name]
     checks = validate(change(trajectories))
     refused = ~np.asarray(getattr(checks, check))
-    assert refused.any() if name == "key" else refused.all()  # one certain set is certain with any features
+    # one certain set is certain with any features
+    assert refused.any() if name == "key" else refused.all()
     assert (np.asarray(checks.normalised) == (check != "normalised")).all()
 
 
@@ -461,15 +719,22 @@ def test_an_outcome_edited_in_both_places_no_longer_explains_the_posterior(traje
 def test_quality_is_length_and_final_entropy(trajectories):
     entropies = np.array([0.0, 1.0, 1.9, 2.1, 2.7])
     places = 16
-    uniform = np.maximum(np.round(np.exp(entropies)), 1).astype(int)  # the last belief: this many equally probable sets
+    # the last belief: this many equally probable sets
+    uniform = np.maximum(np.round(np.exp(entropies)), 1).astype(int)
     last = np.where(np.arange(places)[None] < uniform[:, None], -np.log(uniform)[:, None], -np.inf)
     first = np.broadcast_to(np.where(np.arange(places) == 0, 0.0, -np.inf), last.shape)
     log_probs = jnp.asarray(np.stack([first, first, first, last], 1), jnp.float32)
-    beliefs = eqx.tree_at(lambda t: (t.sets, t.log_probs), trajectories, (jnp.zeros((BATCH, places, NUM_VARS), bool), log_probs))
+    beliefs = eqx.tree_at(
+        lambda t: (t.sets, t.log_probs),
+        trajectories,
+        (jnp.zeros((BATCH, places, NUM_VARS), bool), log_probs),
+    )
     expected = np.log(uniform) <= 2.0
     assert 0 < expected.sum() < BATCH
     assert (np.asarray(validate_demonstration_quality(beliefs, STEPS)) == expected).all()
-    assert (np.asarray(validate_demonstration_quality(beliefs, STEPS, 0.5)) == (np.log(uniform) <= 0.5)).all()
+    assert (
+        np.asarray(validate_demonstration_quality(beliefs, STEPS, 0.5)) == (np.log(uniform) <= 0.5)
+    ).all()
     assert not validate_demonstration_quality(beliefs, STEPS + 1).any()
 
 
@@ -489,12 +754,21 @@ def models_of(trajectories):
 def test_no_model_is_on_both_sides(trajectories):
     train, validation = extract_expert_demonstrations(trajectories, 0.4)
     assert (train.variable.shape[0], validation.variable.shape[0]) == (3, 2)
-    assert len(models_of(train)) == 3 and len(models_of(validation)) == 2 and not models_of(train) & models_of(validation)
-    augmented = jax.jit(lambda t, key: augment_expert_demonstrations(t, 3, key=key), compiler_options=FAST)(train, jr.key(2))
+    assert (
+        len(models_of(train)) == 3
+        and len(models_of(validation)) == 2
+        and not models_of(train) & models_of(validation)
+    )
+    augmented = jax.jit(
+        lambda t, key: augment_expert_demonstrations(t, 3, key=key), compiler_options=FAST
+    )(train, jr.key(2))
     assert augmented.variable.shape[0] == 9
     assert len(keys_of(trajectories)) == BATCH and keys_of(augmented) == keys_of(train)
-    assert not keys_of(augmented) & keys_of(validation) and keys_of(train) | keys_of(validation) == keys_of(trajectories)
-    scales = np.asarray(augmented.scm.noise_scale), np.asarray(validation.scm.noise_scale)  # the same in a copy
+    assert not keys_of(augmented) & keys_of(validation) and keys_of(train) | keys_of(
+        validation
+    ) == keys_of(trajectories)
+    # the same in a copy
+    scales = np.asarray(augmented.scm.noise_scale), np.asarray(validation.scm.noise_scale)
     assert not (scales[0][:, None] == scales[1][None]).any()
 
 
@@ -505,12 +779,19 @@ def test_a_split_with_an_empty_side_is_refused(trajectories, split):
 
 
 def renaming(original, copy):
-    """`old[j]` is the original's name of the copy's variable j, `sign[j]` its sign, both read off the data."""
+    """`old[j]` is the original's name of the copy's variable j, `sign[j]` its sign, both read off
+    the data.
+    """
     rows = int(original.buffer.size)
     before, after = (np.asarray(t.buffer.values)[:rows] for t in (original, copy))
     old, sign = np.arange(NUM_VARS), np.ones(NUM_VARS)
     for j in np.flatnonzero(np.asarray(copy.scm.var_mask)):
-        matches = [(i, s) for i in range(NUM_VARS) for s in (1.0, -1.0) if (after[:, j] == s * before[:, i]).all()]
+        matches = [
+            (i, s)
+            for i in range(NUM_VARS)
+            for s in (1.0, -1.0)
+            if (after[:, j] == s * before[:, i]).all()
+        ]
         assert len(matches) == 1
         old[j], sign[j] = matches[0]
     assert sorted(old) == list(range(NUM_VARS))
@@ -532,20 +813,27 @@ def test_copies_are_renamed_and_flipped(pairs):
     for original, copy, old, sign in pairs:
         target = int(copy.scm.target)
         assert old[target] == original.scm.target and sign[target] == 1
-        assert (np.asarray(copy.scm.var_mask) == np.asarray(original.scm.var_mask)).all()  # places without a variable stay at the end
+        # places without a variable stay at the end
+        assert (np.asarray(copy.scm.var_mask) == np.asarray(original.scm.var_mask)).all()
         assert not copy.buffer.values[:, ~np.asarray(copy.scm.var_mask)].any()
         assert (copy.outcome == original.outcome).all() and (copy.reward == original.reward).all()
-        assert (np.asarray(copy.buffer.intervened) == np.asarray(original.buffer.intervened)[:, old]).all()
+        assert (
+            np.asarray(copy.buffer.intervened) == np.asarray(original.buffer.intervened)[:, old]
+        ).all()
 
 
 def test_the_belief_of_a_copy_is_about_the_same_sets(pairs):
     for original, copy, old, _ in pairs:
-        assert (np.asarray(copy.sets) == np.asarray(original.sets)[:, old]).all() and (copy.log_probs == original.log_probs).all()
+        assert (np.asarray(copy.sets) == np.asarray(original.sets)[:, old]).all() and (
+            copy.log_probs == original.log_probs
+        ).all()
         assert (np.asarray(copy.scm.parents) == np.asarray(original.scm.parents)[old]).all()
         for t in (0, STEPS):
             one, two = original.posterior(t), copy.posterior(t)
             np.testing.assert_allclose(two.marginals(), np.asarray(one.marginals())[old], atol=1e-6)
-            np.testing.assert_allclose(two.log_prob(copy.scm.parents), one.log_prob(original.scm.parents), atol=1e-5)
+            np.testing.assert_allclose(
+                two.log_prob(copy.scm.parents), one.log_prob(original.scm.parents), atol=1e-5
+            )
 
 
 def test_choices_and_surfaces_of_a_copy_are_the_originals(pairs):
@@ -555,34 +843,55 @@ def test_choices_and_surfaces_of_a_copy_are_the_originals(pairs):
         np.testing.assert_array_equal(np.asarray(copy.scm.low), low)
         np.testing.assert_array_equal(np.asarray(copy.scm.high), high)
         assert (old[np.asarray(copy.variable)] == np.asarray(original.variable)).all()
-        assert (np.asarray(copy.value) == sign[np.asarray(copy.variable)] * np.asarray(original.value)).all()
+        assert (
+            np.asarray(copy.value) == sign[np.asarray(copy.variable)] * np.asarray(original.value)
+        ).all()
         grids = (np.asarray(value_grid(t.scm.low, t.scm.high, BINS)) for t in (original, copy))
         before, after = grids
         for j in range(NUM_VARS):
-            here = np.argsort(sign[j] * after[j], kind="stable")  # the copy's values in the order of the original's
+            # the copy's values in the order of the original's
+            here = np.argsort(sign[j] * after[j], kind="stable")
             np.testing.assert_allclose(sign[j] * after[j][here], before[old[j]], atol=1e-5)
-            assert (np.asarray(copy.surface)[:, j, here] == np.asarray(original.surface)[:, old[j]]).all()
+            assert (
+                np.asarray(copy.surface)[:, j, here] == np.asarray(original.surface)[:, old[j]]
+            ).all()
 
 
 def test_the_model_of_a_copy_is_the_same_system(trajectories):
-    """The same noise gives the same rows, renamed and flipped, observed and under do; so E[Y | do] agrees. For every mechanism and kind of noise."""
+    """The same noise gives the same rows, renamed and flipped, observed and under do; so E[Y | do]
+    agrees. For every mechanism and kind of noise.
+    """
     noise, kinds = jr.normal(jr.key(3), (16, NUM_VARS)), np.arange(len(MECHANISMS) * len(NOISES))
 
     def simulate(scm, variable, value):
         do = Intervention.single(variable, value, NUM_VARS)
-        return scm.simulate(noise, Intervention.none(NUM_VARS)), scm.simulate(noise, do), scm.mean_outcome(do)
+        return (
+            scm.simulate(noise, Intervention.none(NUM_VARS)),
+            scm.simulate(noise, do),
+            scm.mean_outcome(do),
+        )
 
     run = jax.jit(jax.vmap(simulate), compiler_options=FAST)
     changes = jnp.asarray(kinds // len(NOISES)), jnp.asarray(kinds % len(NOISES))
-    originals = edit(take(trajectories, kinds % BATCH), lambda t: (t.scm.mechanism, t.scm.noise_kind), lambda _: changes)
-    copies = jax.jit(jax.vmap(transform), compiler_options=FAST)(jr.split(jr.key(1), len(kinds)), originals)
-    before, after = (jax.device_get(run(t.scm, t.variable[:, 0], t.value[:, 0])) for t in (originals, copies))
+    originals = edit(
+        take(trajectories, kinds % BATCH),
+        lambda t: (t.scm.mechanism, t.scm.noise_kind),
+        lambda _: changes,
+    )
+    copies = jax.jit(jax.vmap(transform), compiler_options=FAST)(
+        jr.split(jr.key(1), len(kinds)), originals
+    )
+    before, after = (
+        jax.device_get(run(t.scm, t.variable[:, 0], t.value[:, 0])) for t in (originals, copies)
+    )
     flipped = 0
     for i in kinds:
         old, sign = renaming(take(originals, np.array(i)), take(copies, np.array(i)))
         flipped += (sign < 0).any()
         for rows, renamed in zip(before[:2], after[:2], strict=True):
-            np.testing.assert_allclose(renamed[i], sign[None] * rows[i][:, old], atol=1e-4, rtol=1e-5)
+            np.testing.assert_allclose(
+                renamed[i], sign[None] * rows[i][:, old], atol=1e-4, rtol=1e-5
+            )
         np.testing.assert_allclose(after[2][i], before[2][i], atol=1e-4)
     assert flipped > len(kinds) // 2
     assert np.abs(before[1] - before[0]).max() > 0.1
@@ -593,7 +902,9 @@ def test_the_model_of_a_copy_is_the_same_system(trajectories):
 
 def save(path, trajectories, **changes):
     arrays = to_arrays(trajectories, "train") | changes
-    save_arrays(path, arrays, stage="demos", config={}, hyperparameters={}, seed=0, step=1, metrics={})
+    save_arrays(
+        path, arrays, stage="demos", config={}, hyperparameters={}, seed=0, step=1, metrics={}
+    )
 
 
 def test_what_is_stored_is_what_is_loaded(tmp_path, trajectories):
@@ -620,37 +931,75 @@ def test_surrogate_examples_pair_data_with_the_belief_they_led_to(trajectories):
     run = jax.jit(lambda t: extract_surrogate_training_data(t, capacity), compiler_options=FAST)
     examples = run(trajectories)
     count = BATCH * (STEPS + 1)
-    assert examples.buffer.values.shape == (count, capacity, NUM_VARS) and examples.posterior.log_probs.shape[0] == count
+    assert (
+        examples.buffer.values.shape == (count, capacity, NUM_VARS)
+        and examples.posterior.log_probs.shape[0] == count
+    )
     tight = eqx.filter_eval_shape(extract_surrogate_training_data, trajectories, 1)
-    assert tight.buffer.values.shape == (count, CAPACITY, NUM_VARS)  # demonstrations longer than the students' data are not cut
+    # demonstrations longer than the students' data are not cut
+    assert tight.buffer.values.shape == (count, CAPACITY, NUM_VARS)
     for i in range(BATCH):
         for t in range(STEPS + 1):
-            buffer, task, posterior = (jax.tree.map(lambda leaf, n=i * (STEPS + 1) + t: leaf[n], part) for part in examples)
+            buffer, task, posterior = (
+                jax.tree.map(lambda leaf, n=i * (STEPS + 1) + t: leaf[n], part) for part in examples
+            )
             one = take(trajectories, np.array(i))
             known = int(one.num_initial) + t
             assert buffer.size == known and buffer.valid[:known].all()
-            assert (buffer.values[:known] == one.buffer.values[:known]).all() and not buffer.values[known:].any()
-            assert (buffer.intervened[:known] == one.buffer.intervened[:known]).all() and not buffer.intervened[known:].any()
-            assert eqx.tree_equal(posterior, one.posterior(t)) and eqx.tree_equal(task, one.scm.task)
+            assert (buffer.values[:known] == one.buffer.values[:known]).all() and not buffer.values[
+                known:
+            ].any()
+            assert (
+                buffer.intervened[:known] == one.buffer.intervened[:known]
+            ).all() and not buffer.intervened[known:].any()
+            assert eqx.tree_equal(posterior, one.posterior(t)) and eqx.tree_equal(
+                task, one.scm.task
+            )
 
 
 def test_acquisition_states_do_not_know_what_came_of_the_choice(trajectories):
     """State t is the same whatever rows t and later hold, and not the same without row t - 1."""
-    sizes = SurrogateConfig(model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS)
-    run = jax.jit(lambda t: extract_acquisition_training_data(t, ParentSetPredictionModel(sizes, key=jr.key(4))), compiler_options=FAST)
+    sizes = SurrogateConfig(
+        model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS
+    )
+    run = jax.jit(
+        lambda t: extract_acquisition_training_data(
+            t, ParentSetPredictionModel(sizes, key=jr.key(4))
+        ),
+        compiler_options=FAST,
+    )
     examples = run(trajectories)
-    assert examples.variable.shape == (BATCH * STEPS,) and examples.surface.shape == (BATCH * STEPS, NUM_VARS, BINS)
+    assert examples.variable.shape == (BATCH * STEPS,) and examples.surface.shape == (
+        BATCH * STEPS,
+        NUM_VARS,
+        BINS,
+    )
     for name in ("variable", "value", "surface"):
-        assert (getattr(examples, name) == getattr(trajectories, name).reshape(BATCH * STEPS, *getattr(trajectories, name).shape[2:])).all()
+        assert (
+            getattr(examples, name)
+            == getattr(trajectories, name).reshape(
+                BATCH * STEPS, *getattr(trajectories, name).shape[2:]
+            )
+        ).all()
     assert (examples.state.step == np.tile(np.arange(STEPS), BATCH)).all()
     assert (examples.state.step + examples.state.steps_left == STEPS).all()
     sizes_seen = examples.state.buffer.valid.sum(1).reshape(BATCH, STEPS)
-    assert (np.asarray(sizes_seen) == np.asarray(trajectories.num_initial)[:, None] + np.arange(STEPS)).all()
-    everyone, row = np.arange(BATCH), np.asarray(trajectories.num_initial) + 1  # what the second experiment gave
-    changed = run(edit(trajectories, lambda t: t.buffer.values, lambda a: a.at[everyone, row].add(3.0)))
-    for before, after in zip(jax.tree.leaves(examples.state), jax.tree.leaves(changed.state), strict=True):
+    assert (
+        np.asarray(sizes_seen) == np.asarray(trajectories.num_initial)[:, None] + np.arange(STEPS)
+    ).all()
+    # what the second experiment gave
+    everyone, row = np.arange(BATCH), np.asarray(trajectories.num_initial) + 1
+    changed = run(
+        edit(trajectories, lambda t: t.buffer.values, lambda a: a.at[everyone, row].add(3.0))
+    )
+    for before, after in zip(
+        jax.tree.leaves(examples.state), jax.tree.leaves(changed.state), strict=True
+    ):
         before, after = (np.asarray(a).reshape(BATCH, STEPS, -1) for a in (before, after))
         np.testing.assert_array_equal(before[:, :2], after[:, :2])
-    means = (np.asarray(e.state.output.effect_mean).reshape(BATCH, STEPS, -1) for e in (examples, changed))
+    means = (
+        np.asarray(e.state.output.effect_mean).reshape(BATCH, STEPS, -1)
+        for e in (examples, changed)
+    )
     before, after = means
     assert (before[:, 2] != after[:, 2]).any(1).all()

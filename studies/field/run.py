@@ -154,7 +154,9 @@ def play(deploy, system, seed, asks, weights):
         wild = bool(setting) and (not known or abs(truth - predicted) > 3 * std)
         missed = np.array([abs(system.mean(s) - m) - BAND / 2 * d for s, m, d in effects])
         widths = np.array([BAND * d for _, _, d in effects])
-        claims = bool(setting) and (not known or sign * (nothing - predicted) > BAND / 2 * std + 0.02 * spread)
+        claims = bool(setting) and (
+            not known or sign * (nothing - predicted) > BAND / 2 * std + 0.02 * spread
+        )
         return dict(
             regret=regret(setting),
             worse=sign * (truth - nothing) > 0.05 * spread,
@@ -168,7 +170,9 @@ def play(deploy, system, seed, asks, weights):
     with tempfile.TemporaryDirectory() as folder:
         for t in range(asks + 1):
             left = max(asks - t, 1)
-            best_action, (experiment, _, _), effects, weight = ask(deploy, Path(folder), system, rows, which, bounds, weights, left)
+            best_action, (experiment, _, _), effects, weight = ask(
+                deploy, Path(folder), system, rows, which, bounds, weights, left
+            )
             if found is None:
                 found = judged(*best_action, effects)
             path.append(regret(best_action[0]))
@@ -189,7 +193,9 @@ def middle(values, of=np.nanmean):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--systems", nargs="*", help="names in systems.py; all if left out")
     parser.add_argument("--seeds", type=int, default=10, help="first data sets per system")
     parser.add_argument("--asks", type=int, default=0, help="experiments run and fed back")

@@ -30,7 +30,11 @@ class System:
         fixed, columns = {self.names.index(k): v for k, v in (do or {}).items()}, {}
 
         def put(index, values):
-            values = np.full(n, float(fixed[index])) if index in fixed else np.broadcast_to(np.asarray(values, float), (n,)).copy()
+            values = (
+                np.full(n, float(fixed[index]))
+                if index in fixed
+                else np.broadcast_to(np.asarray(values, float), (n,)).copy()
+            )
             columns[index] = values
             return values
 
@@ -39,14 +43,22 @@ class System:
 
     def mean(self, do=None, n=20_000):
         """E[target | do], the same noise at every call."""
-        return float(self.sample(np.random.default_rng(12345), n, do)[:, self.names.index(self.target)].mean())
+        return float(
+            self.sample(np.random.default_rng(12345), n, do)[
+                :, self.names.index(self.target)
+            ].mean()
+        )
 
     def data(self, seed, num_obs=None, per_variable=None):
         """rows `[n, vars]`, the variable set in each row (-1: none), and the bounds."""
         rng = np.random.default_rng(seed)
         observed = self.sample(rng, self.num_obs if num_obs is None else num_obs)
         may = self.settable or tuple(n for n in self.names if n != self.target)
-        bounds = {v: self.bounds.get(v, (float(observed[:, i].min()), float(observed[:, i].max()))) for i, v in enumerate(self.names) if v in may}
+        bounds = {
+            v: self.bounds.get(v, (float(observed[:, i].min()), float(observed[:, i].max())))
+            for i, v in enumerate(self.names)
+            if v in may
+        }
         rows, which = [observed], [-1] * len(observed)
         for v, (low, high) in bounds.items():
             for _ in range(self.per_variable if per_variable is None else per_variable):
@@ -61,10 +73,18 @@ class System:
         """
         sign = 1.0 if self.objective == "min" else -1.0
         nothing = self.mean(None, n)
-        found = [(sign * self.mean({v: x}, n), v, float(x)) for v, (a, b) in bounds.items() for x in np.linspace(a, b, points)]
+        found = [
+            (sign * self.mean({v: x}, n), v, float(x))
+            for v, (a, b) in bounds.items()
+            for x in np.linspace(a, b, points)
+        ]
         value, variable, x = min(found)
         spread = self.sample(np.random.default_rng(1), 2000)[:, self.names.index(self.target)].std()
-        return (sign * value, variable, x) if value < sign * nothing - 0.02 * spread else (nothing, None, None)
+        return (
+            (sign * value, variable, x)
+            if value < sign * nothing - 0.02 * spread
+            else (nothing, None, None)
+        )
 
 
 SYSTEMS = {}
@@ -108,7 +128,9 @@ def chain(r, n, put):
 
 @system(
     "Z X Y D",
-    variants={"_that_cannot_be_set": dict(settable=("X", "D"), bounds={"X": (-2, 2), "D": (-2, 2)})},
+    variants={
+        "_that_cannot_be_set": dict(settable=("X", "D"), bounds={"X": (-2, 2), "D": (-2, 2)})
+    },
 )
 def observed_confounder(r, n, put):
     """X does nothing; Z moves both."""
@@ -293,7 +315,9 @@ def many(num_vars, num_rows):
 
     names = ("Y", *(f"v{i}" for i in range(1, num_vars)))
     name = f"one_cause_among_{num_vars - 1}_{num_rows}_rows"
-    SYSTEMS[name] = System(name, names, equations, num_obs=num_rows, bounds={v: (-2, 2) for v in names[1:]})
+    SYSTEMS[name] = System(
+        name, names, equations, num_obs=num_rows, bounds={v: (-2, 2) for v in names[1:]}
+    )
 
 
 for _vars, _rows in ((5, 1000), (5, 20_000), (20, 200), (20, 1000), (20, 20_000), (64, 1000)):
