@@ -1,0 +1,232 @@
+"""What the code gives on fixed inputs, stored: a change that is to change nothing is held to it.
+
+    python tests/cases/guard.py            agreement with guard.npz, by name; status 1 beyond 1e-5
+    python tests/cases/guard.py --store    store what today's code gives (say in the commit why)
+
+Stored are: posterior, effects and policy of the shipped weights on the ten data sets of
+shipped.npz; losses, norms of the gradients and what two steps leave of toy runs of stages 1 to 4;
+rewards and returns of a group; an expert's run; a campaign of every method; an answer of `suggest`.
+Numbers of training agree to 1e-4: other programs round otherwise, and a step divides by such
+numbers. A minute or two.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of it
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from lib.buffer import ExperienceBuffer
+from lib.grpo import (
+    CampaignDesign,
+    GRPOConfig,
+    Simulator,
+    collect_campaign,
+    draw_problems,
+    grpo_loss,
+)
+from lib.methods import METHODS, held_out_problems, play
+from lib.parent_scale import ParentScaleConfig, run_parent_scale
+from lib.rewards import RewardConfig
+from lib.scm import Task
+from lib.scm_prior import DataDesign, SCMPrior, sample_examples
+from lib.surrogate import mean_losses
+from lib.system import TrainedACBOSystem
+
+
+STORED = Path(__file__).parent / "guard.npz"
+TRAINING = ("stage", "gradient")  # names that begin so: tolerance 1e-4
+SHIPPED = TrainedACBOSystem.load(ROOT / "pretrained" / "acbo.eqx")
+
+
+def norms(tree) -> np.ndarray:
+    """The norm of every array in a tree."""
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return np.array([float(jnp.linalg.norm(leaf)) for leaf in leaves])
+
+
+def shipped() -> dict:
+    """Posterior, effects and policy of the shipped system on ten stored data sets."""
+    with np.load(ROOT / "tests" / "cases" / "shipped.npz") as file:
+        inputs = {n.removeprefix("in/"): file[n] for n in file.files if n.startswith("in/")}
+
+    @eqx.filter_jit
+    def read(one):
+        buffer = ExperienceBuffer(one["values"], one["intervened"], one["valid"])
+        state = SHIPPED.state(buffer, Task(one["target"], one["low"], one["high"], one["var_mask"]))
+        probabilities = jnp.exp(SHIPPED.policy(state).logits)
+        return {
+            "marginals": state.output.marginals(),
+            "effect_mean": state.output.effect_mean,
+            "effect_std": state.output.effect_std,
+            "probs": state.posterior.probs,
+            "policy": probabilities,
+        }
+
+    return jax.lax.map(read, jax.tree.map(jnp.asarray, inputs))
+
+
+def stages(folder: Path) -> dict:
+    """Toy runs of stages 1 to 4: what they log, and the norms of the weights that they write."""
+    found = {}
+    changes = {
+        "01_extract_demos": dict(num_models=4, num_steps=3, min_trajectory_length=3),
+        "02_train_surrogate": dict(steps=2, warmup_steps=1),
+        "03_warmstart_acquisition": dict(iterations=2),
+        "04_train_e2e": dict(rounds=2, levels=2),
+    }
+    logs = {"01": "demos", "02": "surrogate", "03": "policy", "04": "e2e"}
+    for name, change in changes.items():
+        script = importlib.import_module(name)
+        config = replace(script.PRESETS["smoke"][1], folder=folder, **change)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            script.main(config)
+        lines = (folder / "logs" / f"{logs[name[:2]]}.jsonl").read_text().splitlines()
+        for line in lines:
+            record = json.loads(line)
+            step = record.pop("step")
+            del record["time"]
+            found |= {f"stage {name[:2]}/{step}/{k}": np.array(v) for k, v in record.items()}
+    system = TrainedACBOSystem.load(folder / "acbo.eqx")
+    return found | {
+        "stage 04/surrogate": norms(system.surrogate),
+        "stage 04/policy": norms(system.policy),
+    }
+
+
+def gradients() -> dict:
+    """Losses and gradients of the shipped surrogate and policy; rewards and returns of a group."""
+    prior = SCMPrior(max_vars=6, max_size=6)
+    bins = SHIPPED.surrogate.config.num_bins
+    examples = sample_examples(jr.key(1), prior, DataDesign(max_obs=60), bins)
+    problems = draw_problems(jr.key(2), 2, prior, CampaignDesign(num_steps=2), bins)
+    config, rewards = GRPOConfig(), RewardConfig()
+
+    @eqx.filter_jit
+    def surrogate(model):
+        def loss(model):
+            losses = mean_losses(model, [examples], None)
+            return losses.parent_nll + losses.effect_nll, losses
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+
+    @eqx.filter_jit
+    def policy(model):
+        def one(key, problem):
+            simulator = Simulator(SHIPPED.surrogate, problem.scm, problem.truth, rewards)
+            return collect_campaign(key, simulator, model, problem.buffer, 2, config)[0]
+
+        groups = jax.vmap(one)(jr.split(jr.key(3), 2), problems)
+        groups = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+
+        def loss(model):
+            return grpo_loss(model, SHIPPED.policy, groups, config, 0.1)
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(model), groups
+
+    (_, losses), gradient = surrogate(SHIPPED.surrogate)
+    ((_, metrics), policy_gradient), groups = policy(SHIPPED.policy)
+    return {
+        "gradient/surrogate": norms(gradient),
+        "gradient/policy": norms(policy_gradient),
+        "gradient/losses": np.array([losses.parent_nll, losses.effect_nll]),
+        "gradient/metrics": np.array(list(metrics)),
+        "rewards": jnp.stack(
+            [
+                groups.reward.optimization,
+                groups.reward.structure_discovery,
+                groups.reward.parent_intervention,
+                groups.reward.total,
+            ]
+        ),
+        "candidates": groups.value,
+    }
+
+
+def campaigns() -> dict:
+    """The expert's beliefs and choices, and what every method recommends after each experiment."""
+    prior = SCMPrior(max_vars=5, min_size=5, max_size=5)
+    design = CampaignDesign(40, 40, 2, 3)
+    problems, optima = held_out_problems(
+        jr.key(4), 2, prior, design, SHIPPED.surrogate.config.num_bins
+    )
+    keys = jr.split(jr.key(5), 2)
+    found = {"optima": optima}
+    for name in METHODS:
+        played = play(name, SHIPPED, keys, problems.scm, problems.buffer, num_obs=40, num_steps=3)
+        found[f"method/{name}"] = played["recommended"]
+    first = jax.tree.map(lambda leaf: leaf[0], problems)
+    config = ParentScaleConfig(num_obs=40, num_steps=3, candidate_sets="union")
+    run = eqx.filter_jit(run_parent_scale)(keys[0], first.scm, first.buffer, config)
+    return found | {
+        "expert/probs": jnp.exp(run.log_probs),
+        "expert/surface": run.surface,
+        "expert/value": run.value,
+        "expert/outcome": run.outcome,
+    }
+
+
+def answer() -> dict:
+    """Numbers of the shipped system's answer on the example."""
+    script = importlib.import_module("06_deploy")
+    folder = ROOT / "examples"
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = script.suggest(
+            script.Suggest(
+                folder / "experiments.csv", "yield", objective="max", bounds=folder / "bounds.csv"
+            )
+        )
+    numbers, names = {}, sorted(found["parents"])
+    numbers["suggest/parents"] = np.array([found["parents"][n] for n in names])
+    for name in ("next_experiment", "recommended_action"):
+        action = found[name]
+        numbers[f"suggest/{name}"] = np.array([action[k] for k in ("value", "predicted", "std")])
+    return numbers
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        found = shipped() | gradients() | campaigns() | answer() | stages(Path(folder) / "toy")
+    found = {name: np.asarray(value) for name, value in found.items()}
+    if "--store" in sys.argv:
+        np.savez_compressed(STORED, **found)
+        print(f"stored {len(found)} arrays in {STORED.name}")
+        return 0
+    with np.load(STORED) as file:
+        stored = {name: file[name] for name in file.files}
+    worst = []
+    for name in sorted(stored.keys() | found.keys()):
+        if name not in stored or name not in found:
+            worst.append((np.inf, 0.0, name + (" is gone" if name in stored else " is new")))
+            continue
+        a, b = stored[name].astype(float), found[name].astype(float)
+        same = a.shape == b.shape and np.array_equal(np.isfinite(a), np.isfinite(b))
+        finite = np.isfinite(a)
+        scale = 1.0 + np.abs(a[finite])
+        error = np.max(np.abs(a[finite] - b[finite]) / scale, initial=0.0) if same else np.inf
+        worst.append((error, 1e-4 if name.startswith(TRAINING) else 1e-5, name))
+    worst.sort(reverse=True)
+    for error, allowed, name in worst[:12]:
+        print(f"{error:.1e}  {name}" + ("" if error <= allowed else "  BEYOND"))
+    bad = sum(error > allowed for error, allowed, _ in worst)
+    print(f"{len(worst)} compared, {bad} beyond their tolerance")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
