@@ -7,43 +7,36 @@ it did.
 
     python 01_extract_demos.py small --num-models 64
 
-Every demonstration is a full run of PARENT_SCALE (lib/parent_scale.py): the data it conditioned on,
+Every demonstration is a full run of PARENT_SCALE (lib/expert.py): the data it conditioned on,
 its posterior after every experiment and its whole acquisition surface. A demonstration is kept if
 it is consistent (its stored posterior follows from its stored data, replayed) and good enough by
 what the expert itself can see (length, final entropy); ground truth takes no part in the choice.
 """
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import tyro
 from tabulate import tabulate
 from tqdm import tqdm
+from tyro.extras import overridable_config_cli
 
+from lib import settings
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
 from lib.buffer import DataError
-from lib.config import (
-    check_settings,
-    errors_for_people,
-    preset_arguments,
-    stage_key,
-    use_compilation_cache,
-)
-from lib.parent_scale import ParentScaleConfig
+from lib.expert_posterior import ParentScaleConfig
+from lib.extraction import extract_multiple_trajectories
+from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
-from lib.scm_prior import FAMILIES, SCMPrior, initial_buffer, sample_scm_and_family
+from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
 from lib.trajectories import (
     ExpertTrajectory,
     augment_expert_demonstrations,
     extract_expert_demonstrations,
-    extract_multiple_trajectories,
     take,
     to_arrays,
     validate_demonstration_quality,
@@ -74,10 +67,6 @@ class Config:
     # --- the expert ---
     num_steps: int = 10
     """Experiments per run."""
-    candidate_sets: Literal["bootstraps", "union"] = "union"
-    """Candidate parent sets: those that bootstraps select, or also the subsets of the variables
-    selected most often, the better teacher (README).
-    """
     num_bins: int = 16
     """Values per variable in the stored acquisition surface; the surrogate and the policy use the
     same grid.
@@ -100,7 +89,7 @@ class Config:
     """Models in one program; also the interval of checkpoints."""
 
     def __post_init__(self):
-        check_settings(self)
+        settings.check(self)
         if not 0 < round(self.num_models * self.validation_split) < self.num_models:
             raise ValueError(
                 f"num_models = {self.num_models} cannot be split with "
@@ -110,12 +99,7 @@ class Config:
     @property
     def expert(self) -> ParentScaleConfig:
         """Settings of the expert."""
-        return ParentScaleConfig(
-            num_obs=self.num_obs,
-            num_steps=self.num_steps,
-            num_bins=self.num_bins,
-            candidate_sets=self.candidate_sets,
-        )
+        return ParentScaleConfig(self.num_obs, self.num_steps, num_bins=self.num_bins)
 
 
 PRESETS = {
@@ -220,10 +204,11 @@ def yields(
 
 def main(config: Config) -> Path:
     """Make the demonstrations and write them; returns the artifact's path."""
-    use_compilation_cache(config.folder.parent / "cache")
+    settings.use_compilation_cache(config.folder.parent / "cache")
     out, checkpoint_path = config.folder / "demos.npz", config.folder / "demos.ckpt"
     problem_key, expert_key, augment_key = (
-        stage_key(config.seed, "demos", name) for name in ("problems", "expert", "augmentation")
+        settings.stage_key(config.seed, "demos", name)
+        for name in ("problems", "expert", "augmentation")
     )
     num_batches = -(-config.num_models // config.batch)
 
@@ -322,9 +307,5 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    with errors_for_people():
-        main(
-            tyro.extras.overridable_config_cli(
-                PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__
-            )
-        )
+    with settings.errors_for_people():
+        main(overridable_config_cli(PRESETS, args=settings.preset_arguments(), description=__doc__))

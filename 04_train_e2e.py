@@ -1,7 +1,7 @@
 """Stage 4: train surrogate and policy together, in turns, on problems of growing difficulty.
 
 - Reads   artifacts/<preset>/surrogate.eqx, policy.eqx
-- Writes  artifacts/<preset>/acbo.eqx, and logs/e2e.jsonl beside it
+- Writes  artifacts/<preset>/acbo.eqx, and logs/acbo.jsonl beside it
 - Time    `small` about 3 minutes on 2 busy CPU cores.
 
     python 04_train_e2e.py small --rounds 100
@@ -16,43 +16,44 @@ Deviations from multi_stage_training.md, stage 3:
 2. both updates use batches of problems and groups of candidates, not one problem and one action.
 """
 
-import sys
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
-import tyro
 from tqdm import tqdm
+from tyro.extras import overridable_config_cli
 
-from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
+from lib import settings
 from lib.buffer import ExperienceBuffer
-from lib.config import (
-    check_settings,
-    errors_for_people,
-    preset_arguments,
-    stage_key,
-    use_compilation_cache,
-)
-from lib.grpo import (
-    CampaignDesign,
-    Groups,
-    GRPOConfig,
-    Problem,
-    Simulator,
-    collect_campaign,
-    draw_problems,
-    update_acquisition_grpo,
-)
+from lib.grpo import GRPOConfig, GRPOMetrics, collect_groups, grpo_step
 from lib.policy import AcquisitionPolicyNetwork
+from lib.problems import (
+    CampaignDesign,
+    DataDesign,
+    Example,
+    Problem,
+    draw_problems,
+    sample_examples,
+)
 from lib.rewards import RewardConfig
-from lib.scm_prior import DataDesign, Example, SCMPrior, sample_examples
-from lib.surrogate import LossWeights, surrogate_optimiser, update_surrogate
+from lib.scm_prior import SCMPrior
+from lib.surrogate import (
+    LossWeights,
+    ParentSetPredictionModel,
+    SurrogateConfig,
+    SurrogateLosses,
+    surrogate_optimiser,
+    surrogate_step,
+)
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
+from lib.training import Learner, Progress, clipped_adam, filter_scan
+from lib.trajectories import ExpertTrajectory
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Config:
     """Rounds between checkpoints."""
 
     def __post_init__(self):
-        check_settings(self)
+        settings.check(self)
 
 
 PRESETS = {
@@ -138,15 +139,19 @@ PRESETS = {
 }
 
 
-class TrainState(eqx.Module):
+class TrainState(NamedTuple):
     """Everything that a checkpoint holds."""
 
-    system: TrainedACBOSystem
-    surrogate_optimiser: optax.OptState
-    policy_optimiser: optax.OptState
+    surrogate: Learner
+    policy: Learner
+
+    @property
+    def system(self) -> TrainedACBOSystem:
+        """Both models as they are now."""
+        return TrainedACBOSystem(self.surrogate.module, self.policy.module)
 
 
-def adjust_difficulty(step: int, config: Config) -> tuple[SCMPrior, CampaignDesign]:
+def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, CampaignDesign]:
     """Problems of round `step`: small linear systems with many rows first, the whole distribution
     at the last level (multi_stage_training.md).
 
@@ -174,57 +179,34 @@ def adjust_difficulty(step: int, config: Config) -> tuple[SCMPrior, CampaignDesi
 def make_optimisers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Optimisers of the surrogate and of the policy."""
+    """Optimisers of the surrogate and of the policy, with cosine decay to zero."""
     surrogate = optax.cosine_decay_schedule(
         config.surrogate_learning_rate, config.rounds * config.surrogate_steps
     )
     policy = optax.cosine_decay_schedule(
         config.grpo.learning_rate, config.rounds * config.grpo.grpo_epochs
     )
-    return (
-        surrogate_optimiser(surrogate),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(policy)),
-    )
+    return surrogate_optimiser(surrogate), clipped_adam(policy)
 
 
 @eqx.filter_jit
-def play(
-    key: jax.Array, system: TrainedACBOSystem, problems: Problem, config: Config
-) -> tuple[Groups, ExperienceBuffer]:
-    """Campaigns with the present policy: groups `[problems * steps]`, final buffers
-    `[problems]`.
+def improve_policy(
+    key: jax.Array,
+    state: TrainState,
+    reference: AcquisitionPolicyNetwork,
+    problems: Problem,
+    config: Config,
+) -> tuple[TrainState, ExperienceBuffer, GRPOMetrics]:
+    """A campaign of the present policy on each problem, and the GRPO steps on their groups; returns
+    the final buffers `[problems]` too.
     """
-
-    def one(key, problem):
-        simulator = Simulator(system.surrogate, problem.scm, problem.truth, config.rewards)
-        return collect_campaign(
-            key, simulator, system.policy, problem.buffer, config.campaign.num_steps, config.grpo
-        )
-
-    groups, buffers = jax.vmap(one)(jr.split(key, config.problems_per_round), problems)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups), buffers
-
-
-@eqx.filter_jit
-def train_acquisition_component(
-    state: TrainState, reference: AcquisitionPolicyNetwork, groups: Groups, config: Config
-):
-    """GRPO steps of the policy on the groups of a round."""
-    _, optimiser = make_optimisers(config)
-    policy, optimiser_state, metrics = update_acquisition_grpo(
-        state.system.policy,
-        state.policy_optimiser,
-        optimiser,
-        reference,
-        groups,
-        config.grpo,
-        config.grpo.kl_weight,
+    num_steps, (_, optimiser) = config.campaign.num_steps, make_optimisers(config)
+    surrogate, policy = state.surrogate.module, state.policy.module
+    groups, buffers = collect_groups(
+        key, surrogate, policy, problems, num_steps, config.rewards, config.grpo
     )
-    return TrainState(
-        TrainedACBOSystem(state.system.surrogate, policy),
-        state.surrogate_optimiser,
-        optimiser_state,
-    ), metrics
+    learner, metrics = grpo_step(state.policy, optimiser, reference, groups, config.grpo)
+    return TrainState(state.surrogate, learner), buffers, metrics
 
 
 def collected_examples(
@@ -233,123 +215,119 @@ def collected_examples(
     """The campaigns' data, each cut at a random moment, as training examples for the surrogate."""
 
     def one(key, scm, truth, buffer):
-        rows = jnp.arange(buffer.valid.shape[0])
         first = (buffer.observational & buffer.valid).sum()
-        kept = buffer.valid & (rows < jr.randint(key, (), first, buffer.size + 1))
-        cut = ExperienceBuffer(
-            jnp.where(kept[:, None], buffer.values, 0.0), buffer.intervened & kept[:, None], kept
-        )
-        return Example(cut.grow(capacity - rows.shape[0]), scm.task, truth.parents, truth.effects)
+        cut = buffer.first(jr.randint(key, (), first, buffer.size + 1))
+        room = capacity - buffer.valid.shape[0]
+        return Example(cut.grow(room), scm.task, truth.parents, truth.effects)
 
     keys = jr.split(key, buffers.valid.shape[0])
     return jax.vmap(one)(keys, problems.scm, problems.truth, buffers)
 
 
 @eqx.filter_jit
-def train_surrogate_component(
+def improve_surrogate(
     key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config
-):
+) -> tuple[TrainState, SurrogateLosses]:
     """`surrogate_steps` gradient steps on fresh simulations and on the collected data."""
     optimiser, _ = make_optimisers(config)
     weights = LossWeights(effects=config.effect_weight)
-    dynamic, static = eqx.partition(
-        (state.system.surrogate, state.surrogate_optimiser), eqx.is_array
-    )
+    num_bins = state.surrogate.module.config.num_bins
 
-    def step(dynamic, key):
-        surrogate, optimiser_state = eqx.combine(dynamic, static)
+    def step(learner, key):
         fresh_key, cut_key = jr.split(key)
-        keys = jr.split(fresh_key, config.models_per_step)
-        fresh = jax.vmap(
-            lambda k: sample_examples(k, config.prior, config.design, surrogate.config.num_bins)
-        )(keys)
+        fresh = jax.vmap(lambda k: sample_examples(k, config.prior, config.design, num_bins))(
+            jr.split(fresh_key, config.models_per_step)
+        )
         fresh = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fresh)
         collected = collected_examples(cut_key, problems, buffers, fresh.buffer.valid.shape[1])
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
-        surrogate, optimiser_state, losses = update_surrogate(
-            surrogate, optimiser_state, optimiser, [examples], None, weights
-        )
-        return eqx.filter((surrogate, optimiser_state), eqx.is_array), losses
+        return surrogate_step(learner, optimiser, [examples], None, weights)
 
-    dynamic, losses = jax.lax.scan(step, dynamic, jr.split(key, config.surrogate_steps))
-    surrogate, optimiser_state = eqx.combine(dynamic, static)
-    state = TrainState(
-        TrainedACBOSystem(surrogate, state.system.policy), optimiser_state, state.policy_optimiser
+    keys = jr.split(key, config.surrogate_steps)
+    learner, losses = filter_scan(step, state.surrogate, keys)
+    return TrainState(learner, state.policy), jax.tree.map(jnp.mean, losses)
+
+
+def train_end_to_end(
+    surrogate_params: ParentSetPredictionModel,
+    acquisition_params: AcquisitionPolicyNetwork,
+    num_steps: int,
+    *,
+    config: Config | None = None,
+    progress: Progress | None = None,
+) -> tuple[TrainedACBOSystem, dict[str, float]]:
+    """Both models in turns for `num_steps` rounds (multi_stage_training.md, stage 3), or on from a
+    checkpoint; the system, and what the last round logged.
+    """
+    config = replace(config or Config(), rounds=num_steps)
+    problem_key, play_key, surrogate_key = (
+        settings.stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate")
     )
-    return state, jax.tree.map(jnp.mean, losses)
+    models = surrogate_params, acquisition_params
+    state = TrainState(*map(Learner.of, models, make_optimisers(config)))
+    state, start = progress.resume(state) if progress else (state, 0)
+    num_bins, record = surrogate_params.config.num_bins, {}
+    bar = tqdm(range(start, num_steps), "end to end", initial=start, total=num_steps)
+    for step in bar:
+        prior, campaign = adjust_difficulty(step, config)
+        problems = draw_problems(
+            jr.fold_in(problem_key, step), config.problems_per_round, prior, campaign, num_bins
+        )
+        state, buffers, metrics = improve_policy(
+            jr.fold_in(play_key, step), state, acquisition_params, problems, config
+        )
+        state, losses = improve_surrogate(
+            jr.fold_in(surrogate_key, step), state, problems, buffers, config
+        )
+        record = {k: float(v) for k, v in (metrics._asdict() | losses._asdict()).items()}
+        if progress:
+            kept = (step + 1) % config.checkpoint_every == 0 and step + 1 < num_steps
+            progress.keep(step + 1, {"largest": prior.max_size} | record, state if kept else None)
+        bar.set_postfix(reward=f"{record['reward']:.3f}", nll=f"{record['parent_nll']:.3f}")
+    return state.system, record
+
+
+def train_complete_acbo_system(
+    expert_trajectories: tuple[ExpertTrajectory, ExpertTrajectory],
+    surrogate_config: SurrogateConfig,
+    acquisition_config,
+    training_config,
+    *,
+    config: Config | None = None,
+) -> TrainedACBOSystem:
+    """Stages 2 to 4 on demonstrations, of training and held out, without files
+    (phase4_training_infrastructure.md). The configs are an `AcquisitionConfig` and a
+    `TrainingConfig`, of stages 3 and 2.
+    """
+    stage_2, stage_3 = map(import_module, ("02_train_surrogate", "03_warmstart_acquisition"))
+    surrogate = stage_2.train_surrogate_component(
+        expert_trajectories[0], surrogate_config, training_config=training_config
+    ).model
+    policy = stage_3.train_acquisition_component(
+        expert_trajectories, surrogate, acquisition_config
+    ).policy
+    config = config or Config()
+    return train_end_to_end(surrogate, policy, config.rounds, config=config)[0]
 
 
 def main(config: Config) -> Path:
-    """Train both, write the system; returns its path."""
-    use_compilation_cache(config.folder.parent / "cache")
+    """Train both models of the folder, write the system; returns its path."""
+    settings.use_compilation_cache(config.folder.parent / "cache")
     inputs = [config.folder / "surrogate.eqx", config.folder / "policy.eqx"]
-    out, checkpoint_path = config.folder / "acbo.eqx", config.folder / "acbo.ckpt"
-    problem_key, play_key, surrogate_key = (
-        stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate")
-    )
-
-    # --- read; build, or continue ---
     (surrogate, _), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
-    optimisers = make_optimisers(config)
-    state = TrainState(
-        TrainedACBOSystem(surrogate, policy),
-        optimisers[0].init(eqx.filter(surrogate, eqx.is_array)),
-        optimisers[1].init(eqx.filter(policy, eqx.is_array)),
+    progress = Progress(config.folder, "acbo", __file__, config, inputs)
+    system, record = train_end_to_end(
+        surrogate, policy, config.rounds, config=config, progress=progress
     )
-    mark = fingerprint(__file__, config, inputs)
-    resumed = load_checkpoint(checkpoint_path, state, mark)
-    state, start = resumed if resumed else (state, 0)
-
-    # --- train in turns ---
-    log, record = TrainingLog(config.folder / "logs" / "e2e.jsonl", start), {}
-    with tqdm(
-        total=config.rounds, initial=start, desc="end to end", unit="round", mininterval=2
-    ) as bar:
-        for step in range(start, config.rounds):
-            prior, campaign = adjust_difficulty(step, config)
-            problems = draw_problems(
-                jr.fold_in(problem_key, step),
-                config.problems_per_round,
-                prior,
-                campaign,
-                surrogate.config.num_bins,
-            )
-            groups, buffers = play(jr.fold_in(play_key, step), state.system, problems, config)
-            state, metrics = train_acquisition_component(state, policy, groups, config)
-            state, losses = train_surrogate_component(
-                jr.fold_in(surrogate_key, step), state, problems, buffers, config
-            )
-            record = {
-                name: float(np.asarray(value))
-                for name, value in (metrics._asdict() | losses._asdict()).items()
-            }
-            log.write(step=step + 1, largest=prior.max_size, **record)
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.rounds:
-                save_checkpoint(checkpoint_path, state, fingerprint=mark, step=step + 1)
-            bar.update()
-            bar.set_postfix(
-                reward=f"{record['reward']:.3f}",
-                nll=f"{record['parent_nll']:.3f}",
-                vars=prior.max_size,
-            )
-
-    # --- write ---
-    state.system.save(
-        out,
-        config=asdict(config),
-        seed=config.seed,
-        step=config.rounds,
-        parents=inputs,
-        metrics=record,
+    out = config.folder / "acbo.eqx"
+    header: dict[str, Any] = dict(
+        seed=config.seed, step=config.rounds, parents=inputs, metrics=record
     )
-    checkpoint_path.unlink(missing_ok=True)
+    system.save(out, config=asdict(config), **header)
+    progress.finish()
     return out
 
 
 if __name__ == "__main__":
-    with errors_for_people():
-        main(
-            tyro.extras.overridable_config_cli(
-                PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__
-            )
-        )
+    with settings.errors_for_people():
+        main(overridable_config_cli(PRESETS, args=settings.preset_arguments(), description=__doc__))

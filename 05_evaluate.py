@@ -22,54 +22,48 @@ their advantage.
 """
 
 import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import tyro
 from tqdm import tqdm
+from tyro.extras import overridable_config_cli
 
-from lib import baselines
-from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, save_arrays
-from lib.benchmarks import make_benchmark
-from lib.buffer import ExperienceBuffer
-from lib.config import (
-    check_settings,
-    errors_for_people,
-    preset_arguments,
-    stage_key,
-    use_compilation_cache,
+from lib import settings
+from lib.accuracy import (
+    Arrays,
+    accuracy,
+    mean_f1,
+    posterior_seconds,
+    regret_records,
+    structure_scores,
+    surrogate_records,
 )
-from lib.grpo import CampaignDesign, Problem
-from lib.methods import EXPERT_FAMILY, METHODS, held_out_problems, in_batches, play
+from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, stored
+from lib.literature import Benchmark
+from lib.methods import EXPERT_FAMILY, METHODS, POLICIES, OptimizationScenario, play
 from lib.metrics import (
     Estimate,
     Record,
-    auroc,
-    average_precision,
-    best_threshold,
+    cells,
     convergence_ratio,
-    expected_calibration_error,
-    median_seconds,
+    draw_regret,
     normalised_regret,
-    paired_difference,
-    parent_f1,
     render,
     summarise,
     write_results,
 )
-from lib.parent_scale import ParentScaleConfig, replay_posterior
-from lib.scm import AbstractSCM, Intervention
-from lib.scm_prior import SCMPrior, initial_buffer
+from lib.problems import Example, GroundTruth, Problem, initial_buffer
+from lib.scm import Intervention
+from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
+from lib.trajectories import ExpertTrajectory
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class Config:
     """Experiments on each benchmark."""
 
     def __post_init__(self):
-        check_settings(self)
+        settings.check(self)
         if min(*self.sizes, self.transfer_size) < 2:
             raise ValueError(
                 f"sizes {self.sizes} and transfer_size = {self.transfer_size} must "
@@ -119,15 +113,14 @@ class Config:
             )
 
 
+# the same code as surrogate_ei
+SAME_CODE = ("surrogate_greedy", "surrogate_thompson")
 PRESETS = {
     "smoke": (
         "seconds, for CI",
         Config(
             Path("artifacts/smoke"),
-            # the same code as surrogate_ei
-            methods=tuple(
-                name for name in METHODS if name not in ("surrogate_greedy", "surrogate_thompson")
-            ),
+            methods=tuple(name for name in METHODS if name not in SAME_CODE),
             num_problems=16,
             expert_problems=4,
             num_steps=2,
@@ -162,496 +155,236 @@ PRESETS = {
     ),
 }
 
-REGRET_STEPS = (1, 3, 5, 10)
-STRUCTURE_BASELINES = ("all_ones", "absolute_correlation", "f_test")
+ON_LITERATURE = ("random", "additive_ridge", "parent_scale", "acbo")
 # Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of
 # 1,000 samples): result files of the original code.
 PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 
 
-# --- scores ---
+class Run(NamedTuple):
+    """An evaluation under way: its settings, who plays with which system, and its files."""
+
+    config: Config
+    systems: dict[str, TrainedACBOSystem]
+    inputs: list[Path]
+    fingerprint: str
+
+    def stored(self, name: str, compute: Callable[..., dict[str, jax.Array]], *args) -> Arrays:
+        """`compute(*args)`, or what an earlier run with the same settings and inputs gave."""
+        path, config = self.config.folder / "results" / "raw" / f"{name}.npz", self.config
+        header = dict(config=asdict(config), seed=config.seed, parents=self.inputs)
+        return stored(path, self.fingerprint, lambda: compute(*args), **header)
+
+    def play(self, name: str, keys, scms, buffers, num_obs: int, num_steps: int):
+        """Results of `lib.methods.play`, with the system that `name` is about: the learned policies
+        are one program.
+        """
+        system = self.systems.get(name, self.systems["acbo"])
+        name = "acbo" if name in POLICIES else name
+        return play(name, system, keys, scms, buffers, num_obs=num_obs, num_steps=num_steps)
 
 
-@eqx.filter_jit
-def structure_scores(
-    surrogate: ParentSetPredictionModel, problems: Problem
-) -> dict[str, jax.Array]:
-    """Parent scores `[batch, vars]` of the surrogate and of every structure baseline;
-    log-probability of the true set; effects.
+class EvaluationReport(NamedTuple):
+    """What an evaluation found: rows of the tables, and simple regret by method
+    `[batch, steps + 1]` for each number of variables.
     """
 
-    def one(problem):
-        scm, buffer = problem.scm, problem.buffer
-        output = surrogate.predict(buffer, scm.task)
-        rivals = {
-            name: getattr(baselines, name)(buffer, scm.target, scm.var_mask)
-            for name in STRUCTURE_BASELINES
-        }
-        rest = {
-            "log_prob": output.log_prob(scm.parents),
-            "effect_mean": output.effect_mean,
-            "effect_std": output.effect_std,
-        }
-        return (
-            rivals
-            | {
-                "acbo": output.marginals(),
-                "parents": scm.parents,
-                "possible": scm.task.possible_parents,
-            }
-            | rest
-        )
+    records: list[Record]
+    regret: dict[str, Arrays]
 
-    return in_batches(one, problems)
+
+# --- functions of data, as the documents name them ---
+
+
+def evaluate_system_performance(
+    system: TrainedACBOSystem,
+    test_scms: Problem,
+    baseline_method: str = "parent_scale",
+    *,
+    num_obs: int = 50,
+    num_steps: int = 10,
+    seed: int = 0,
+) -> EvaluationReport:
+    """The system beside one method on problems whose truth is known, with room for `num_steps`
+    experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
+    """
+    scms = test_scms.scm
+    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(scms)
+    scenario = OptimizationScenario(f"d={scms.low.shape[1]}", num_obs=num_obs, num_steps=num_steps)
+    key = settings.stage_key(seed, "evaluation", "play")
+    regret = {
+        name: scenario.regret(name, system, test_scms, optima, key)
+        for name in (baseline_method, "acbo")
+    }
+    records = regret_records(scenario.name, regret, np.asarray(scms.mechanism))
+    return EvaluationReport(records, {scenario.name: regret})
+
+
+def evaluate_surrogate_accuracy(
+    surrogate: ParentSetPredictionModel, test_trajectories: ExpertTrajectory
+) -> dict[str, float]:
+    """Accuracy on all that held-out demonstrations ended with, against the truth about their
+    systems (phase4_training_infrastructure.md).
+    """
+    num_bins = surrogate.config.num_bins
+
+    @eqx.filter_jit
+    def examples(trajectories):
+        def one(scm, buffer):
+            truth = GroundTruth.of(scm, num_bins)
+            return Example(buffer, scm.task, truth.parents, truth.effects)
+
+        return jax.vmap(one)(trajectories.scm, trajectories.buffer)
+
+    return accuracy(surrogate, (examples(test_trajectories),))
+
+
+# --- optimisation ---
+
+
+def play_all(run: Run, size: int, problems: Problem, optima: np.ndarray) -> tuple[Arrays, Arrays]:
+    """Simple regret by method, and what the expert's play gave."""
+    config, task = run.config, f"d={size}"
+    key = settings.stage_key(config.seed, "evaluation", "play", task)
+    problem = jr.split(key, config.num_problems), problems.scm, problems.buffer
+    baseline, regret, expert = np.asarray(problems.truth.baseline), {}, {}
+    few = min(config.expert_problems, config.num_problems)
+    methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
+    for name in tqdm(methods, desc=f"methods, {task}"):
+        count = few if name in EXPERT_FAMILY else config.num_problems
+        part = jax.tree.map(lambda leaf, n=count: leaf[:n], problem)
+        lengths = config.num_obs, config.num_steps
+        result = run.stored(f"{name}_d{size}", run.play, name, *part, *lengths)
+        expert = result if name == "parent_scale" else expert
+        known = optima[:count, None], baseline[:count, None]
+        regret[name] = normalised_regret(result["recommended"], *known)
+    return regret, expert
+
+
+# --- the design's criteria (phase4_training_infrastructure.md), and the literature ---
+
+
+def success_records(
+    run: Run, task: str, problems: Problem, scores: Arrays, expert: Arrays, transfer: Arrays
+) -> list[Record]:
+    """The criteria, on the problems of the largest trained size; `transfer` are the scores at the
+    size that was never trained on.
+    """
+    config, surrogate = run.config, run.systems["acbo"].surrogate
+    count, records = len(expert["marginals"]), []
+    ours = mean_f1(scores, scores["acbo"][:count])
+    theirs = mean_f1(scores, expert["marginals"])
+    for name, f1 in (("parent_scale", theirs), ("acbo", ours)):
+        part = f"{task}/expert's problems"
+        records += cells("surrogate", part, name, {"parent F1": f1}, count)
+
+    def criterion(task, method, metric, value, n, unit):
+        records.extend(cells("success", task, method, {metric: value}, n, unit))
+
+    drop = float(1 - ours.value / max(theirs.value, 1e-9))
+    share = "share of the expert's parent F1 lost; negative: better than the expert"
+    criterion(task, "acbo", "accuracy_drop", drop, count, share)
+    # speed: one posterior for one problem, after compilation, on this machine
+    scm, buffer = (jax.tree.map(lambda leaf: leaf[0], x) for x in problems[::2])
+    slow, fast = posterior_seconds(surrogate, scm, buffer, config.num_obs)
+    times = "our expert's seconds per posterior over the surrogate's"
+    criterion(task, "acbo", "speedup", slow / fast, 1, times)
+    each = "ms per posterior, one problem"
+    criterion(task, "acbo", "surrogate_latency", 1000 * fast, 20, each)
+    curves = [folder / "curves.npz" for folder in (config.folder, config.folder / "cold")]
+    if "bc_policy" in run.systems:
+        said = read_header(config.folder / "bc_policy.eqx")["metrics"]
+        clone, steps = ("demos", "bc_policy"), int(said["validation_states"])
+        variable, value = said["variable_agreement"], said["value_agreement"]
+        share = "share of held-out expert steps, variable"
+        criterion(*clone, "expert_agreement", variable, steps, share)
+        share = "of these, value within 10 % of the range"
+        criterion(*clone, "expert_value_agreement", value, steps, share)
+    if "bc_policy" in run.systems and curves[1].exists():
+        gains = [load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves]
+        ratio, unit = convergence_ratio(np.stack(gains)), "warm iterations / cold iterations"
+        criterion("training", "grpo_policy", "convergence_ratio", ratio, 1, unit)
+    kept, moved = mean_f1(scores, scores["acbo"]), mean_f1(transfer, transfer["acbo"])
+    lost = float(1 - moved.value / max(kept.value, 1e-9))
+    size, share = f"d={config.transfer_size}", f"share of parent F1 lost against {task}"
+    criterion(size, "acbo", "transfer_drop", lost, config.num_problems, share)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    criterion("evaluation", "acbo", "peak_memory", peak, 1, "MiB")
+    return records
+
+
+def literature_records(run: Run, bucket: int) -> list[Record]:
+    """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps`
+    experiments.
+    """
+    config, records, count = run.config, [], run.config.literature_seeds
+    num_obs, num_steps = config.literature_obs, config.literature_steps
+    capacity = num_obs + config.per_variable * bucket + num_steps
+    data_keys, keys = (
+        jr.split(settings.stage_key(config.seed, "evaluation", "literature", use), count)
+        for use in ("data", "play")
+    )
+    for benchmark in tqdm(config.literature, desc="literature"):
+        scm = Benchmark(benchmark, bucket)
+
+        @eqx.filter_jit
+        @eqx.filter_vmap
+        def first(key, scm=scm):
+            return scm, initial_buffer(key, scm, num_obs, config.per_variable, capacity)
+
+        scms, buffers = first(data_keys)
+        known: dict[str, tuple[float | Estimate, int]] = {
+            "optimum": (float(scm.optimum().mean), 1),
+            "doing nothing": (float(scm.mean_outcome(Intervention.none(bucket))), 1),
+            "CBO-U as published (best of 30 trials)": (PUBLISHED[benchmark], 10),
+        }
+        for name in ON_LITERATURE:
+            problem = keys, scms, buffers, num_obs, num_steps
+            result = run.stored(f"{name}_{benchmark}", run.play, name, *problem)
+            known[name] = summarise(result["recommended"][:, -1]), len(keys)
+        for name, (value, n) in known.items():
+            records += cells("literature", benchmark, name, {"E[Y | do]": value}, n)
+    return records
 
 
 # --- the run ---
 
 
-class Evaluation:
-    """Collects records; keeps per-problem results on disk, so that a stopped evaluation goes on
-    where it was.
-    """
-
-    def __init__(self, config: Config, systems: dict[str, TrainedACBOSystem], inputs: list[Path]):
-        self.config, self.systems, self.inputs = config, systems, inputs
-        self.records: list[Record] = []
-        self.mark = fingerprint(__file__, config, inputs)
-
-    def add(
-        self,
-        table: str,
-        task: str,
-        method: str,
-        metric: str,
-        estimate: Estimate | float,
-        n: int,
-        unit: str = "",
-    ) -> None:
-        """One row of the results; a bare number is a single measurement and has no interval."""
-        value, low, high = (
-            estimate if isinstance(estimate, Estimate) else (estimate, -np.inf, np.inf)
+def evaluate(run: Run) -> EvaluationReport:
+    """Every comparison, in the order of the tables."""
+    config, surrogate = run.config, run.systems["acbo"].surrogate
+    trained = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
+    records, regret, transfer = [], {}, {}
+    largest: dict[str, Any] = {}
+    for size in (*config.sizes, config.transfer_size):
+        task = f"d={size}"
+        prior = SCMPrior(max_vars=max(trained, size), min_size=size, max_size=size)
+        scenario = OptimizationScenario(
+            task, prior, config.num_obs, config.per_variable, config.num_steps
         )
-        self.records.append(Record(table, task, method, metric, value, low, high, n, unit))
-
-    def play(
-        self,
-        name: str,
-        keys: jax.Array,
-        scms: AbstractSCM,
-        buffers: ExperienceBuffer,
-        num_obs: int,
-        num_steps: int,
-    ) -> dict[str, jax.Array]:
-        """Results of `lib.methods.play`, with the system that `name` is about."""
-        return play(
-            name,
-            self.systems.get(name, self.systems["acbo"]),
-            keys,
-            scms,
-            buffers,
-            num_obs=num_obs,
-            num_steps=num_steps,
+        draw = config.num_problems, surrogate.config.num_bins
+        uses = (("evaluation", use, task) for use in ("problems", "validation"))
+        (problems, optima), (validation, _) = (
+            scenario.draw(settings.stage_key(config.seed, *use), *draw) for use in uses
         )
-
-    def stored(
-        self, name: str, compute: Callable[[], dict[str, jax.Array]]
-    ) -> dict[str, np.ndarray]:
-        """`compute()`, unless the file of an earlier run with the same settings and inputs holds
-        it.
-        """
-        path = self.config.folder / "results" / "raw" / f"{name}.npz"
-        if path.exists() and read_header(path)["hyperparameters"].get("fingerprint") == self.mark:
-            return load_arrays(path, "evaluation")[0]
-        arrays = {key: np.asarray(value) for key, value in compute().items()}
-        save_arrays(
-            path,
-            arrays,
-            stage="evaluation",
-            config=asdict(self.config),
-            hyperparameters={"fingerprint": self.mark},
-            seed=self.config.seed,
-            step=0,
-            parents=self.inputs,
-            metrics={},
-        )
-        return arrays
-
-
-def held_out(
-    config: Config, size: int, bucket: int, num_bins: int, count: int, key: jax.Array
-) -> tuple[Problem, np.ndarray]:
-    """Problems of one size in their bucket, and their optima."""
-    prior = SCMPrior(max_vars=bucket, min_size=size, max_size=size)
-    campaign = CampaignDesign(config.num_obs, config.num_obs, config.per_variable, config.num_steps)
-    problems, optima = held_out_problems(key, count, prior, campaign, num_bins)
-    return problems, np.asarray(optima)
-
-
-def evaluate_optimisation(
-    evaluation: Evaluation, size: int, problems: Problem, optima: np.ndarray
-) -> np.ndarray:
-    """Simple regret of every method, and paired differences to the deployed system; returns the
-    expert's parent marginals before any experiment `[batch, vars]`.
-    """
-    config, task = evaluation.config, f"d={size}"
-    keys = jr.split(stage_key(config.seed, "evaluation", "play", task), config.num_problems)
-    baseline = np.asarray(problems.truth.baseline)
-    regret, marginals = {}, np.zeros(0)
-    methods = [name for name in config.methods if name != "bc_policy" or name in evaluation.systems]
-    for name in tqdm(methods, desc=f"methods, {task}"):
-        count = (
-            min(config.expert_problems, config.num_problems)
-            if name in EXPERT_FAMILY
-            else config.num_problems
-        )
-        part = jax.tree.map(lambda leaf, n=count: leaf[:n], (keys, problems.scm, problems.buffer))
-        result = evaluation.stored(
-            f"{name}_d{size}",
-            partial(evaluation.play, name, *part, config.num_obs, config.num_steps),
-        )
-        regret[name] = normalised_regret(
-            result["recommended"], optima[:count, None], baseline[:count, None]
-        )
-        if name == "parent_scale":
-            marginals = result["marginals"]
-    steps = [s for s in REGRET_STEPS if s <= config.num_steps]
-    mechanism = np.asarray(problems.scm.mechanism)
-    for kind, rows in (
-        ("", mechanism >= 0),
-        ("/linear", mechanism == 0),
-        ("/fourier", mechanism == 1),
-    ):
-        for name, values in regret.items():
-            chosen = values[rows[: len(values)]]
-            for step in steps:
-                evaluation.add(
-                    "optimisation",
-                    task + kind,
-                    name,
-                    f"regret@{step}",
-                    summarise(chosen[:, step]),
-                    len(chosen),
-                )
-    for name, values in regret.items():
-        for step in steps:
-            if name != "acbo":
-                more = paired_difference(values[:, step], regret["acbo"][: len(values), step])
-                evaluation.add(
-                    "optimisation",
-                    f"{task}/regret above acbo's, paired",
-                    name,
-                    f"regret@{step}",
-                    more,
-                    len(values),
-                )
-    final = regret["acbo"][:, -1]
-    evaluation.add(
-        "success",
-        task,
-        "acbo",
-        "stability",
-        summarise((final < 1.0).astype(float)),
-        len(final),
-        "share of problems better than doing nothing",
-    )
-    draw_regret(regret, config, size)
-    return marginals
-
-
-def evaluate_surrogate_accuracy(
-    evaluation: Evaluation, size: int, problems: Problem, validation: Problem
-) -> dict[str, np.ndarray]:
-    """Parent accuracy of the surrogate against baselines whose thresholds are chosen on validation
-    problems; effects and calibration.
-
-    Returns the scores of `structure_scores`.
-    """
-    task, surrogate = f"d={size}", evaluation.systems["acbo"].surrogate
-    scores = evaluation.stored(f"structure_d{size}", lambda: structure_scores(surrogate, problems))
-    tuning = evaluation.stored(
-        f"structure_validation_d{size}", lambda: structure_scores(surrogate, validation)
-    )
-    truth, possible = scores["parents"], scores["possible"]
-    n = len(truth)
-    said = {
-        name: scores[name] >= best_threshold(tuning[name], tuning["parents"], tuning["possible"])
-        for name in STRUCTURE_BASELINES
-    }
-    said["acbo"] = scores["acbo"] > 0.5
-    ours = parent_f1(said["acbo"], truth, possible)
-    for name, guess in said.items():
-        f1 = parent_f1(guess, truth, possible)
-        evaluation.add("surrogate", task, name, "parent F1", f1.mean, n)
-        evaluation.add("surrogate", task, name, "pooled F1", f1.pooled, n)
-        evaluation.add("surrogate", task, name, "AUROC", auroc(scores[name], truth, possible), n)
-        evaluation.add(
-            "surrogate", task, name, "AUPRC", average_precision(scores[name], truth, possible), n
-        )
-        if name != "acbo":
-            evaluation.add(
-                "surrogate",
-                task,
-                name,
-                "F1 below acbo's, paired",
-                paired_difference(ours.per_problem, f1.per_problem),
-                n,
-            )
-    effects = np.asarray(problems.truth.effects)
-    usable, error = np.isfinite(effects), effects - scores["effect_mean"]
-    inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
-    task = f"{task}/beliefs and effects"
-    evaluation.add(
-        "surrogate",
-        task,
-        "acbo",
-        "exact set",
-        summarise((said["acbo"] == truth).all(1).astype(float)),
-        n,
-    )
-    evaluation.add("surrogate", task, "acbo", "set NLL (nats)", summarise(-scores["log_prob"]), n)
-    evaluation.add(
-        "surrogate",
-        task,
-        "acbo",
-        "ECE",
-        expected_calibration_error(scores["acbo"], truth, possible),
-        n,
-    )
-    evaluation.add(
-        "surrogate",
-        task,
-        "acbo",
-        "effect R2",
-        float(1 - (error[usable] ** 2).mean() / effects[usable].var()),
-        n,
-    )
-    evaluation.add(
-        "surrogate",
-        task,
-        "acbo",
-        "coverage of 90 % bands",
-        summarise(inside.sum((1, 2)) / usable.sum((1, 2))),
-        n,
-    )
-    return scores
-
-
-def evaluate_success(
-    evaluation: Evaluation,
-    size: int,
-    problems: Problem,
-    scores: dict[str, np.ndarray],
-    expert_marginals: np.ndarray,
-    transfer: tuple[float, float],
-) -> None:
-    """The criteria of phase4_training_infrastructure.md. `transfer` is the parent F1 at the largest
-    trained and at the transfer size.
-    """
-    config, surrogate, task = evaluation.config, evaluation.systems["acbo"].surrogate, f"d={size}"
-    count = len(expert_marginals)
-    truth, possible = scores["parents"][:count], scores["possible"][:count]
-    ours, theirs = (
-        parent_f1(marginals[:count] > 0.5, truth, possible)
-        for marginals in (scores["acbo"], expert_marginals)
-    )
-    drop = float(1 - ours.mean.value / max(theirs.mean.value, 1e-9))
-    evaluation.add(
-        "success",
-        task,
-        "acbo",
-        "accuracy_drop",
-        drop,
-        count,
-        "share of the expert's parent F1 lost; negative: better than the expert",
-    )
-    evaluation.add(
-        "surrogate", f"{task}/expert's problems", "parent_scale", "parent F1", theirs.mean, count
-    )
-    evaluation.add("surrogate", f"{task}/expert's problems", "acbo", "parent F1", ours.mean, count)
-
-    # speed: one posterior for one problem, after compilation, on this machine
-    one = jax.tree.map(
-        lambda leaf: leaf[0], (jr.split(jr.key(0), 1), problems.scm, problems.buffer)
-    )
-    settings = ParentScaleConfig(num_obs=config.num_obs, num_steps=0, candidate_sets="union")
-    infer = eqx.filter_jit(lambda k, s, b: replay_posterior(k, s, b, b.size, settings))
-    predict = eqx.filter_jit(lambda model, s, b: model.predict(b, s.task).posterior().log_probs)
-    slow, fast = (
-        median_seconds(lambda: infer(*one), 3),
-        median_seconds(lambda: predict(surrogate, *one[1:]), 20),
-    )
-    evaluation.add(
-        "success",
-        task,
-        "acbo",
-        "speedup",
-        slow / fast,
-        1,
-        "our expert's seconds per posterior over the surrogate's",
-    )
-    evaluation.add(
-        "success",
-        task,
-        "acbo",
-        "surrogate_latency",
-        1000 * fast,
-        20,
-        "ms per posterior, one problem",
-    )
-
-    if "bc_policy" in evaluation.systems:
-        header = read_header(config.folder / "bc_policy.eqx")["metrics"]
-        demos, clone = int(header["validation_states"]), ("success", "demos", "bc_policy")
-        evaluation.add(
-            *clone,
-            "expert_agreement",
-            header["variable_agreement"],
-            demos,
-            "share of held-out expert steps, variable",
-        )
-        evaluation.add(
-            *clone,
-            "expert_value_agreement",
-            header["value_agreement"],
-            demos,
-            "of these, value within 10 % of the range",
-        )
-    curves, _ = load_arrays(config.folder / "curves.npz", "curves")
-    if len(curves["validation"]) == 2:
-        ratio = convergence_ratio(curves["validation"].mean(-1))
-        evaluation.add(
-            "success",
-            "training",
-            "grpo_policy",
-            "convergence_ratio",
-            ratio,
-            1,
-            "warm iterations / cold iterations",
-        )
-    lost = float(1 - transfer[1] / max(transfer[0], 1e-9))
-    evaluation.add(
-        "success",
-        f"d={config.transfer_size}",
-        "acbo",
-        "transfer_drop",
-        lost,
-        config.num_problems,
-        f"share of parent F1 lost against {task}",
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    evaluation.add("success", "evaluation", "acbo", "peak_memory", peak, 1, "MiB")
-
-
-def evaluate_literature(evaluation: Evaluation, bucket: int) -> None:
-    """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps`
-    experiments.
-    """
-    config = evaluation.config
-    capacity = config.literature_obs + config.per_variable * bucket + config.literature_steps
-    data_keys, keys = (
-        jr.split(stage_key(config.seed, "evaluation", "literature", use), config.literature_seeds)
-        for use in ("data", "play")
-    )
-    runs = [
-        (benchmark, name)
-        for benchmark in config.literature
-        for name in ("random", "additive_ridge", "parent_scale", "acbo")
-    ]
-    for benchmark, name in tqdm(runs, desc="literature"):
-        scm = make_benchmark(benchmark, bucket)
-        first = partial(
-            initial_buffer,
-            scm=scm,
-            num_obs=config.literature_obs,
-            per_variable=config.per_variable,
-            capacity=capacity,
-        )
-        buffers = eqx.filter_jit(eqx.filter_vmap(first))(data_keys)
-        scms = jax.tree.map(
-            lambda leaf: (
-                jnp.broadcast_to(leaf, (len(keys), *leaf.shape)) if eqx.is_array(leaf) else leaf
-            ),
-            scm,
-        )
-        if name == "random":
-            evaluation.add(
-                "literature", benchmark, "optimum", "E[Y | do]", float(scm.optimum().mean), 1
-            )
-            evaluation.add(
-                "literature",
-                benchmark,
-                "doing nothing",
-                "E[Y | do]",
-                float(scm.mean_outcome(Intervention.none(bucket))),
-                1,
-            )
-            evaluation.add(
-                "literature",
-                benchmark,
-                "CBO-U as published (best of 30 trials)",
-                "E[Y | do]",
-                PUBLISHED[benchmark],
-                10,
-            )
-        play = partial(
-            evaluation.play,
-            name,
-            keys,
-            scms,
-            buffers,
-            config.literature_obs,
-            config.literature_steps,
-        )
-        result = evaluation.stored(f"{name}_{benchmark}", play)
-        evaluation.add(
-            "literature",
-            benchmark,
-            name,
-            "E[Y | do]",
-            summarise(result["recommended"][:, -1]),
-            len(keys),
-        )
-
-
-def draw_regret(regret: dict[str, np.ndarray], config: Config, size: int) -> None:
-    """Mean simple regret against experiments, with 95 % bands for the deployed system."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    colours = dict(zip(regret, matplotlib.color_sequences["tab20"], strict=False)) | {
-        "acbo": "black"
-    }
-    for name, values in regret.items():
-        steps, mean, ours = np.arange(values.shape[1]), values.mean(0), name == "acbo"
-        axes.plot(
-            steps,
-            mean,
-            label=f"{name} (n={len(values)})",
-            color=colours[name],
-            linewidth=2.5 if ours else 1.3,
-            zorder=3 if ours else 2,
-        )
-        if ours:
-            half = 1.96 * values.std(0) / np.sqrt(len(values))
-            axes.fill_between(steps, mean - half, mean + half, color=colours[name], alpha=0.15)
-    axes.set(
-        xlabel="experiments",
-        ylabel="simple regret (share of the possible improvement)",
-        title=f"{size} variables",
-        ylim=(0, None),
-    )
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(config.folder / "results" / f"regret_d{size}.png", dpi=150)
-    plt.close(figure)
+        scores = run.stored(f"structure_d{size}", structure_scores, surrogate, problems)
+        file = f"structure_validation_d{size}"
+        tuning = run.stored(file, structure_scores, surrogate, validation)
+        records += surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
+        if size == config.transfer_size:
+            transfer = scores
+            continue
+        regret[task], expert = play_all(run, size, problems, np.asarray(optima))
+        records += regret_records(task, regret[task], np.asarray(problems.scm.mechanism))
+        if size == max(config.sizes):
+            largest = dict(task=task, problems=problems, scores=scores, expert=expert)
+    records += success_records(run, **largest, transfer=transfer)
+    return EvaluationReport(records + literature_records(run, trained), regret)
 
 
 def main(config: Config) -> Path:
     """Run every comparison, print and write the tables; returns the results folder."""
-    use_compilation_cache(config.folder.parent / "cache")
+    settings.use_compilation_cache(config.folder.parent / "cache")
     results, policy_path = config.folder / "results", config.folder / "policy.eqx"
     cloned = read_header(policy_path)["config"]["imitation"]["use_behavioral_cloning"]
     names = ("surrogate.eqx", "policy.eqx", *["bc_policy.eqx"] * cloned, "curves.npz", "acbo.eqx")
@@ -659,56 +392,26 @@ def main(config: Config) -> Path:
     for path in inputs:
         if not path.exists():
             raise ArtifactError(path, "missing")
-    before = load_surrogate(config.folder / "surrogate.eqx")[0]
-    systems = {
-        "grpo_policy": TrainedACBOSystem(before, load_policy(policy_path)[0]),
-        "acbo": TrainedACBOSystem.load(config.folder / "acbo.eqx"),
-    }
-    if cloned:
-        systems["bc_policy"] = TrainedACBOSystem(
-            before, load_policy(config.folder / "bc_policy.eqx")[0]
-        )
-    evaluation = Evaluation(config, systems, inputs)
-    bucket = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
-    num_bins = before.config.num_bins
+    surrogate = load_surrogate(inputs[0])[0]
+    systems = {"acbo": TrainedACBOSystem.load(inputs[-1])}
+    for path in inputs[1 : 2 + cloned]:
+        name = path.stem if path.stem == "bc_policy" else "grpo_policy"
+        systems[name] = TrainedACBOSystem(surrogate, load_policy(path)[0])
+    cold = config.folder / "cold" / "curves.npz"
+    inputs += [cold] if cloned and cold.exists() else []
     results.mkdir(parents=True, exist_ok=True)
-    f1, played = {}, {}
-    for size in (*config.sizes, config.transfer_size):
-        problem_key, validation_key = (
-            stage_key(config.seed, "evaluation", use, f"d={size}")
-            for use in ("problems", "validation")
-        )
-        slots = max(bucket, size)
-        problems, optima = held_out(config, size, slots, num_bins, config.num_problems, problem_key)
-        validation, _ = held_out(config, size, slots, num_bins, config.num_problems, validation_key)
-        scores = evaluate_surrogate_accuracy(evaluation, size, problems, validation)
-        f1[size] = next(
-            r.value
-            for r in evaluation.records
-            if (r.task, r.method, r.metric) == (f"d={size}", "acbo", "parent F1")
-        )
-        if size != config.transfer_size:
-            played[size] = (
-                problems,
-                scores,
-                evaluate_optimisation(evaluation, size, problems, optima),
-            )
-    largest = max(config.sizes)
-    evaluate_success(
-        evaluation, largest, *played[largest], transfer=(f1[largest], f1[config.transfer_size])
-    )
-    evaluate_literature(evaluation, bucket)
-    write_results(results, evaluation.records)
+    run = Run(config, systems, inputs, fingerprint(__file__, config, inputs))
+    report = evaluate(run)
+    write_results(results, report.records, config.seed)
+    for task, regret in report.regret.items():
+        size = task.removeprefix("d=")
+        draw_regret(regret, results / f"regret_d{size}.png", f"{size} variables")
     for table in ("success", "surrogate", "optimisation", "literature"):
-        print(f"\n## {table}\n\n{render(evaluation.records, table)}")
+        print(f"\n## {table}\n\n{render(report.records, table)}")
     print(f"\nwritten to {results}")
     return results
 
 
 if __name__ == "__main__":
-    with errors_for_people():
-        main(
-            tyro.extras.overridable_config_cli(
-                PRESETS, args=preset_arguments(sys.argv[1:]), description=__doc__
-            )
-        )
+    with settings.errors_for_people():
+        main(overridable_config_cli(PRESETS, args=settings.preset_arguments(), description=__doc__))

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import equinox as eqx
 import jax
@@ -28,17 +28,8 @@ import numpy as np
 
 SCHEMA = 2  # 2: the checksum covers the header
 HEADER_FIELDS = (
-    "schema",
-    "stage",
-    "config",
-    "hyperparameters",
-    "seed",
-    "step",
-    "parents",
-    "versions",
-    "code",
-    "metrics",
-    "checksum",
+    *("schema", "stage", "config", "hyperparameters", "seed", "step"),
+    *("parents", "versions", "code", "metrics", "checksum"),
 )
 REMAKE = {
     "demos": "python 01_extract_demos.py",
@@ -62,26 +53,28 @@ class ArtifactError(ValueError):
         )
 
 
-def save_module(
-    path: Path,
-    module: eqx.Module,
-    *,
-    stage: str,
-    config: Mapping[str, Any],
-    hyperparameters: Mapping[str, Any],
-    seed: int,
-    step: int,
-    parents: Sequence[Path] = (),
-    metrics: Mapping[str, Any],
-) -> None:
-    """Write `module` to the `.eqx` file `path`. `hyperparameters` is what `load_module` needs to
-    build a module of the same shape; `parents` are the artifacts that it was made from. Fields of
-    `config` that are paths are left out: where a file lies is no part of what it holds.
+class About(TypedDict):
+    """What a script says of an artifact. `hyperparameters` is what `load_module` needs to build a
+    module of the same shape; `parents` are the artifacts that it was made from. Fields of `config`
+    that are paths are left out: where a file lies is no part of what it holds.
+    """
+
+    stage: str
+    config: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    seed: int
+    step: int
+    parents: NotRequired[Sequence[Path]]
+    metrics: Mapping[str, Any]
+
+
+def save_module(path: Path, module: eqx.Module, **about: Unpack[About]) -> None:
+    """Write `module` to the `.eqx` file `path`.
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
     payload = serialise(path, module)
-    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics)
+    header = make_header(about)
     header["checksum"] = checksum(header, payload)
     replace_file(path, encode(header) + b"\n" + payload)
 
@@ -96,8 +89,7 @@ def load_module(
     has other shapes than `build` gives.
     """
     header, payload = split(path, stage)
-    check_header(path, header, stage)
-    check_checksum(path, payload, header, stage)
+    verify(path, header, payload, stage)
     try:
         # shapes only: nothing is initialised to be thrown away
         like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))
@@ -108,26 +100,15 @@ def load_module(
     return deserialise(path, payload, like, stage), header
 
 
-def save_arrays(
-    path: Path,
-    arrays: Mapping[str, Any],
-    *,
-    stage: str,
-    config: Mapping[str, Any],
-    hyperparameters: Mapping[str, Any],
-    seed: int,
-    step: int,
-    parents: Sequence[Path] = (),
-    metrics: Mapping[str, Any],
-) -> None:
-    """Write named arrays to the `.npz` file `path`; arguments and errors as for `save_module`. The
-    name `header` is taken.
+def save_arrays(path: Path, arrays: Mapping[str, Any], **about: Unpack[About]) -> None:
+    """Write named arrays to the `.npz` file `path`; errors as for `save_module`. The name `header`
+    is taken.
     """
     if "header" in arrays:
         raise ValueError("'header' is the name of the header itself: call the array something else")
     host = {name: np.asarray(array) for name, array in arrays.items()}
     refuse_nan(path, host)
-    header = make_header(stage, config, hyperparameters, seed, step, parents, metrics)
+    header = make_header(about)
     header["checksum"] = checksum(header, array_checksum(host).encode())
     stream = io.BytesIO()
     np.savez(stream, header=np.asarray(encode(header).decode()), allow_pickle=False, **host)
@@ -140,8 +121,7 @@ def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str
     """
     arrays = read_npz(path, stage)
     header = parse_header(path, str(arrays.pop("header", "")), stage)
-    check_header(path, header, stage)
-    check_checksum(path, array_checksum(arrays).encode(), header, stage)
+    verify(path, header, array_checksum(arrays).encode(), stage)
     return arrays, header
 
 
@@ -184,6 +164,21 @@ def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -
         "versions": versions(),
     }
     return hashlib.sha256(encode(content)).hexdigest()
+
+
+def stored(
+    path: Path, mark: str, compute: Callable[[], Mapping[str, Any]], **header: Any
+) -> dict[str, np.ndarray]:
+    """The arrays of `compute()`, or what an earlier run with the same `mark` left at `path`,
+    so that what was stopped goes on where it was. `header` as `save_arrays` takes it.
+    """
+    made_by = {"fingerprint": mark}
+    if path.exists() and read_header(path)["hyperparameters"] == made_by:
+        return load_arrays(path, "evaluation")[0]
+    arrays = {name: np.asarray(value) for name, value in compute().items()}
+    header |= dict(stage="evaluation", hyperparameters=made_by, step=0, metrics={})
+    save_arrays(path, arrays, **header)
+    return arrays
 
 
 def code_digest() -> str:
@@ -274,27 +269,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 # --- the header ---
 
 
-def make_header(stage, config, hyperparameters, seed, step, parents, metrics) -> dict[str, Any]:
+def make_header(about: About) -> dict[str, Any]:
     """The header of an artifact, as plain JSON types (`HEADER_FIELDS`), its checksum still empty.
     `ValueError` for a stage that no script makes.
     """
+    known_stage(about["stage"])
+    made_from = {path.name: digest(path) for path in about.get("parents", ())}
+    code = {"versions": versions(), "code": code_digest()}
+    return plain({**about, "schema": SCHEMA, "parents": made_from, **code, "checksum": ""})
+
+
+def known_stage(stage: str) -> None:
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
-    made_from = {p.name: digest(p) for p in parents}
-    values = (
-        SCHEMA,
-        stage,
-        config,
-        hyperparameters,
-        seed,
-        step,
-        made_from,
-        versions(),
-        code_digest(),
-        metrics,
-        "",
-    )
-    return plain(dict(zip(HEADER_FIELDS, values, strict=True)))
 
 
 def versions() -> dict[str, str]:
@@ -332,24 +319,21 @@ def parse_header(path: Path, text: str, stage: str | None) -> dict[str, Any]:
     return header
 
 
-def check_header(path: Path, header: dict[str, Any], stage: str) -> None:
-    if stage not in REMAKE:
-        raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
-    if header.get("schema") != SCHEMA:
-        raise ArtifactError(
-            path,
-            f"wrong schema: the file has {header.get('schema')}, this code reads {SCHEMA}",
-            stage,
-        )
-    missing = [field for field in HEADER_FIELDS if field not in header]
-    if missing:
-        raise ArtifactError(
-            path, f"edited, or not an artifact: its header lacks '{missing[0]}'", stage
-        )
-    if header["stage"] != stage:
-        raise ArtifactError(
-            path, f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed", stage
-        )
+def verify(path: Path, header: dict[str, Any], payload: bytes, stage: str) -> None:
+    """Raise `ArtifactError` unless the file is whole, unedited, and of this stage and schema."""
+    known_stage(stage)
+    found, missing = header.get("schema"), [name for name in HEADER_FIELDS if name not in header]
+    if found != SCHEMA:
+        problem = f"wrong schema: the file has {found}, this code reads {SCHEMA}"
+    elif missing:
+        problem = f"edited, or not an artifact: its header lacks '{missing[0]}'"
+    elif header["stage"] != stage:
+        problem = f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed"
+    elif checksum(header, payload) != header["checksum"]:
+        problem = "truncated or edited: its header and content do not match its checksum"
+    else:
+        return
+    raise ArtifactError(path, problem, stage)
 
 
 def checksum(header: Mapping[str, Any], payload: bytes) -> str:
@@ -359,13 +343,6 @@ def checksum(header: Mapping[str, Any], payload: bytes) -> str:
     return hashlib.sha256(
         encode({k: v for k, v in header.items() if k != "checksum"}) + b"\n" + payload
     ).hexdigest()
-
-
-def check_checksum(path: Path, payload: bytes, header: dict[str, Any], stage: str) -> None:
-    if checksum(header, payload) != header["checksum"]:
-        raise ArtifactError(
-            path, "truncated or edited: its header and content do not match its checksum", stage
-        )
 
 
 # --- bytes ---

@@ -66,6 +66,13 @@ class ExperienceBuffer(eqx.Module):
             jnp.pad(self.valid, (0, extra)),
         )
 
+    def widen(self, extra: int) -> "ExperienceBuffer":
+        """The same rows with `extra` padding variables behind."""
+        values, intervened = (
+            jnp.pad(x, ((0, 0), (0, extra))) for x in (self.values, self.intervened)
+        )
+        return ExperienceBuffer(values, intervened, self.valid)
+
     def first(self, count) -> "ExperienceBuffer":
         """What was known when `count` rows were filled; the others are free places again."""
         known = self.valid & (jnp.arange(self.valid.shape[0]) < count)
@@ -129,14 +136,9 @@ class ExperienceBuffer(eqx.Module):
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*names, INTERVENED])
-            for row, mask in zip(
-                values[np.asarray(self.valid)],
-                np.asarray(self.intervened)[np.asarray(self.valid)],
-                strict=True,
-            ):
-                writer.writerow(
-                    [*(str(v) for v in row), ";".join(names[i] for i in np.flatnonzero(mask))]
-                )
+            for i in np.flatnonzero(self.valid):
+                chosen = ";".join(names[j] for j in np.flatnonzero(self.intervened[i]))
+                writer.writerow([*map(str, values[i]), chosen])
         temporary.rename(path)
 
     @staticmethod

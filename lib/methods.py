@@ -6,7 +6,6 @@ A method sees the data, the target and the ranges; only `cbo_known_graph` is tol
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -16,11 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from lib import baselines
+from lib.accuracy import regret_records
 from lib.buffer import ExperienceBuffer
-from lib.grpo import CampaignDesign, Problem, draw_problem
-from lib.metrics import normalised_regret, paired_difference, summarise
-from lib.parent_scale import ParentScaleConfig, run_gp_ei, run_parent_scale
+from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
+from lib.expert_posterior import ParentScaleConfig
+from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
+from lib.problems import CampaignDesign, Problem, held_out_problems, in_batches
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior, multimodal
 from lib.system import TrainedACBOSystem, run_campaign
@@ -46,6 +47,36 @@ EXPERT_FAMILY = ("parent_scale", "parent_scale_amortized", "cbo_known_graph", "b
 ON_SURFACE = ("surrogate_greedy", "surrogate_ei", "surrogate_thompson")
 
 
+class ACBOPipeline(eqx.Module):
+    """The expert with the surrogate's posterior in place of its own
+    (phase4_training_infrastructure.md).
+    """
+
+    system: TrainedACBOSystem
+    config: ParentScaleConfig = eqx.field(static=True)
+
+    def __call__(
+        self, key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer
+    ) -> ExpertRun:
+        """A run of the expert; its candidates are the 16 sets most probable at the start."""
+        surrogate = self.system.surrogate
+        first = surrogate.predict(buffer, scm.task).posterior().top_k(16)
+
+        def believe(buffer):
+            output = surrogate.predict(buffer, scm.task)
+            return jax.nn.log_softmax(jax.vmap(output.log_prob)(first.sets))
+
+        sets = first.sets, jax.nn.log_softmax(first.log_probs)
+        return run_parent_scale(key, scm, buffer, self.config, candidate_sets=sets, predict=believe)
+
+
+def integrate_with_existing_pipeline(
+    trained_system: TrainedACBOSystem, *, config: ParentScaleConfig | None = None
+) -> ACBOPipeline:
+    """The pipeline of the expert that asks the trained surrogate who the parents are."""
+    return ACBOPipeline(trained_system, config or ParentScaleConfig(num_obs=50, num_steps=10))
+
+
 def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
     """The method called `name` as a function of (key, scm, buffer); `system` is what the learned
     ones use, `num_obs` what the expert's family needs.
@@ -55,7 +86,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     Gaussian processes' means. Raises `ValueError` for an unknown name.
     """
     # the one that teaches
-    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps, candidate_sets="union")
+    expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
     def campaign(decide):
         return lambda key, scm, buffer: run_campaign(
@@ -64,23 +95,17 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
 
     def regression(choose):
         def decide(scm, key, buffer, step):
-            choice = choose(buffer, scm.target, scm.low, scm.high, scm.candidates)
+            choice = choose(buffer, scm.task)
             return choice, choice
 
         return campaign(decide)
 
     def random(scm, key, buffer, step):
+        done = (buffer.intervened & scm.candidates[None]).any(1) & buffer.valid
         outcome = jnp.take(buffer.values, scm.target, axis=1)
-        best = jnp.argmin(
-            jnp.where(
-                (buffer.intervened & scm.candidates[None]).any(1) & buffer.valid, outcome, jnp.inf
-            )
-        )
+        best = jnp.argmin(jnp.where(done, outcome, jnp.inf))
         variable = jnp.argmax(buffer.intervened[best])
-        return baselines.random_choice(key, scm.low, scm.high, scm.candidates), (
-            variable,
-            buffer.values[best, variable],
-        )
+        return baselines.random_choice(key, scm.task), (variable, buffer.values[best, variable])
 
     def on_surface(choose):
         def decide(scm, key, buffer, step):
@@ -88,22 +113,6 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
             return choose(key, output), output.best()
 
         return campaign(decide)
-
-    def amortized(key, scm, buffer):
-        first = system.surrogate.predict(buffer, scm.task).posterior().top_k(16)
-
-        def believe(buffer):
-            output = system.surrogate.predict(buffer, scm.task)
-            return jax.nn.log_softmax(jax.vmap(output.log_prob)(first.sets))
-
-        return run_parent_scale(
-            key,
-            scm,
-            buffer,
-            expert,
-            candidate_sets=(first.sets, jax.nn.log_softmax(first.log_probs)),
-            predict=believe,
-        )
 
     def known_graph(key, scm, buffer):
         return run_parent_scale(
@@ -117,7 +126,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         "bo": lambda key, scm, buffer: run_gp_ei(key, scm, buffer, expert),
         "cbo_known_graph": known_graph,
         "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
-        "parent_scale_amortized": amortized,
+        "parent_scale_amortized": integrate_with_existing_pipeline(system, config=expert),
         "surrogate_greedy": on_surface(lambda key, output: output.best()),
         "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
         "surrogate_thompson": on_surface(thompson_choice),
@@ -127,45 +136,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     return methods[name]
 
 
-def in_batches(function: Callable, inputs):
-    """`function` over the leading axis, some at a time: equal batches, because a remainder would
-    compile `function` once more.
-    """
-    count = jax.tree.leaves(inputs)[0].shape[0]
-    return jax.lax.map(
-        function, inputs, batch_size=max(size for size in range(1, 31) if count % size == 0)
-    )
-
-
 @eqx.filter_jit
-def _play(
-    name: str,
-    system: TrainedACBOSystem,
-    keys: Key[Array, " batch"],
-    scms: AbstractSCM,
-    buffers: ExperienceBuffer,
-    num_obs: int,
-    num_steps: int,
-):
-    method = make_method(name, system, num_obs, num_steps)
-
-    def one(inputs):
-        key, scm, buffer = inputs
-        run = method(key, scm, buffer)
-        num_vars = scm.var_mask.shape[0]
-        means = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, num_vars)))(
-            run.recommended_variable, run.recommended_value
-        )
-        marginals = (
-            run.posterior(scm.target, 0).marginals()
-            if name == "parent_scale"
-            else jnp.zeros(num_vars)
-        )
-        return {"recommended": means, "marginals": marginals}
-
-    return in_batches(one, (keys, scms, buffers))
-
-
 def play(
     name: str,
     system: TrainedACBOSystem,
@@ -180,26 +151,21 @@ def play(
 
     Returns `recommended`, the noise-free E[Y | do] of what it recommends before the first and after
     each experiment `[batch, steps + 1]`, and `marginals` `[batch, vars]`, the expert's parent
-    marginals at the start (zeros for the others). The learned policies are one program.
+    marginals at the start (zeros for the others).
     """
-    return _play(
-        "acbo" if name in POLICIES else name, system, keys, scms, buffers, num_obs, num_steps
-    )
+    method = make_method(name, system, num_obs, num_steps)
 
+    def one(inputs):
+        key, scm, buffer = inputs
+        run, num_vars = method(key, scm, buffer), scm.var_mask.shape[0]
+        means = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, num_vars)))(
+            run.recommended_variable, run.recommended_value
+        )
+        of_expert = name == "parent_scale"
+        marginals = run.posterior(scm.target, 0).marginals() if of_expert else jnp.zeros(num_vars)
+        return {"recommended": means, "marginals": marginals}
 
-@eqx.filter_jit
-def held_out_problems(
-    key: Key[Array, ""], count: int, prior: SCMPrior, campaign: CampaignDesign, num_bins: int
-) -> tuple[Problem, Float[Array, " batch"]]:
-    """`count` held-out problems (a `Problem` with leading axis `batch`), and the optimum of each
-    `[batch]`.
-    """
-
-    def one(key):
-        problem = draw_problem(key, prior, campaign, num_bins)
-        return problem, problem.scm.optimum().mean
-
-    return in_batches(one, jr.split(key, count))
+    return in_batches(one, (keys, scms, buffers))
 
 
 # --- kinds of problems ---
@@ -224,13 +190,8 @@ class OptimizationScenario:
         self, key: Key[Array, ""], count: int, num_bins: int
     ) -> tuple[Problem, Float[Array, " batch"]]:
         """`count` problems and their optima."""
-        return held_out_problems(
-            key,
-            count,
-            self.prior,
-            CampaignDesign(self.num_obs, self.num_obs, self.per_variable, self.num_steps),
-            num_bins,
-        )
+        rows = self.num_obs, self.num_obs, self.per_variable, self.num_steps
+        return held_out_problems(key, count, self.prior, CampaignDesign(*rows), num_bins)
 
     def regret(
         self,
@@ -243,21 +204,11 @@ class OptimizationScenario:
         """Simple regret of `name` before the first and after each experiment; the same `key` pairs
         methods.
         """
-        keys = jr.split(key, len(optima))
-        result = play(
-            name,
-            system,
-            keys,
-            problems.scm,
-            problems.buffer,
-            num_obs=self.num_obs,
-            num_steps=self.num_steps,
-        )
-        return normalised_regret(
-            np.asarray(result["recommended"]),
-            np.asarray(optima)[:, None],
-            np.asarray(problems.truth.baseline)[:, None],
-        )
+        lengths = dict(num_obs=self.num_obs, num_steps=self.num_steps)
+        problem = jr.split(key, len(optima)), problems.scm, problems.buffer
+        reached = np.asarray(play(name, system, *problem, **lengths)["recommended"])
+        ends = (np.asarray(x)[:, None] for x in (optima, problems.truth.baseline))
+        return normalised_regret(reached, *ends)
 
 
 def exploration_scenario(size: int, max_vars: int) -> OptimizationScenario:
@@ -279,23 +230,22 @@ def evaluate_acquisition_performance(
     """Simple regret of the system's policy after 1, 3, 5, 10 and 20 experiments, and by how much
     each rival's is larger, paired.
 
-    Keys are `scenario/regret@t` and `scenario/rival/difference@t`, with `/low` and `/high` behind
-    for the ends of its 95 % interval.
+    Keys are task, method and metric of `lib.accuracy.regret_records`, with `/low` and `/high`
+    behind for the ends of its 95 % interval.
     """
-    found = {}
+    records = []
     for index, scenario in enumerate(scenarios):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(seed), index))
         problems, optima = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
-        played = partial(
-            scenario.regret, system=system, problems=problems, optima=optima, key=play_key
-        )
-        ours = played("acbo")
-        steps = [t for t in (1, 3, 5, 10, 20) if t <= scenario.num_steps]
-        found |= {f"{scenario.name}/regret@{t}": summarise(ours[:, t]).value for t in steps}
-        for rival in rivals:
-            theirs = played(rival)
-            for t in steps:
-                value, low, high = paired_difference(theirs[:, t], ours[:, t])
-                name = f"{scenario.name}/{rival}/difference@{t}"
-                found |= {name: value, f"{name}/low": low, f"{name}/high": high}
-    return found
+        regret = {
+            name: scenario.regret(name, system, problems, optima, play_key)
+            for name in ("acbo", *rivals)
+        }
+        records += regret_records(scenario.name, regret, np.asarray(problems.scm.mechanism))
+    figures = {(r.task, r.method, r.metric): (r.value, r.low, r.high) for r in records}
+    ends = zip(("", "/low", "/high"), zip(*figures.values(), strict=True), strict=True)
+    return {
+        "/".join(cell) + end: value
+        for end, values in ends
+        for cell, value in zip(figures, values, strict=True)
+    }

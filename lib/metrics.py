@@ -6,8 +6,12 @@ Every interval is over independent problems (SCMs), never over steps or variable
 
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +21,8 @@ import numpy as np
 import scipy.stats
 import tabulate
 from jaxtyping import Array, Bool, Float, Shaped
+from matplotlib import color_sequences
+from matplotlib.figure import Figure
 
 
 HostArray = np.ndarray | Array
@@ -24,29 +30,14 @@ Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
 TABLES = (
-    *(
-        "success",
-        "surrogate",
-        "effects",
-        "fidelity",
-        "optimisation",
-        "literature",
-        "transfer",
-        "ablation",
-        "ceiling",
-    ),
-    *(
-        "agreement",
-        "regret",
-        "exploration",
-        "first",
-        "choices",
-        "time",
-        "gradient",
-        "headroom",
-        "convergence",
-        "variants",
-    ),
+    "success",
+    "surrogate",
+    "effects",
+    "fidelity",
+    "optimisation",
+    "literature",
+    "transfer",
+    "ablation",
 )
 FORMATS = {"md": "github", "tex": "latex"}
 
@@ -202,8 +193,7 @@ def auroc(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
     half (Mann-Whitney).
     """
 
-    def statistic(s, t, m):
-        score, label = pooled(s, t, m)
+    def statistic(score, label):
         positive, negative = label.sum(), (~label).sum()
         if positive == 0 or negative == 0:
             return np.nan
@@ -211,9 +201,7 @@ def auroc(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
             positive * negative
         )
 
-    return bootstrap(
-        statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool)
-    )
+    return bootstrap_pooled(statistic, scores, truth, mask)
 
 
 def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
@@ -221,8 +209,7 @@ def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
     distinct scores, pooled over problems.
     """
 
-    def statistic(s, t, m):
-        score, label = pooled(s, t, m)
+    def statistic(score, label):
         if not label.any():
             return np.nan
         order = np.argsort(-score, kind="stable")
@@ -231,9 +218,7 @@ def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
         found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
         return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
 
-    return bootstrap(
-        statistic, np.asarray(scores, float), np.asarray(truth, bool), np.asarray(mask, bool)
-    )
+    return bootstrap_pooled(statistic, scores, truth, mask)
 
 
 def expected_calibration_error(
@@ -243,16 +228,19 @@ def expected_calibration_error(
     equal bins of [0, 1] (Naeini et al., AAAI 2015).
     """
 
-    def statistic(p, t, m):
-        prob, label = pooled(p, t, m)
+    def statistic(prob, label):
         index = np.minimum((prob * bins).astype(int), bins - 1)
         # (share - mean probability) times the number in the bin
         gap = np.bincount(index, label.astype(float) - prob, bins)
         return float(np.abs(gap).sum() / len(prob)) if len(prob) else np.nan
 
-    return bootstrap(
-        statistic, np.asarray(probs, float), np.asarray(truth, bool), np.asarray(mask, bool)
-    )
+    return bootstrap_pooled(statistic, probs, truth, mask)
+
+
+def bootstrap_pooled(statistic, scores, truth, mask) -> Estimate:
+    """`statistic(score, label)` of all decisions together, resampled over problems."""
+    data = (np.asarray(x, kind) for x, kind in ((scores, float), (truth, bool), (mask, bool)))
+    return bootstrap(lambda *problems: statistic(*pooled(*problems)), *data)
 
 
 def pooled(scores, truth, mask) -> tuple[np.ndarray, np.ndarray]:
@@ -285,41 +273,17 @@ def normalised_regret(mean_outcome, optimum, baseline) -> Float[np.ndarray, "*sh
     return np.asarray((mean_outcome - optimum) / room)
 
 
-def gap(
-    outcomes: Float[HostArray, "*batch steps"], optimum, initial
-) -> Float[np.ndarray, "*batch"]:
-    """The GAP of DCBO (Aglietti et al., 2021), in [0, 1], larger is better: how far and how early
-    the best outcome came.
-
-    [clip((y_best - y_init) / (y* - y_init), 0, 1) + (H - H_best) / H] / [1 + (H - 1) / H] with H
-    steps, and H_best the step (from 1) that reached y_best. A run that never improves on `initial`
-    counts as converging at H. `outcomes` are the chosen actions' expected outcomes, step by step.
-    """
-    outcomes, optimum, initial = (
-        np.asarray(outcomes, float),
-        np.asarray(optimum, float),
-        np.asarray(initial, float),
-    )
-    if np.any(initial <= optimum):
-        raise ValueError("no room for improvement: the initial outcome must lie above y*")
-    steps, best = outcomes.shape[-1], outcomes.min(-1)
-    share = np.clip((best - initial) / (optimum - initial), 0.0, 1.0)
-    reached = np.where(share > 0, outcomes.argmin(-1) + 1, steps)
-    return np.asarray((share + (steps - reached) / steps) / (1.0 + (steps - 1) / steps))
-
-
 # --- training ---
 
 
-def convergence_ratio(returns: Float[HostArray, "runs checkpoints"], share: float = 1.0) -> float:
+def convergence_ratio(returns: Float[HostArray, "runs checkpoints"]) -> float:
     """Training that the warm start needs to reach what the cold start ends with, as a share of the
     whole; 1 if it never does.
 
-    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training. With
-    `share` below 1: to reach that part of cold's best.
+    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training.
     """
     warm, cold = np.asarray(returns, float)
-    reached = np.flatnonzero(warm >= (cold[-1] if share == 1.0 else share * cold.max()))
+    reached = np.flatnonzero(warm >= cold[-1])
     return float(reached[0] / (len(warm) - 1)) if len(reached) else 1.0
 
 
@@ -340,9 +304,39 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 # --- tables ---
 
 
-def write_results(folder: Path, records: Sequence[Record]) -> None:
-    """Write `metrics.json`, the list of all records, and every table as `<table>.md`, `.csv` and
-    `.tex` in `folder`. Each file is replaced at once.
+def cells(
+    table: str,
+    task: str,
+    method: str,
+    figures: Mapping[str, Estimate | float],
+    n: int,
+    unit: str = "",
+) -> list[Record]:
+    """A record per metric in `figures`; a bare number is a single measurement, without interval."""
+    estimates = {
+        metric: figure if isinstance(figure, Estimate) else Estimate(figure, -np.inf, np.inf)
+        for metric, figure in figures.items()
+    }
+    return [Record(table, task, method, name, *e, n, unit) for name, e in estimates.items()]
+
+
+def stamp(seed: int) -> str:
+    """Where a table comes from, in one line: command, commit, seed and machine."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    script = Path(sys.argv[0]).resolve()
+    command = [str(script.relative_to(root)) if root in script.parents else script.name]
+    device = jax.devices()[0].device_kind
+    return (
+        f"`python {shlex.join(command + sys.argv[1:])}`, commit `{commit}`, seed {seed}, "
+        f"{platform.machine()}, {os.cpu_count()} cores, {device}"
+    )
+
+
+def write_results(folder: Path, records: Sequence[Record], seed: int) -> None:
+    """Write `metrics.json`, the list of all records, and every table as `<table>.md` (with its
+    `stamp`), `.csv` and `.tex` in `folder`. Each file is replaced at once.
 
     Raises `ValueError` for an unknown table, for a cell that occurs twice, and for NaN; an infinite
     bound becomes null in JSON.
@@ -367,10 +361,14 @@ def write_results(folder: Path, records: Sequence[Record]) -> None:
     replace_text(folder / "metrics.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
     for table in dict.fromkeys(r.table for r in records):
         for suffix, style in FORMATS.items():
-            replace_text(folder / f"{table}.{suffix}", render(records, table, style) + "\n")
+            source = f"\n{stamp(seed)}\n" if suffix == "md" else ""
+            replace_text(
+                folder / f"{table}.{suffix}", render(records, table, style) + "\n" + source
+            )
         header = "task,method,metric,value,low,high,n,unit\n"
         lines = [
-            f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},"{r.unit}"\n'
+            f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},'
+            f'"{r.unit}"\n'
             for r in records
             if r.table == table
         ]
@@ -436,3 +434,21 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def draw_regret(regret: Mapping[str, np.ndarray], path: Path, title: str) -> None:
+    """Mean simple regret against experiments, with 95 % bands for the deployed system."""
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(regret, color_sequences["tab20"], strict=False)) | {"acbo": "black"}
+    for name, values in regret.items():
+        steps, mean, label = np.arange(values.shape[1]), values.mean(0), f"{name} (n={len(values)})"
+        width = 2.5 if name == "acbo" else 1.3
+        axes.plot(steps, mean, label=label, color=colours[name], linewidth=width)
+        if name == "acbo":
+            half = 1.96 * values.std(0) / np.sqrt(len(values))
+            axes.fill_between(steps, mean - half, mean + half, color="black", alpha=0.15)
+    unit = "simple regret (share of the possible improvement)"
+    axes.set(xlabel="experiments", ylabel=unit, title=title, ylim=(0, None))
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lib.policy import AcquisitionState, check_state
-from lib.scm import AbstractSCM, Intervention, value_grid
+from lib.problems import GroundTruth
 from lib.surrogate import SurrogateOutput
 
 
@@ -42,45 +42,25 @@ class RewardComponents(eqx.Module):
     total: Float[Array, ""]
 
 
-class GroundTruth(eqx.Module):
-    """What may enter a training reward or a metric and nothing else: `effects` E[Y | do] on the
-    grid, `baseline` E[Y], and the true `parents`.
+def recommended_effect(
+    truth: GroundTruth, output: SurrogateOutput, temperature: float
+) -> Float[Array, ""]:
+    """E[Y | do] of what is recommended on the grid; its mean over recommendations where
+    `temperature` is positive.
     """
-
-    effects: Float[Array, "vars bins"]
-    baseline: Float[Array, ""]
-    parents: Bool[Array, " vars"]
-
-    @staticmethod
-    def of(scm: AbstractSCM, num_bins: int) -> "GroundTruth":
-        """The truth about a simulated system."""
-        effects = scm.effect_table(value_grid(scm.low, scm.high, num_bins))
-        return GroundTruth(
-            effects, scm.mean_outcome(Intervention.none(scm.var_mask.shape[0])), scm.parents
-        )
-
-    @property
-    def possible_improvement(self) -> Float[Array, ""]:
-        """E[Y] minus the best E[Y | do] on the grid; at least .05 so that shares stay finite."""
-        return jnp.maximum(self.baseline - self.effects.min(), 0.05)
-
-    def recommended(self, output: SurrogateOutput, temperature: float) -> Float[Array, ""]:
-        """E[Y | do] of what is recommended on the grid; its mean over recommendations where
-        `temperature` is positive.
-        """
-        scores = jnp.where(
-            output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf
-        )
-        if temperature == 0.0:
-            return self.effects.reshape(-1)[jnp.argmax(scores)]
-        chance = jax.nn.softmax(scores / temperature, axis=(0, 1))
-        return jnp.where(output.task.candidates[:, None], chance * self.effects, 0.0).sum()
+    scores = jnp.where(
+        output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf
+    )
+    if temperature == 0.0:
+        return truth.effects.reshape(-1)[jnp.argmax(scores)]
+    chance = jax.nn.softmax(scores / temperature, axis=(0, 1))
+    return jnp.where(output.task.candidates[:, None], chance * truth.effects, 0.0).sum()
 
 
 MAX_GAIN = 2.0  # nats: one lucky jump of the posterior must not dominate a batch of advantages
 
 
-def compute_verifiable_reward(
+def experiment_reward(
     state: AcquisitionState,
     variable: Int[Array, ""],
     new_state: AcquisitionState,
@@ -107,7 +87,7 @@ def compute_verifiable_reward(
         parent = state.output.marginals()[variable]
     else:
         before, after = (
-            truth.recommended(one.output, config.temperature) for one in (state, new_state)
+            recommended_effect(truth, one.output, config.temperature) for one in (state, new_state)
         )
         gain = (before - after) / truth.possible_improvement
         structure = new_state.output.log_prob(truth.parents) - state.output.log_prob(truth.parents)

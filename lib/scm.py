@@ -94,6 +94,11 @@ class Task(eqx.Module):
         """Variables that may be intervened on: possible parents with a range of positive width."""
         return self.possible_parents & (self.high > self.low)
 
+    def widen(self, extra: int) -> "Task":
+        """The same task with `extra` padding variables behind."""
+        padded = (jnp.pad(x, (0, extra)) for x in (self.low, self.high, self.var_mask))
+        return Task(self.target, *padded)
+
 
 class AbstractSCM(eqx.Module):
     """A causal model with a target. Variables with `var_mask` false are padding: always zero, never
@@ -183,6 +188,9 @@ class AbstractSCM(eqx.Module):
         )(fine)
         best = jnp.argmin(means)
         return Optimum(variable, fine[best], means[best])
+
+
+SCM = AbstractSCM  # as the documents call it
 
 
 def experiment_key(key: Key[Array, ""], step: Int[Array, ""] | int) -> Key[Array, ""]:
@@ -338,11 +346,8 @@ def check_scm(scm: SyntheticSCM) -> None:
         name: getattr(scm, name)
         for name in ("phases", "amplitudes", "noise_scale", "shift", "spread")
     }
-    for name, values in (
-        {name: values[scm.position] for name, values in by_child.items()}
-        | {"low": scm.low, "high": scm.high}
-    ).items():
-        infinite = ~np.isfinite(values).reshape(len(order), -1).all(1)
+    for name, values in by_child.items():
+        infinite = ~np.isfinite(values[scm.position]).reshape(len(order), -1).all(1)
         if infinite.any():
             raise ValueError(
                 f"{name} of {scm.names[np.argmax(infinite)]} is not finite: give numbers"
@@ -354,52 +359,32 @@ def check_scm(scm: SyntheticSCM) -> None:
             f"the edge from {parent} to {child} does not go forward in order: remove "
             f"it, or put {parent} before {child}"
         )
-    low, high, possible = (
-        np.asarray(scm.low),
-        np.asarray(scm.high),
-        np.asarray(scm.task.possible_parents),
-    )
-    if (low > high).any():
-        wrong = int(np.argmax(low > high))
+    check_ranges(scm)
+    candidates, target = np.asarray(scm.candidates), int(scm.target)
+    steps = np.asarray(scm.graph, float) + np.eye(len(order))
+    ancestors = np.linalg.matrix_power(steps, len(order))[:, target] > 0
+    if not (ancestors & candidates).any():
         raise ValueError(
-            f"{scm.names[wrong]} may be set from {low[wrong]} to {high[wrong]}: low "
-            "must not be above high"
-        )
-    target = scm.names[int(scm.target)]
-    if not (possible & (low < high)).any():
-        raise ValueError(
-            f"no variable but the target {target} has a range of intervention: give "
-            "at least one of them low < high"
-        )
-    ancestors = (
-        np.linalg.matrix_power(np.asarray(scm.graph, float) + np.eye(len(order)), len(order))[
-            :, int(scm.target)
-        ]
-        > 0
-    )
-    if not (ancestors & possible & (low < high)).any():
-        raise ValueError(
-            f"the target {target} has no ancestor that may be set: choose another "
+            f"the target {scm.names[target]} has no ancestor that may be set: choose another "
             "target, or add an edge into it from a candidate"
         )
 
 
-def apply_intervention(scm: AbstractSCM, intervention: Intervention) -> "MutilatedSCM":
-    """The mutilated model in which `intervention` holds (multi_stage_training.md)."""
-    return MutilatedSCM(scm, intervention)
-
-
-class MutilatedSCM(eqx.Module):
-    """A model together with the intervention that is in force."""
-
-    scm: AbstractSCM
-    intervention: Intervention
-
-
-def sample_from_scm(
-    key: Key[Array, ""], scm: AbstractSCM | MutilatedSCM, num_samples: int = 1
-) -> Float[Array, "samples vars"]:
-    """Rows from a model, or from a mutilated one (multi_stage_training.md)."""
-    if isinstance(scm, MutilatedSCM):
-        return scm.scm.sample(key, scm.intervention, num_samples)
-    return scm.sample(key, Intervention.none(scm.var_mask.shape[-1]), num_samples)
+def check_ranges(scm: AbstractSCM) -> None:
+    """Raise `ValueError` if a range of a model, one and not traced, is not finite or upside down,
+    or if nothing can be set.
+    """
+    names = [*scm.names, *(f"place {i}" for i in range(len(scm.names), scm.low.shape[0]))]
+    low, high = np.asarray(scm.low), np.asarray(scm.high)
+    wrong = ~(np.isfinite(low) & np.isfinite(high) & (low <= high))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"{names[i]} may be set from {low[i]} to {high[i]}: give finite numbers, "
+            "low not above high"
+        )
+    if not np.asarray(scm.candidates).any():
+        raise ValueError(
+            f"no variable but the target {names[int(scm.target)]} has a range of intervention: "
+            "give at least one of them low < high"
+        )

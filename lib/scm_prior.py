@@ -6,24 +6,13 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.buffer import ExperienceBuffer
-from lib.scm import (
-    MECHANISMS,
-    NOISES,
-    AbstractSCM,
-    Intervention,
-    SyntheticSCM,
-    Task,
-    antithetic_normal,
-    value_grid,
-)
+from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, antithetic_normal, value_grid
 
 
 FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider", "watts_strogatz", "layered")
@@ -121,52 +110,6 @@ def multimodal(prior: SCMPrior) -> SCMPrior:
     )
 
 
-class Level(NamedTuple):
-    """How hard a problem is: where its model comes from, and how many observational rows there
-    are.
-    """
-
-    prior: SCMPrior
-    num_obs: int
-
-
-def _level(
-    num_obs: int,
-    size: int,
-    mechanisms: tuple[str, ...],
-    noises: tuple[str, ...],
-    density: float,
-    noise: float,
-) -> Level:
-    prior = SCMPrior(
-        max_vars=10,
-        min_size=size,
-        max_size=size + 1,
-        families=("erdos_renyi",),
-        mechanisms=mechanisms,
-        noises=noises,
-        min_density=density,
-        max_density=density + 0.1,
-        min_noise=noise,
-        max_noise=3 * noise,
-    )
-    return Level(prior, num_obs)
-
-
-DIFFICULTY = (
-    _level(200, 3, ("linear",), ("gaussian",), density=0.3, noise=0.3),
-    _level(150, 4, ("linear", "polynomial"), ("gaussian",), density=0.35, noise=0.4),
-    _level(
-        100, 5, ("polynomial", "mlp"), ("gaussian", "laplace", "uniform"), density=0.4, noise=0.5
-    ),
-    _level(60, 7, ("mlp", "fourier"), NOISES, density=0.45, noise=0.65),
-    _level(30, 9, ("fourier",), NOISES, density=0.5, noise=0.8),
-)
-"""Five levels from easy to hard in every respect (size, density, mechanisms, noise, data), in
-buckets of one size.
-"""
-
-
 def draw(
     sampler: Callable, key: Key[Array, ""], **shapes: tuple[int, ...]
 ) -> dict[str, Float[Array, "..."]]:
@@ -183,6 +126,11 @@ def draw(
 def between(fraction: Float[Array, "..."], low, high) -> Float[Array, "..."]:
     """Map the unit interval to [low, high)."""
     return low + (high - low) * fraction
+
+
+def one_of(u: Float[Array, ""], names: tuple[str, ...], index: tuple[str, ...]) -> Int[Array, ""]:
+    """The place in `index` of one of `names`, by a uniform number."""
+    return jnp.array([index.index(name) for name in names])[whole(u, 0, len(names))]
 
 
 def whole(fraction: Float[Array, "..."], low, high) -> Int[Array, "..."]:
@@ -216,9 +164,8 @@ def sample_graph(
     index = jnp.arange(d)
     earlier = index[:, None] < index[None]
 
-    erdos_renyi = (
-        u["edge"] < between(u["density"], prior.min_density, prior.max_density)
-    ) & earlier
+    dense = u["edge"] < between(u["density"], prior.min_density, prior.max_density)
+    erdos_renyi = dense & earlier
     gumbel, two = -jnp.log(-jnp.log(u["attach"] + 1e-7)), u["two"] < 0.5
 
     def attach(adjacency, k):
@@ -231,15 +178,13 @@ def sample_graph(
     chain = index[:, None] + 1 == index[None]
     fork = (index[:, None] == 0) & (index[None] > 0)
     centre = whole(u["centre"], 1, size)
-    collider = (
-        (index[:, None] < centre) & (index[:, None] >= centre - 3) & (index[None] == centre)
-    ) | (chain & (index[None] > centre))
+    parents = (index < centre) & (index >= centre - 3)
+    collider = (parents[:, None] & (index[None] == centre)) | (chain & (index[None] > centre))
 
     # a graph is of one family, so these two may use the others' numbers
     reach = jnp.where((size > 5) & (u["centre"] < 0.5), 2, 1)
-    distance = jnp.minimum(
-        (index[:, None] - index[None]) % size, (index[None] - index[:, None]) % size
-    )
+    apart = index[:, None] - index[None]
+    distance = jnp.minimum(apart % size, -apart % size)
     lattice = (distance > 0) & (distance <= reach) & (index < size)[:, None] & (index < size)[None]
 
     def rewire(ring, edge):
@@ -256,13 +201,10 @@ def sample_graph(
     layer = index * whole(u["centre"], 2, jnp.minimum(size, 4) + 1) // size
     before = layer[:, None] + 1 == layer[None]
     one = index[:, None] == jnp.argmax(jnp.where(before, u["attach"], -1.0), axis=0)[None]
-    layered = before & (
-        (u["edge"] < between(u["density"], prior.min_density, prior.max_density)) | one
-    )
+    layered = before & (dense | one)
 
-    graph = jnp.stack([erdos_renyi, scale_free, chain, fork, collider, watts_strogatz, layered])[
-        family
-    ]
+    graphs = [erdos_renyi, scale_free, chain, fork, collider, watts_strogatz, layered]
+    graph = jnp.stack(graphs)[family]
     graph &= (index < size)[:, None] & (index < size)[None]
     return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
 
@@ -298,26 +240,14 @@ def _sample_once(
     """One draw, the family of its graph, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
     graph_key, uniform_key, normal_key, noise_key = jr.split(key, 4)
-    names = dict(
-        size=(),
-        family=(),
-        mechanism=(),
-        target=(),
-        order=(d,),
-        length=(d,),
-        noise=(d,),
-        range=(2, d),
-    )
-    u = draw(jr.uniform, uniform_key, **names, weight=(d, d), sign=(d, d), phase=(d, NUM_FEATURES))
+    whole_model = dict.fromkeys(("size", "family", "mechanism", "target"), ())
+    each = dict.fromkeys(("order", "length", "noise"), (d,)) | {"range": (2, d)}
+    edges = {"weight": (d, d), "sign": (d, d), "phase": (d, NUM_FEATURES)}
+    u = draw(jr.uniform, uniform_key, **whole_model, **each, **edges)
     n = draw(jr.normal, normal_key, frequency=(d, d, NUM_FEATURES), amplitude=(d, NUM_FEATURES))
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
-    family = jnp.array([FAMILIES.index(f) for f in prior.families])[
-        whole(u["family"], 0, len(prior.families))
-    ]
-    mechanism = jnp.array([MECHANISMS.index(m) for m in prior.mechanisms])[
-        whole(u["mechanism"], 0, len(prior.mechanisms))
-    ]
-    kind = jr.uniform(noise_key)
+    family = one_of(u["family"], prior.families, FAMILIES)
+    mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
     length = between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale))
     lengthscale = jnp.exp(
         jnp.where(mechanism == MECHANISMS.index("polynomial"), jnp.log(GENTLE), length)
@@ -329,9 +259,7 @@ def _sample_once(
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
         adjacency=sample_graph(graph_key, family, prior, size),
         mechanism=mechanism,
-        noise_kind=jnp.array([NOISES.index(name) for name in prior.noises])[
-            whole(kind, 0, len(prior.noises))
-        ],
+        noise_kind=one_of(jr.uniform(noise_key), prior.noises, NOISES),
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
         # an MLP's steps lie on both sides of the mean
@@ -349,23 +277,16 @@ def _sample_once(
     )
     mean, deviation = _moments(scm, prior.standardised)
     if prior.standardised:
-        scm = _replace(scm, shift=mean, spread=deviation)
+        scm = replace(scm, shift=mean, spread=deviation)
         unit = jnp.ones(d)
     else:
         centre, unit = mean[scm.position], deviation[scm.position]
-        scm = _replace(
-            scm,
-            low=jnp.where(scm.var_mask, centre + unit * scm.low, 0.0),
-            high=jnp.where(scm.var_mask, centre + unit * scm.high, 0.0),
+        low, high = (
+            jnp.where(scm.var_mask, centre + unit * end, 0.0) for end in (scm.low, scm.high)
         )
+        scm = replace(scm, low=low, high=high)
     qualifies = scm.var_mask & (_largest_drops(scm) >= prior.min_effect * unit)
-    return _replace(scm, target=pick(u["target"], qualifies)), family, qualifies.any()
-
-
-def _replace(scm: SyntheticSCM, **changes) -> SyntheticSCM:
-    return SyntheticSCM(
-        **({name: getattr(scm, name) for name in scm.__dataclass_fields__} | changes)
-    )
+    return replace(scm, target=pick(u["target"], qualifies)), family, qualifies.any()
 
 
 def _moments(
@@ -402,147 +323,3 @@ def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " var
     baseline = scm.simulate(noise, Intervention.none(num_vars)).mean(0)
     moved = (baseline[None, None] - shifted).max(1)
     return jnp.where(jnp.eye(num_vars, dtype=bool) | ~scm.var_mask[:, None], 0.0, moved).max(0)
-
-
-def initial_buffer(
-    key: Key[Array, ""],
-    scm: AbstractSCM,
-    num_obs: int,
-    per_variable: int,
-    capacity: int,
-    *,
-    valid_obs: Int[Array, ""] | None = None,
-) -> ExperienceBuffer:
-    """`num_obs` observational rows, then `per_variable` interventions at uniform values on every
-    candidate, then free places up to `capacity`.
-
-    Rows of variables that may not be intervened on are skipped by leaving their places free
-    *behind* the filled ones. With `valid_obs`, only that many observational rows are filled (the
-    rest stay free): a data set of varying length in an array of fixed length.
-    """
-    obs_key, value_key, row_key = jr.split(key, 3)
-    num_vars = scm.var_mask.shape[0]
-    observed = scm.sample(obs_key, Intervention.none(num_vars), num_obs)
-    variables = jnp.tile(jnp.arange(num_vars), per_variable)
-    values = scm.low[variables] + (scm.high - scm.low)[variables] * jr.uniform(
-        value_key, variables.shape
-    )
-    noise = scm.draw_noise(row_key, variables.shape[0])
-    masks = variables[:, None] == jnp.arange(num_vars)[None]
-    done = jax.vmap(
-        lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0]
-    )(noise, masks, values)
-    rows, flags = (
-        jnp.concatenate([observed, done]),
-        jnp.concatenate([jnp.zeros((num_obs, num_vars), bool), masks]),
-    )
-    kept_obs = jnp.ones(num_obs, bool) if valid_obs is None else jnp.arange(num_obs) < valid_obs
-    valid = jnp.concatenate([kept_obs, scm.candidates[variables]])
-    front = jnp.argsort(~valid, stable=True)
-    rows, flags, valid = rows[front], flags[front], valid[front]
-    keep = valid[:, None]
-    return ExperienceBuffer(jnp.where(keep, rows, 0.0), flags & keep, valid).grow(
-        capacity - rows.shape[0]
-    )
-
-
-def sample_problem(
-    key: Key[Array, ""], prior: SCMPrior, num_obs: int, per_variable: int, capacity: int
-) -> tuple[SyntheticSCM, ExperienceBuffer]:
-    """A model and its first data set (multi_stage_training.md)."""
-    scm_key, data_key = jr.split(key)
-    scm = sample_scm(scm_key, prior)
-    return scm, initial_buffer(data_key, scm, num_obs, per_variable, capacity)
-
-
-@dataclass(frozen=True)
-class DataDesign:
-    """How much data a training example holds: every count is drawn anew, so one network serves all
-    of them.
-    """
-
-    min_obs: int = 20
-    """Fewest observational rows."""
-    max_obs: int = 200
-    """Most observational rows."""
-    max_interventions: int = 36
-    """Most interventional rows."""
-
-
-class Example(NamedTuple):
-    """One training example: a data set, what is public about its system, and the truth."""
-
-    buffer: ExperienceBuffer
-    task: Task
-    parents: Bool[Array, " vars"]
-    effects: Float[Array, "vars bins"]
-
-
-def sample_examples(
-    key: Key[Array, ""], prior: SCMPrior, design: DataDesign, num_bins: int, num_buffers: int = 2
-) -> Example:
-    """One random model with `num_buffers` independent data sets of different sizes (leading axis),
-    which share the effect table, the costly part.
-    """
-    scm_key, noise_key, data_key = jr.split(key, 3)
-    scm = sample_scm(scm_key, prior)
-    half = jr.normal(noise_key, (16, prior.max_vars))
-    effects = scm.effect_table(
-        value_grid(scm.low, scm.high, num_bins), jnp.concatenate([half, -half])
-    )
-    buffers = jax.vmap(lambda k: varied_buffer(k, scm, design))(jr.split(data_key, num_buffers))
-
-    def repeat(x):
-        return jnp.broadcast_to(x[None], (num_buffers, *x.shape))
-
-    return Example(buffers, jax.tree.map(repeat, scm.task), repeat(scm.parents), repeat(effects))
-
-
-def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) -> ExperienceBuffer:
-    """A data set as it may stand at any moment of a campaign.
-
-    Log-uniformly many observational rows; interventions first at uniform values, on random
-    candidate variables or (every other time) going round them, then, from a random point on, more
-    and more concentrated around one random variable and value, as an optimiser's are.
-    """
-    uniform_key, observation_key, row_key = jr.split(key, 3)
-    num_vars, most, candidates = scm.var_mask.shape[0], design.max_interventions, scm.candidates
-    u = draw(
-        jr.uniform,
-        uniform_key,
-        obs=(),
-        total=(),
-        wide=(),
-        focus=(),
-        centre=(),
-        round=(),
-        stray=(most,),
-        variable=(most,),
-        fraction=(most,),
-    )
-    observed = scm.sample(observation_key, Intervention.none(num_vars), design.max_obs)
-    noise = scm.draw_noise(row_key, most)
-    num_obs = jnp.exp(between(u["obs"], jnp.log(design.min_obs), jnp.log(design.max_obs + 1)))
-    total, index = whole(u["total"], 0, most + 1), jnp.arange(most)
-    spread_out = index < whole(u["wide"], 0, most + 1)
-    around = pick(
-        (index % jnp.maximum(candidates.sum(), 1) + 0.5) / jnp.maximum(candidates.sum(), 1),
-        candidates,
-    )
-    roaming = jnp.where(u["round"] < 0.5, around, pick(u["variable"], candidates))
-    variables = jnp.where(spread_out | (u["stray"] < 0.3), roaming, pick(u["focus"], candidates))
-    near = jnp.clip(u["centre"] + 0.4 * (u["fraction"] - 0.5), 0.0, 1.0)
-    values = between(
-        jnp.where(spread_out, u["fraction"], near), scm.low[variables], scm.high[variables]
-    )
-    masks = variables[:, None] == jnp.arange(num_vars)[None]
-    done = jax.vmap(
-        lambda n, m, v: scm.simulate(n[None], Intervention(m, jnp.where(m, v, 0.0)))[0]
-    )(noise, masks, values)
-    valid = jnp.concatenate([jnp.arange(design.max_obs) < num_obs, index < total])
-    flags = jnp.concatenate([jnp.zeros((design.max_obs, num_vars), bool), masks])
-    return ExperienceBuffer(
-        jnp.where(valid[:, None], jnp.concatenate([observed, done]), 0.0),
-        flags & valid[:, None],
-        valid,
-    )

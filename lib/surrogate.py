@@ -2,7 +2,7 @@
 and to every intervention's effect.
 
 Rows are exchangeable, so they are not carried through the network: it reads sums over them
-(lib/evidence.py; one more row is one more term), embeds what they say of every ordered pair of
+(lib/sums.py; one more row is one more term), embeds what they say of every ordered pair of
 variables, and lets the matrix of pairs multiply itself, as elimination and the algebra of
 covariances do. One example at a time; batch with `vmap`.
 
@@ -15,7 +15,7 @@ ms more.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -28,26 +28,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import (
-    NUM_ESTIMATES,
-    NUM_EVIDENCE,
-    NUM_STATISTICS,
-    Frame,
-    Rows,
-    Sums,
-    effect_evidence,
-    pair_statistics,
-    sum_rows,
-)
+from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_PAIR, evidence
 from lib.posterior import ParentSetPosterior
+from lib.problems import Example
 from lib.scm import Task, check_index, value_grid
-from lib.scm_prior import Example
+from lib.sums import Summary
+from lib.training import Learner
 
 
 WEIGHT_DECAY = 0.01  # of matrices, decoupled
-# of a pair beside its statistics: which are the target, whether it is a variable with itself, how
-# many rows there are
-NUM_MARKS = 5
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,8 @@ def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "
     """Apply a layer over the last axis of anything: one matrix product instead of a nest of
     vmaps.
     """
-    return x @ layer.weight.T + jnp.reshape(layer.bias, (1,) * (x.ndim - 1) + (-1,))  # pyright: ignore[reportArgumentType]  # always has a bias
+    bias = cast(Array, layer.bias)  # all layers have one
+    return x @ layer.weight.T + jnp.reshape(bias, (1,) * (x.ndim - 1) + (-1,))
 
 
 def mlp(
@@ -216,7 +206,7 @@ class ParentSetPredictionModel(eqx.Module):
     def __init__(self, config: SurrogateConfig, *, key: Key[Array, ""]):
         embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 5)
         dim, bins = config.model_hidden_dim, config.num_bins
-        self.embed = make_mlp((NUM_STATISTICS + NUM_MARKS, 2 * dim, dim), key=embed_key)
+        self.embed = make_mlp((NUM_PAIR, 2 * dim, dim), key=embed_key)
         self.blocks = tuple(
             Block(dim, config.num_products, key=k)
             for k in jr.split(block_key, config.model_n_layers)
@@ -229,72 +219,37 @@ class ParentSetPredictionModel(eqx.Module):
         )
         self.config = config
 
-    def predict(self, buffer: ExperienceBuffer, task: Task) -> SurrogateOutput:
-        """Posterior and effects for one data set."""
-        return self.decode(self.encode(buffer, task), task)
-
-    def encode(self, buffer: ExperienceBuffer, task: Task) -> "EncoderState":
-        """Everything that the network sees of a data set: sums over its rows. No weights are
-        involved.
-        """
-        frame = Frame.of(buffer, task, self.config.num_bins)
-        return EncoderState(frame, sum_rows(Rows.of(buffer, frame, task.var_mask), frame, task))
-
-    def update(
-        self,
-        state: "EncoderState",
-        task: Task,
-        values: Float[Array, " vars"],
-        intervened: Bool[Array, " vars"],
-    ) -> "EncoderState":
-        """One more row, at one row's share of the cost of `encode`.
-
-        The units stay those of the first rows: after interventional rows the state is that of the
-        whole data set; observational ones would have moved the units a little.
-        """
-        row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
-        more = sum_rows(Rows.of(row, state.frame, task.var_mask), state.frame, task)
-        return EncoderState(state.frame, jax.tree.map(jnp.add, state.sums, more))
-
-    def decode(self, state: "EncoderState", task: Task) -> SurrogateOutput:
-        """Posterior and effects from the sums."""
-        frame = state.frame
-        pairs = mlp(
-            self.embed,
-            jnp.concatenate([pair_statistics(state.sums, task), marks(state.sums, task)], -1),
-        )
+    def predict(self, data: ExperienceBuffer | Summary, task: Task) -> SurrogateOutput:
+        """Posterior and effects for one data set, or for what is kept of it."""
+        found = evidence(data, task, self.config.num_bins)
+        pairs = mlp(self.embed, found.pairs)
         dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
         blocks, pairs = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, (self.blocks, pairs)
         )
         for block in blocks:
             pairs = block(pairs, task.var_mask)
-        pairs = rms_norm(pairs.astype(frame.shift.dtype))
+        pairs = rms_norm(pairs.astype(found.effects.dtype))
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate(
             [pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1
         )
-        evidence = effect_evidence(state.sums, frame, task)
-        head = mlp(
-            self.effect_head, jnp.concatenate([tokens, evidence.reshape(evidence.shape[0], -1)], -1)
-        )
-        free, log_std, gates = jnp.split(head.reshape(*evidence.shape[:2], -1), (1, 2), -1)
-        means, log_std = (
-            free[..., 0] + (gates * evidence[..., :NUM_ESTIMATES]).sum(-1),
-            log_std[..., 0],
-        )
-        shift, spread = frame.shift[task.target], frame.spread[task.target]
+        inputs = jnp.concatenate([tokens, found.effects.reshape(len(tokens), -1)], -1)
+        head = mlp(self.effect_head, inputs).reshape(*found.effects.shape[:2], -1)
+        free, log_std, gates = jnp.split(head, (1, 2), -1)
+        means = free[..., 0] + (gates * found.effects[..., :NUM_ESTIMATES]).sum(-1)
+        shift, spread = found.frame.shift[task.target], found.frame.spread[task.target]
         return SurrogateOutput(
-            task,
-            mlp(self.parent_head, tokens).T,
-            jax.nn.log_softmax(linear(self.weight_head, own)),
-            value_grid(task.low, task.high, self.config.num_bins),
-            shift + spread * means,
-            spread * jnp.exp(jnp.clip(log_std, -4.0, 2.0)),
-            tokens,
-            evidence,
-            shift,
-            spread,
+            task=task,
+            logits=mlp(self.parent_head, tokens).T,
+            log_weights=jax.nn.log_softmax(linear(self.weight_head, own)),
+            grid=value_grid(task.low, task.high, self.config.num_bins),
+            effect_mean=shift + spread * means,
+            effect_std=spread * jnp.exp(jnp.clip(log_std[..., 0], -4.0, 2.0)),
+            tokens=tokens,
+            evidence=found.effects,
+            shift=shift,
+            spread=spread,
         )
 
     def __call__(
@@ -309,32 +264,6 @@ class ParentSetPredictionModel(eqx.Module):
         """Mean and deviation of E[Y | do(X_i = v)] on each variable's observed range."""
         output = self.predict(buffer, observed_task(buffer, target))
         return output.effect_mean, output.effect_std
-
-
-class EncoderState(NamedTuple):
-    """A data set as the network keeps it: its units, and sums over its rows."""
-
-    frame: Frame
-    sums: Sums
-
-
-def marks(sums: Sums, task: Task) -> Float[Array, "vars vars marks"]:
-    """What is known of a pair (i, j) beside its statistics: whether i, and j, is the target,
-    whether they are the same, how many rows there are.
-    """
-    num_vars = task.var_mask.shape[0]
-    is_target = (jnp.arange(num_vars) == task.target).astype(sums.count.dtype)
-    one = jnp.ones((num_vars, num_vars))
-    rows = [jnp.log(sums.observational + 1.0), jnp.log(sums.count - sums.observational + 1.0)]
-    return jnp.stack(
-        [
-            is_target[:, None] * one,
-            is_target[None] * one,
-            jnp.eye(num_vars),
-            *(one * n / 5.0 for n in rows),
-        ],
-        -1,
-    )
 
 
 def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Task:
@@ -352,7 +281,7 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
     return Task(jnp.asarray(target), low, high, jnp.ones(buffer.values.shape[1], bool))
 
 
-class ExpertExamples(NamedTuple):
+class SurrogateTrainingExample(NamedTuple):
     """States of the expert with what it believed there (leading axis `batch`)."""
 
     buffer: ExperienceBuffer
@@ -401,7 +330,9 @@ def expert_kl(output: SurrogateOutput, expert: ParentSetPosterior) -> Float[Arra
 
 
 def mean_losses(
-    model: ParentSetPredictionModel, batches: Sequence[Example], demos: ExpertExamples | None
+    model: ParentSetPredictionModel,
+    batches: Sequence[Example],
+    demos: SurrogateTrainingExample | None,
 ) -> SurrogateLosses:
     """Means over all simulated examples, in batches each of its own number of slots, and over the
     expert's states.
@@ -432,31 +363,21 @@ def surrogate_optimiser(learning_rate: optax.Schedule) -> optax.GradientTransfor
     )
 
 
-def update_surrogate(
-    model: ParentSetPredictionModel,
-    optimiser_state: optax.OptState,
+def surrogate_step(
+    learner: Learner,
     optimiser: optax.GradientTransformation,
     batches: Sequence[Example],
-    demos: ExpertExamples | None,
+    demos: SurrogateTrainingExample | None,
     weights: LossWeights,
     expert_share: Float[Array, ""] | float = 1.0,
-) -> tuple[ParentSetPredictionModel, optax.OptState, SurrogateLosses]:
-    """One gradient step (multi_stage_training.md, with a batch in place of a buffer and the truth
-    beside the expert's posterior).
-
-    `expert_share` is the part of its weight that the expert's term still has.
+) -> tuple[Learner, SurrogateLosses]:
+    """One gradient step on simulated examples and on the expert's states; `expert_share` is the
+    part of its weight that the expert's term still has.
     """
 
-    def loss_fn(model):
+    def loss(model):
         losses = mean_losses(model, batches, demos)
-        expert = expert_share * weights.expert * losses.expert_kl
-        return (
-            weights.parents * losses.parent_nll + weights.effects * losses.effect_nll + expert,
-            losses,
-        )
+        truth = weights.parents * losses.parent_nll + weights.effects * losses.effect_nll
+        return truth + expert_share * weights.expert * losses.expert_kl, losses
 
-    (_, losses), gradients = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
-    updates, optimiser_state = optimiser.update(
-        gradients, optimiser_state, eqx.filter(model, eqx.is_array)
-    )
-    return eqx.apply_updates(model, updates), optimiser_state, losses
+    return learner.descend(optimiser, loss)

@@ -2,9 +2,10 @@
 the expert and without ground truth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,8 +17,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
 from lib.buffer import ExperienceBuffer
-from lib.causal_gp import expected_improvement, fit_causal_gp
-from lib.grpo import Groups, GRPOConfig, generate_group_interventions, update_acquisition_grpo
+from lib.expert_gp import expected_improvement, fit_causal_gp
+from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
     AcquisitionPolicyNetwork,
     AcquisitionState,
@@ -30,6 +31,7 @@ from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Intervention, Task, experiment_key
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, observed_task
+from lib.training import Learner, filter_scan
 
 
 Choice = tuple[Int[Array, ""], Float[Array, ""]]  # a variable and the value to set it to
@@ -75,23 +77,13 @@ def run_campaign(
         (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
         intervention = Intervention.single(variable, value, num_vars)
         row = scm.sample(experiment_key(key, t), intervention, 1)[0]
-        return buffer.write(start + t, intervention, row), (
-            variable,
-            value,
-            jnp.take(row, scm.target),
-            *recommended,
-        )
+        made = variable, value, jnp.take(row, scm.target)
+        return buffer.write(start + t, intervention, row), (made, recommended)
 
-    buffer, (variable, value, outcome, *recommended) = jax.lax.scan(
-        step, buffer, jnp.arange(num_steps)
-    )
+    buffer, (made, recommended) = jax.lax.scan(step, buffer, jnp.arange(num_steps))
     _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
-    recommended_variable, recommended_value = (
-        jnp.append(path, end) for path, end in zip(recommended, last, strict=True)
-    )
-    result = OptimizationResult(
-        variable, value, outcome, recommended_variable, recommended_value, buffer
-    )
+    path = map(jnp.append, recommended, last)
+    result = OptimizationResult(*made, *path, buffer=buffer)
     fits = start + num_steps <= capacity
     return jax.tree.map(
         lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, result
@@ -226,51 +218,24 @@ class TrainedACBOSystem(eqx.Module):
         online = OnlineConfig() if use_online_grpo else None
         return _play(self, key, scm, buffer.grow(n_steps), n_steps, online)
 
-    def save(
-        self,
-        path: Path,
-        *,
-        config: dict,
-        seed: int,
-        step: int,
-        parents: Sequence[Path],
-        metrics: dict,
-    ) -> None:
-        """Write the artifact of stage 4."""
-        token_dim = 3 * self.surrogate.config.model_hidden_dim
+    def save(self, path: Path, **header: Any) -> None:
+        """Write the artifact of stage 4; `header` as `save_module` takes it."""
+        surrogate, policy = self.surrogate.config, self.policy.config
         shape = dict(
-            surrogate=self.surrogate.config.hyperparameters,
-            policy=self.policy.config.hyperparameters,
-            token_dim=token_dim,
+            surrogate=surrogate.hyperparameters,
+            policy=policy.hyperparameters,
+            token_dim=3 * surrogate.model_hidden_dim,
         )
-        save_module(
-            path,
-            self,
-            stage="acbo",
-            config=config,
-            hyperparameters=shape,
-            seed=seed,
-            step=step,
-            parents=parents,
-            metrics=metrics,
-        )
+        save_module(path, self, stage="acbo", hyperparameters=shape, **header)
 
     @staticmethod
     def load(path: Path | str) -> "TrainedACBOSystem":
         """Read the artifact of stage 4; raises `ArtifactError` as `load_module` does."""
-
-        def build(shape):
-            surrogate = ParentSetPredictionModel(
-                SurrogateConfig(**shape["surrogate"]), key=jr.key(0)
-            )
-            return TrainedACBOSystem(
-                surrogate,
-                AcquisitionPolicyNetwork(
-                    PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0)
-                ),
-            )
-
-        return load_module(Path(path), "acbo", build)[0]
+        return load_module(
+            Path(path),
+            "acbo",
+            lambda shape: TrainedACBOSystem(surrogate_like(shape["surrogate"]), policy_like(shape)),
+        )[0]
 
 
 @eqx.filter_jit
@@ -290,27 +255,105 @@ def _play(system, key, scm, buffer, num_steps, online):
     return system.play(key, scm, buffer, num_steps, online=online)
 
 
+def surrogate_like(shape: dict) -> ParentSetPredictionModel:
+    """A surrogate of that config."""
+    return ParentSetPredictionModel(SurrogateConfig(**shape), key=jr.key(0))
+
+
+def policy_like(shape: dict) -> AcquisitionPolicyNetwork:
+    """A policy of that config."""
+    config = PolicyConfig(**shape["policy"])
+    return AcquisitionPolicyNetwork(config, shape["token_dim"], key=jr.key(0))
+
+
 def load_surrogate(path: Path) -> tuple[ParentSetPredictionModel, dict]:
     """The surrogate of stage 2 and its header."""
-    return load_module(
-        path,
-        "surrogate",
-        lambda shape: ParentSetPredictionModel(SurrogateConfig(**shape), key=jr.key(0)),
-    )
+    return load_module(path, "surrogate", surrogate_like)
 
 
 def load_policy(path: Path) -> tuple[AcquisitionPolicyNetwork, dict]:
     """A policy of stage 3 and its header."""
-    return load_module(
-        path,
-        "policy",
-        lambda shape: AcquisitionPolicyNetwork(
-            PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0)
-        ),
+    return load_module(path, "policy", policy_like)
+
+
+# --- deployment ---
+
+
+@dataclass(frozen=True)
+class DeploymentConfig:
+    """How a system answers."""
+
+    objective: Literal["min", "max"] = "min"
+    """Make the target small or large."""
+    buckets: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Numbers of variables that data are padded to: one program each, whatever the data."""
+
+
+class Answer(NamedTuple):
+    """What a deployed system says of a data set, in the units of its buffer: the next experiment,
+    the action that it recommends now, the belief about the target's parents, and mean and deviation
+    of E[Y | do(X_i = grid[i, b])].
+    """
+
+    experiment: Choice
+    action: Choice
+    marginals: Float[Array, " vars"]
+    parent_sets: ParentSetPosterior
+    grid: Float[Array, "vars bins"]
+    mean: Float[Array, "vars bins"]
+    std: Float[Array, "vars bins"]
+
+
+class DeployedACBOSystem(NamedTuple):
+    """A trained system that answers about data of any size."""
+
+    system: TrainedACBOSystem
+    config: DeploymentConfig
+
+    def __call__(self, buffer: ExperienceBuffer, task: Task, remaining: int) -> Answer:
+        """What to do with `remaining` experiments left, the next one included; `ValueError` for
+        more variables than the largest bucket. To maximise, the target is mirrored: the system
+        minimises.
+        """
+        num_vars, most = buffer.values.shape[1], self.config.buckets[-1]
+        if num_vars > most:
+            raise ValueError(
+                f"{num_vars} variables: at most {most} are supported; leave out columns that "
+                "cannot matter"
+            )
+        sign = -1.0 if self.config.objective == "max" else 1.0
+        flipped = buffer if sign > 0 else flip_target(buffer, task.target)
+        bucket = next(b for b in self.config.buckets if b >= num_vars)
+        wide = flipped.widen(bucket - num_vars).grow(-len(buffer.valid) % 128)
+        answer = _answer(self.system, wide, task.widen(bucket - num_vars), jnp.array(remaining))
+        return answer._replace(mean=sign * answer.mean)
+
+
+def deploy_trained_system(
+    system: TrainedACBOSystem, deployment_config: DeploymentConfig = DeploymentConfig()
+) -> DeployedACBOSystem:
+    """The system ready to answer (phase4_training_infrastructure.md)."""
+    return DeployedACBOSystem(system, deployment_config)
+
+
+@eqx.filter_jit
+def _answer(system, buffer, task, remaining) -> Answer:
+    # The policy reads how many experiments were made, in training as here: those of the data.
+    made = (buffer.intervened.any(1) & buffer.valid).sum()
+    state = system.state(buffer, task, made, remaining)
+    output = state.output
+    return Answer(
+        system.select_intervention(state),
+        output.best(),
+        output.marginals(),
+        state.posterior.top_k(5),
+        output.grid,
+        output.effect_mean,
+        output.effect_std,
     )
 
 
-# --- deployment: the group is scored on a fitted model, never on the system ---
+# --- tuning while deployed: the group is scored on a fitted model, never on the system ---
 
 
 def effect_model(
@@ -330,18 +373,8 @@ def effect_model(
     variance = jnp.full(outcome.shape, prior.spread**2)
 
     def one_variable(grid, mean, deviation, points, used):
-        gp = fit_causal_gp(
-            grid,
-            mean,
-            deviation,
-            points,
-            outcome,
-            variance,
-            used,
-            unit=prior.spread**2,
-            noise_scales=(0.05, 0.2, 0.8),
-        )
-        return gp(grid)
+        prior_mean, data = (grid, mean, deviation), (points, outcome, variance, used)
+        return fit_causal_gp(*prior_mean, *data, prior.spread**2, (0.05, 0.2, 0.8))(grid)
 
     return jax.vmap(one_variable)(
         prior.grid, prior.effect_mean, prior.effect_std, buffer.values.T, used
@@ -358,39 +391,19 @@ def online_policy(
     best = jnp.where(state.task.candidates[:, None], mean, jnp.inf).min()
     improvement = expected_improvement(mean, std, best) / state.output.spread
     optimiser = optax.adam(config.grpo.learning_rate)
-    dynamic, static = eqx.partition(
-        (system.policy, optimiser.init(eqx.filter(system.policy, eqx.is_array))), eqx.is_array
-    )
 
-    def update(dynamic, key):
-        policy, optimiser_state = eqx.combine(dynamic, static)
-        distribution = policy(state)
-        variable, value = generate_group_interventions(key, distribution, config.grpo.group_size)
+    def score(variable, value):
+        gain = jnp.interp(value, state.output.grid[variable], improvement[variable])
+        return RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
 
-        def score(variable, value):
-            gain = jnp.interp(value, state.output.grid[variable], improvement[variable])
-            return RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
-
-        reward = jax.vmap(score)(variable, value)
-        group = Groups(
-            state,
-            variable,
-            value,
-            jax.vmap(distribution.log_prob)(variable, value),
-            reward,
-            reward.total,
-        )
+    def update(learner, key):
+        distribution = learner.module(state)
+        variable, value = sample_group(key, distribution, config.grpo.group_size)
+        log_prob = jax.vmap(distribution.log_prob)(variable, value)
+        group = Groups(state, variable, value, log_prob, jax.vmap(score)(variable, value))
         batch = jax.tree.map(lambda leaf: leaf[None], group)
-        policy, optimiser_state, _ = update_acquisition_grpo(
-            policy,
-            optimiser_state,
-            optimiser,
-            system.policy,
-            batch,
-            config.grpo,
-            config.grpo.kl_weight,
-        )
-        return eqx.filter((policy, optimiser_state), eqx.is_array), None
+        return grpo_step(learner, optimiser, system.policy, batch, config.grpo)
 
-    dynamic, _ = jax.lax.scan(update, dynamic, jr.split(key, config.updates))
-    return eqx.combine(dynamic, static)[0](state)
+    start = Learner.of(system.policy, optimiser)
+    learner, _ = filter_scan(update, start, jr.split(key, config.updates))
+    return learner.module(state)

@@ -9,7 +9,7 @@ import jax
 import jax.random as jr
 import pytest
 
-from lib.config import use_compilation_cache
+from lib.settings import use_compilation_cache
 
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,6 +2,7 @@
 and under padding.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,6 +13,7 @@ import scipy.stats
 import lib.baselines
 from lib.baselines import all_ones, random_choice
 from lib.buffer import ExperienceBuffer
+from lib.scm import Task
 
 
 NUM_VARS, NUM_ROWS = 6, 80
@@ -22,7 +24,7 @@ LOW, HIGH = (
     3.0 + jnp.array([2.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
 )
 MASK = jnp.ones(NUM_VARS, bool)
-CANDIDATES = (jnp.arange(NUM_VARS) != TARGET) & (HIGH > LOW)
+TASK = Task(TARGET, LOW, HIGH, MASK)
 absolute_correlation, f_test, f_test_log_p = (
     jax.jit(getattr(lib.baselines, n)) for n in ("absolute_correlation", "f_test", "f_test_log_p")
 )
@@ -30,8 +32,8 @@ least_squares, additive_ridge = (
     jax.jit(lib.baselines.least_squares),
     jax.jit(lib.baselines.additive_ridge),
 )
-least_squares_surface = jax.jit(lib.baselines.least_squares_surface, static_argnums=4)
-additive_ridge_surface = jax.jit(lib.baselines.additive_ridge_surface, static_argnums=4)
+least_squares_surface = jax.jit(lib.baselines.least_squares_surface, static_argnums=2)
+additive_ridge_surface = jax.jit(lib.baselines.additive_ridge_surface, static_argnums=2)
 
 
 def make_buffer(seed, outcome, rows=NUM_ROWS, valid=NUM_ROWS - 10):
@@ -68,17 +70,8 @@ def used(buffer):
     return np.asarray(buffer.values, float)[rows]
 
 
-def padded(buffer, extra=2):
-    wide = ((0, 0), (0, extra))
-    return ExperienceBuffer(
-        jnp.pad(buffer.values, wide), jnp.pad(buffer.intervened, wide), buffer.valid
-    )
-
-
 def test_random_choice_is_uniform():
-    variable, value = jax.vmap(lambda key: random_choice(key, LOW, HIGH, CANDIDATES))(
-        jr.split(jr.key(0), 4000)
-    )
+    variable, value = jax.vmap(lambda key: random_choice(key, TASK))(jr.split(jr.key(0), 4000))
     counts = np.bincount(np.asarray(variable), minlength=NUM_VARS)
     assert counts[2] == counts[5] == 0
     assert scipy.stats.chisquare(counts[[0, 1, 3, 4]]).pvalue > 1e-4
@@ -99,24 +92,26 @@ def test_least_squares_agrees_with_lstsq():
         0
     ]
     slopes = np.insert(solution[1:], 2, 0.0)
-    surface = np.asarray(least_squares_surface(buffer, TARGET, LOW, HIGH, 2))
+    surface = np.asarray(least_squares_surface(buffer, TASK, 2))
     expected = x[:, 2].mean() + slopes[:, None] * (np.stack([LOW, HIGH], 1) - x.mean(0)[:, None])
     np.testing.assert_allclose(surface, expected, atol=5e-3)
-    variable, value = least_squares(buffer, TARGET, LOW, HIGH, CANDIDATES)
+    variable, value = least_squares(buffer, TASK)
     assert (int(variable), float(value)) == (3, 0.0)
 
 
 def test_candidates_are_respected():
     buffer = make_buffer(0, linear)
-    variable, value = least_squares(buffer, TARGET, LOW, HIGH, CANDIDATES.at[3].set(False))
+    variable, value = least_squares(
+        buffer, eqx.tree_at(lambda t: t.high, TASK, HIGH.at[3].set(LOW[3]))
+    )
     assert (int(variable), float(value)) == (0, 5.0)
 
 
 def test_additive_ridge_finds_the_bottom_of_a_parabola():
     buffer = make_buffer(1, cubic)
-    variable, value = additive_ridge(buffer, TARGET, LOW, HIGH, CANDIDATES)
+    variable, value = additive_ridge(buffer, TASK)
     assert int(variable) == 1 and abs(float(value) - 3.0) < 0.1
-    surface = additive_ridge_surface(buffer, TARGET, LOW, HIGH, 33)
+    surface = additive_ridge_surface(buffer, TASK, 33)
     grid = np.linspace(LOW[1], HIGH[1], 33)
     error = np.asarray(surface[1]) - 2 * (grid - 3.0) ** 2
     assert np.ptp(error) < 0.3  # the right shape up to a constant
@@ -151,7 +146,7 @@ def numpy_f_test(buffer):
 )
 def test_f_test_agrees_with_two_explicit_fits(outcome):
     buffer = make_buffer(3, outcome)
-    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TARGET, MASK))
+    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TASK))
     np.testing.assert_allclose(got, expected, rtol=5e-3, atol=5e-3)
 
 
@@ -160,10 +155,10 @@ def test_f_test_keeps_its_resolution_beyond_float32():
     order and size.
     """
     buffer = make_buffer(4, lambda x, noise: 2.0 * x[:, 3] - 1.0 * x[:, 0] + 0.02 * noise)
-    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TARGET, MASK))
+    expected, got = numpy_f_test(buffer), np.asarray(f_test_log_p(buffer, TASK))
     assert expected[3] < expected[0] < -100
     np.testing.assert_allclose(got[jnp.array([0, 3])], expected[[0, 3]], rtol=2e-2)
-    score = f_test(buffer, TARGET, MASK)
+    score = f_test(buffer, TASK)
     assert score[3] > score[0] > 6 / 7 > score[1]
     s = -expected[3] / np.log(10)
     np.testing.assert_allclose(score[3], s / (1 + s), atol=1e-3)
@@ -180,7 +175,7 @@ def test_f_test_degrees_of_freedom():
         buffer.intervened,
         buffer.valid,
     )
-    got = np.asarray(f_test_log_p(altered, TARGET, MASK))
+    got = np.asarray(f_test_log_p(altered, TASK))
     x = used(altered)
     z = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1.0)
     powers = np.concatenate(
@@ -204,22 +199,18 @@ def test_few_rows_are_no_evidence(rows):
     buffer = make_buffer(6, linear)
     few = ExperienceBuffer(buffer.values, buffer.intervened, jnp.arange(NUM_ROWS) < rows)
     # 15 powers and an intercept leave no residual
-    assert jnp.all(f_test_log_p(few, TARGET, MASK) == 0)
-    assert jnp.isfinite(absolute_correlation(few, TARGET, MASK)).all()
-    assert jnp.isfinite(least_squares_surface(few, TARGET, LOW, HIGH, 2)).all()
-    assert jnp.isfinite(additive_ridge_surface(few, TARGET, LOW, HIGH, 33)).all()
+    assert jnp.all(f_test_log_p(few, TASK) == 0)
+    assert jnp.isfinite(absolute_correlation(few, TASK)).all()
+    assert jnp.isfinite(least_squares_surface(few, TASK, 2)).all()
+    assert jnp.isfinite(additive_ridge_surface(few, TASK, 33)).all()
 
 
 def test_f_test_is_calibrated_on_noise():
     def p_value(key):
         values = jr.normal(key, (NUM_ROWS, NUM_VARS))
-        return jnp.exp(
-            f_test_log_p(
-                ExperienceBuffer(values, jnp.zeros_like(values, bool), jnp.ones(NUM_ROWS, bool)),
-                TARGET,
-                MASK,
-            )
-        )
+        free = jnp.zeros_like(values, bool)
+        buffer = ExperienceBuffer(values, free, jnp.ones(NUM_ROWS, bool))
+        return jnp.exp(f_test_log_p(buffer, TASK))
 
     p = np.asarray(jax.jit(jax.vmap(p_value))(jr.split(jr.key(1), 400)))[:, [0, 1, 3, 4, 5]]
     assert scipy.stats.kstest(p.ravel(), "uniform").pvalue > 1e-3
@@ -227,21 +218,18 @@ def test_f_test_is_calibrated_on_noise():
 
 def test_scores_name_the_parents():
     buffer = make_buffer(12, linear)
-    assert set(np.argsort(f_test(buffer, TARGET, MASK))[-2:].tolist()) == {0, 3}
-    np.testing.assert_array_equal(all_ones(buffer, TARGET, MASK), [1, 1, 0, 1, 1, 1])
+    assert set(np.argsort(f_test(buffer, TASK))[-2:].tolist()) == {0, 3}
+    np.testing.assert_array_equal(all_ones(buffer, TASK), [1, 1, 0, 1, 1, 1])
     correlation = np.corrcoef(used(buffer), rowvar=False)[2]
     correlation[2] = 0
-    np.testing.assert_allclose(
-        absolute_correlation(buffer, TARGET, MASK), np.abs(correlation), atol=1e-5
-    )
+    np.testing.assert_allclose(absolute_correlation(buffer, TASK), np.abs(correlation), atol=1e-5)
 
 
 def test_padding_changes_nothing():
     buffer = make_buffer(8, cubic)
-    wide, mask = padded(buffer), jnp.pad(MASK, (0, 2))
-    low, high, candidates = jnp.pad(LOW, (0, 2)), jnp.pad(HIGH, (0, 2)), jnp.pad(CANDIDATES, (0, 2))
+    wide, task = buffer.widen(2), TASK.widen(2)
     for score in (all_ones, absolute_correlation, f_test):
-        a, b = score(buffer, TARGET, MASK), score(wide, TARGET, mask)
+        a, b = score(buffer, TASK), score(wide, task)
         np.testing.assert_allclose(b[:NUM_VARS], a, atol=1e-4)
         assert jnp.all(b[NUM_VARS:] == 0) and b[2] == 0 and jnp.all((b >= 0) & (b <= 1))
     for surface, rule in (
@@ -249,26 +237,17 @@ def test_padding_changes_nothing():
         (additive_ridge_surface, additive_ridge),
     ):
         np.testing.assert_allclose(
-            surface(wide, TARGET, low, high, 2)[:NUM_VARS],
-            surface(buffer, TARGET, LOW, HIGH, 2),
-            rtol=1e-4,
-            atol=1e-4,
+            surface(wide, task, 2)[:NUM_VARS], surface(buffer, TASK, 2), rtol=1e-4, atol=1e-4
         )
-        assert all(
-            map(
-                jnp.array_equal,
-                rule(buffer, TARGET, LOW, HIGH, CANDIDATES),
-                rule(wide, TARGET, low, high, candidates),
-            )
-        )
+        assert all(map(jnp.array_equal, rule(buffer, TASK), rule(wide, task)))
 
 
 def test_vmap_over_problems():
     buffers = [make_buffer(s, linear) for s in (9, 10)]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *buffers)
-    variable, value = jax.vmap(lambda b: additive_ridge(b, TARGET, LOW, HIGH, CANDIDATES))(batch)
-    scores = jax.vmap(lambda b: f_test(b, TARGET, MASK))(batch)
+    variable, value = jax.vmap(lambda b: additive_ridge(b, TASK))(batch)
+    scores = jax.vmap(lambda b: f_test(b, TASK))(batch)
     for i, buffer in enumerate(buffers):
-        alone = additive_ridge(buffer, TARGET, LOW, HIGH, CANDIDATES)
+        alone = additive_ridge(buffer, TASK)
         assert variable[i] == alone[0] and value[i] == alone[1]
-        np.testing.assert_allclose(scores[i], f_test(buffer, TARGET, MASK), atol=1e-4)
+        np.testing.assert_allclose(scores[i], f_test(buffer, TASK), atol=1e-4)

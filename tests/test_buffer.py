@@ -62,24 +62,6 @@ def test_adding_inside_jit():
     assert add(one, jnp.array([3.0, 4.0])).values.tolist() == [[1.0, 1.0], [3.0, 4.0], [0.0, 0.0]]
 
 
-def test_csv_round_trip(tmp_path):
-    path, names = tmp_path / "data.csv", ("a", "b", "y")
-    buffer = ExperienceBuffer.empty(3, MIN_OBSERVATIONS + 6)
-    for row in 100.0 * jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3)):
-        buffer = buffer.add_observation(row)
-    buffer = buffer.add_intervention(Intervention.single(1, 2.5, 3), jnp.array([1e-7, 2.5, -1e9]))
-    buffer.to_csv(path, names)
-    assert [p.name for p in tmp_path.iterdir()] == ["data.csv"]  # no temporary file is left
-    read = ExperienceBuffer.from_csv(path)
-    assert read.names == names
-    filled = MIN_OBSERVATIONS + 1  # free places are not written
-    # columns of deviation 100
-    np.testing.assert_allclose(
-        read.units.raw(read.buffer.values), buffer.values[:filled], rtol=1e-6, atol=1e-4
-    )
-    assert (read.buffer.intervened == buffer.intervened[:filled]).all() and read.buffer.valid.all()
-
-
 GOOD = ["a,b,intervened", *(f"{i},{i * i}," for i in range(MIN_OBSERVATIONS)), "3,5,a"]
 
 

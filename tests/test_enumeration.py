@@ -11,16 +11,10 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.enumeration import (
-    enumerate_dags,
-    enumerated_effects,
-    enumerated_posterior,
-    fit_mechanism,
-    log_graph_prior,
-    subsets,
-)
+from lib.problems import sample_problem
 from lib.scm import value_grid
-from lib.scm_prior import SCMPrior, sample_problem
+from lib.scm_prior import SCMPrior
+from studies import enumeration
 
 
 PRIOR = SCMPrior(
@@ -30,7 +24,7 @@ PRIOR = SCMPrior(
 
 @pytest.mark.parametrize("num_vars, count", [(2, 3), (3, 25), (4, 543)])
 def test_every_dag_once(num_vars, count):
-    graphs = enumerate_dags(num_vars)
+    graphs = enumeration.enumerate_dags(num_vars)
     assert len(graphs) == count == len({graph.tobytes() for graph in graphs})
     assert all(
         nx.is_directed_acyclic_graph(
@@ -46,7 +40,7 @@ def test_graph_prior_of_erdos_renyi():
 
     Where no edge was drawn, the first two of the order get one.
     """
-    graphs, orders = enumerate_dags(3), list(itertools.permutations(range(3)))
+    graphs, orders = enumeration.enumerate_dags(3), list(itertools.permutations(range(3)))
     density = np.linspace(0.15, 0.5, 2001)
     edges = graphs.sum((1, 2))
     of_order = (density[:, None] ** edges * (1 - density[:, None]) ** (3 - edges)).mean(0)
@@ -59,7 +53,7 @@ def test_graph_prior_of_erdos_renyi():
     expected = np.where(edges == 0, 0.0, of_order * agree / 6) + np.where(
         edges == 1, of_order[edges == 0].sum() / 6, 0.0
     )
-    probs = np.exp(log_graph_prior(3, PRIOR))
+    probs = np.exp(enumeration.log_graph_prior(3, PRIOR))
     np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-6)
     np.testing.assert_allclose(probs, expected, atol=5 * np.sqrt(0.25 / 400_000))
 
@@ -74,7 +68,7 @@ def test_evidence_by_quadrature():
     x -= x.mean(0)
     members = jnp.array([True, False])
     evidence, coefficients = jax.jit(
-        lambda x: fit_mechanism(x, x[:, 1], jnp.ones(40, bool), members, PRIOR)
+        lambda x: enumeration.fit_mechanism(x, x[:, 1], jnp.ones(40, bool), members, PRIOR)
     )(jnp.asarray(x))
 
     def midpoints(low, high, number):
@@ -114,7 +108,7 @@ def posteriors():
     @jax.jit
     def one(key):
         scm, buffer = sample_problem(key, PRIOR, 60, 2, 66)
-        return scm.parents, scm.target, enumerated_posterior(buffer, scm.task, PRIOR)
+        return scm.parents, scm.target, enumeration.enumerated_posterior(buffer, scm.task, PRIOR)
 
     return jax.device_get(jax.lax.map(one, jr.split(jr.key(5), 300)))
 
@@ -122,7 +116,9 @@ def posteriors():
 def test_posterior_is_a_distribution_over_possible_sets(posteriors):
     _, target, posterior = posteriors
     np.testing.assert_allclose(np.exp(posterior.log_probs).sum(1), 1.0, rtol=1e-4)
-    with_target = subsets(3)[None, :, :][np.zeros(300, int), :, :][np.arange(300), :, target]
+    with_target = enumeration.subsets(3)[None, :, :][np.zeros(300, int), :, :][
+        np.arange(300), :, target
+    ]
     # a target has parents
     assert (np.exp(posterior.log_probs)[with_target] == 0).all() and (
         np.exp(posterior.log_probs)[:, 0] == 0
@@ -135,7 +131,7 @@ def test_posterior_is_calibrated(posteriors):
     """
     parents, _, posterior = posteriors
     probs = np.exp(posterior.log_probs)
-    true = (subsets(3)[None] == parents[:, None]).all(2)
+    true = (enumeration.subsets(3)[None] == parents[:, None]).all(2)
     edges = np.array([0.0, 0.05, 0.3, 0.7, 0.95, 1.01])
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         inside = (probs >= low) & (probs < high) & (probs > 0)
@@ -157,7 +153,7 @@ def test_mean_effects_are_unbiased_and_approach_the_truth():
     def one(num_obs, key):
         scm, buffer = sample_problem(key, PRIOR, num_obs, 2, num_obs + 6)
         said, truth = (
-            enumerated_effects(buffer, scm.task, PRIOR, 2),
+            enumeration.enumerated_effects(buffer, scm.task, PRIOR, 2),
             scm.effect_table(value_grid(scm.low, scm.high, 2)),
         )
         return said[:, 1] - said[:, 0], truth[:, 1] - truth[:, 0], scm.candidates
@@ -178,7 +174,7 @@ def test_mean_effects_are_unbiased_and_approach_the_truth():
 
 def test_errors():
     with pytest.raises(ValueError, match="2 to 5 variables"):
-        enumerate_dags(6)
+        enumeration.enumerate_dags(6)
     scm, buffer = sample_problem(jr.key(0), PRIOR, 20, 1, 23)
     with pytest.raises(ValueError, match="linear Gaussian"):
-        enumerated_posterior(buffer, scm.task, SCMPrior())
+        enumeration.enumerated_posterior(buffer, scm.task, SCMPrior())

@@ -12,19 +12,10 @@ import pytest
 
 from lib.baselines import additive_ridge_surface, least_squares_surface
 from lib.buffer import ExperienceBuffer
-from lib.evidence import (
-    FARTHEST,
-    MAX_DEVIATIONS,
-    NUM_ESTIMATES,
-    NUM_FEATURES,
-    Frame,
-    Rows,
-    effect_evidence,
-    pair_statistics,
-    regression_surfaces,
-    sum_rows,
-)
+from lib.evidence import NUM_ESTIMATES, effect_evidence, regression_surfaces
+from lib.pairs import pair_statistics
 from lib.scm import Task
+from lib.sums import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, Rows, sum_rows
 
 
 VARS, ROWS, OBSERVED, BINS, TARGET = 4, 90, 60, 7, 2
@@ -84,16 +75,12 @@ def test_regressions_are_those_of_the_baselines(problem):
     frame, rows, sums = summed(buffer, task)
     standardised = ExperienceBuffer(rows.values, rows.intervened > 0, rows.valid > 0)
     linear, cubic = regression_surfaces(sums.regression, frame.grid, task)
-    low, high = frame.grid[:, 0], frame.grid[:, -1]
+    task = Task(task.target, frame.grid[:, 0], frame.grid[:, -1], task.var_mask)
     # a variable without a range is scaled by its spread here, by that of the usable rows there
     ranged = np.arange(VARS) < 3
+    np.testing.assert_allclose(linear, least_squares_surface(standardised, task, BINS), atol=1e-3)
     np.testing.assert_allclose(
-        linear, least_squares_surface(standardised, task.target, low, high, BINS), atol=1e-3
-    )
-    np.testing.assert_allclose(
-        cubic[ranged],
-        additive_ridge_surface(standardised, task.target, low, high, BINS)[ranged],
-        atol=2e-2,
+        cubic[ranged], additive_ridge_surface(standardised, task, BINS)[ranged], atol=2e-2
     )
 
 

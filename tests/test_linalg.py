@@ -62,15 +62,6 @@ def test_one_matrix(name):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_batch_is_its_members(name):
-    function, oracle, arguments = CASES[name]
-    expected = np.stack([oracle(*each) for each in zip(*arguments, strict=True)])
-    np.testing.assert_allclose(
-        jax.jit(jax.vmap(function))(*map(single, arguments)), expected, atol=5e-4, rtol=5e-4
-    )
-
-
 def test_a_batch_of_one_argument_and_of_two_nested_axes():
     """`vmap` over the right-hand side alone, and over a grid of matrices."""
     shared = jax.jit(jax.vmap(positive_solve, in_axes=(None, 0)))(

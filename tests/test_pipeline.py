@@ -4,26 +4,29 @@ interrupted, resumed, and given bad input.
 `make smoke` runs the evaluation; here it would be mostly compilation.
 """
 
-import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.artifacts import ArtifactError, load_arrays, read_header
+import lib.training
+from lib.accuracy import accuracy
+from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
 from lib.buffer import DataError
-from lib.grpo import CampaignDesign, GRPOConfig
+from lib.grpo import GRPOConfig
+from lib.imitation import ImitationConfig
 from lib.policy import PolicyConfig
-from lib.scm_prior import FAMILIES, DataDesign, SCMPrior, sample_problem
+from lib.problems import CampaignDesign, DataDesign, sample_problem
+from lib.scm_prior import FAMILIES, SCMPrior
 from lib.surrogate import SurrogateConfig
-from lib.system import load_surrogate
-from lib.trajectories import extract_acquisition_training_data, join, load_trajectories
+from lib.system import TrainedACBOSystem, deploy_trained_system, load_surrogate
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,41 +37,17 @@ SURROGATE = SurrogateConfig(
     model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6
 )
 GRPO = GRPOConfig(group_size=3)
-
-
-def script(name: str):
-    """A numbered script as a module."""
-    found = importlib.util.spec_from_file_location(name[3:-3], ROOT / name)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look their module up
-    found.loader.exec_module(module)
-    return module
-
-
-STAGES = [
-    script(name)
-    for name in (
-        "01_extract_demos.py",
-        "02_train_surrogate.py",
-        "03_warmstart_acquisition.py",
-        "04_train_e2e.py",
-    )
-]
-EVALUATE = script("05_evaluate.py")
-DEPLOY = script("06_deploy.py")
+SCRIPTS = "01_extract_demos", "02_train_surrogate", "03_warmstart_acquisition", "04_train_e2e"
+STAGES = [importlib.import_module(name) for name in SCRIPTS]
+EVALUATE = importlib.import_module("05_evaluate")
+DEPLOY = importlib.import_module("06_deploy")
+EXAMPLE, BOUNDS = (ROOT / "examples" / name for name in ("experiments.csv", "bounds.csv"))
 
 
 def configs(folder: Path) -> list:
     """The smallest settings of every stage."""
-    demos, surrogate, policy, e2e = (
-        STAGES[0].Config,
-        STAGES[1].Config,
-        STAGES[2].AcquisitionConfig,
-        STAGES[3].Config,
-    )
     return [
-        demos(
+        STAGES[0].Config(
             folder,
             prior=PRIOR,
             num_models=6,
@@ -79,7 +58,7 @@ def configs(folder: Path) -> list:
             batch=3,
             max_posterior_entropy=9.0,
         ),
-        surrogate(
+        STAGES[1].TrainingConfig(
             folder,
             prior=PRIOR,
             design=DESIGN,
@@ -93,12 +72,12 @@ def configs(folder: Path) -> list:
             evaluate_every=4,
             checkpoint_every=2,
         ),
-        policy(
+        STAGES[2].AcquisitionConfig(
             folder,
             prior=PRIOR,
             campaign=CAMPAIGN,
             policy=PolicyConfig(policy_hidden_dim=8, policy_n_layers=1),
-            imitation=STAGES[2].ImitationConfig(imitation_epochs=1),
+            imitation=ImitationConfig(imitation_epochs=1),
             grpo=GRPO,
             iterations=3,
             problems_per_iteration=2,
@@ -106,7 +85,7 @@ def configs(folder: Path) -> list:
             multimodal_share=0.0,
             checkpoint_every=1,
         ),
-        e2e(
+        STAGES[3].Config(
             folder,
             prior=PRIOR,
             design=DESIGN,
@@ -131,25 +110,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+LOGGED = {"demos": [1, 2], "surrogate": [2, 4, 6], "policy": [1, 2, 3], "acbo": [1, 2, 3]}
+PRODUCTS = "demos.npz", "surrogate.eqx", "policy.eqx", "bc_policy.eqx", "curves.npz", "acbo.eqx"
+
+
 def test_every_stage_writes_what_it_says(finished):
-    for name in (
-        "demos.npz",
-        "surrogate.eqx",
-        "policy.eqx",
-        "bc_policy.eqx",
-        "curves.npz",
-        "acbo.eqx",
-    ):
+    for name in PRODUCTS:
         header = read_header(finished / name)
         assert header["seed"] == 0 and header["metrics"] is not None
-    for name, count in (("demos", 2), ("surrogate", 3), ("policy", 3), ("e2e", 3)):
-        lines = [
-            json.loads(line)
-            for line in (finished / "logs" / f"{name}.jsonl").read_text().splitlines()
-        ]
-        assert len(lines) == count and [line["step"] for line in lines] == sorted(
-            line["step"] for line in lines
-        )
+    for name, steps in LOGGED.items():
+        log = read_log(finished / "logs" / f"{name}.jsonl")
+        assert [record["step"] for record in log] == steps
+    curves = load_arrays(finished / "curves.npz", "curves")[0]
+    assert curves["reward"].shape == (3,) and curves["validation"].shape == (4, 2)
     assert not list(finished.glob("*.ckpt"))
 
 
@@ -159,24 +132,18 @@ def test_the_first_stage_counts_what_it_kept_by_kind(finished):
     for kind, part in metrics["yield"].items():
         for count in ("models", "kept"):
             assert sum(label[count] for label in part.values()) == metrics[count], kind
-    assert set(metrics["yield"]["family"]) <= set(PRIOR.families) and set(
-        metrics["yield"]["variables"]
-    ) == {"3"}
-    lines = [
-        json.loads(line) for line in (finished / "logs" / "demos.jsonl").read_text().splitlines()
-    ]
-    assert sum(line["failures"] for line in lines) == metrics["failures"]
+    families, sizes = (set(metrics["yield"][kind]) for kind in ("family", "variables"))
+    assert families <= set(PRIOR.families) and sizes == {"3"}
+    log = read_log(finished / "logs" / "demos.jsonl")
+    assert sum(record["failures"] for record in log) == metrics["failures"]
 
 
 def test_the_first_stage_knows_the_family_of_every_model():
     """Its problems are those of `sample_problem`, and chains and forks are told apart by their
     edges.
     """
-    config = dataclasses.replace(
-        configs(Path())[0],
-        prior=SCMPrior(max_vars=4, min_size=4, max_size=4, families=("chain", "fork")),
-        batch=8,
-    )
+    prior = SCMPrior(max_vars=4, min_size=4, max_size=4, families=("chain", "fork"))
+    config = replace(configs(Path())[0], prior=prior, batch=8)
     scms, families, buffers = STAGES[0].draw_batch(jr.key(0), config)
     same = jax.jit(jax.vmap(lambda key: sample_problem(key, config.prior, 20, 1, 29)))(
         jr.split(jr.key(0), 8)
@@ -199,52 +166,24 @@ def test_the_first_stage_knows_the_family_of_every_model():
 def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
     finished, monkeypatch, stage, product
 ):
-    # beside the other, to share its compiled programs
     folder = finished.parent / f"killed {product}"
     folder.mkdir()
     for file in finished.glob("*.[ne]*"):
         if file.name != product:
             (folder / file.name).write_bytes(file.read_bytes())
-    module = STAGES[stage]
-    config = dataclasses.replace(configs(folder)[stage])
-    real = module.save_checkpoint
+    real = lib.training.save_checkpoint
 
     def save_and_die(*args, **kwargs):
         real(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", save_and_die)
+        patch.setattr(lib.training, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            module.main(config)
+            STAGES[stage].main(configs(folder)[stage])
     assert not (folder / product).exists()
-    module.main(config)
+    assert STAGES[stage].main(configs(folder)[stage]) == folder / product
     assert (folder / product).read_bytes() == (finished / product).read_bytes()
-
-
-def test_rules_on_the_surface_as_teachers(finished):
-    stage, surrogate = STAGES[2], load_surrogate(finished / "surrogate.eqx")[0]
-    demos = join(
-        [load_trajectories(finished / "demos.npz", part)[0] for part in ("train", "validation")]
-    )
-    examples = extract_acquisition_training_data(demos, surrogate)
-    allowed, cells = (
-        np.asarray(jax.vmap(lambda task: task.candidates)(examples.state.task)),
-        np.arange(examples.variable.size),
-    )
-    for teacher in ("expected_improvement", "thompson"):
-        lesson = stage.taught(jr.key(0), examples, teacher)
-        variable, surface = np.asarray(lesson.variable), np.asarray(lesson.surface)
-        assert (
-            allowed[cells, variable].all()
-            and (surface[~allowed] == 0).all()
-            and (surface >= 0).all()
-        )
-        if teacher == "thompson":
-            np.testing.assert_allclose(surface.sum((1, 2)), stage.THOMPSON_DRAWS)
-            assert (surface[cells, variable].sum(1) > 0).all()
-        else:
-            np.testing.assert_array_equal(surface[cells, variable].max(1), surface.max((1, 2)))
 
 
 def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
@@ -273,54 +212,37 @@ def experiments(path: Path, *, bad: str = "") -> Path:
     return path
 
 
+def suggest(data, target="yield", **settings):
+    return DEPLOY.suggest(DEPLOY.Suggest(data, target, **settings))
+
+
 def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
-    data = experiments(tmp_path / "experiments.csv")
-    answer = DEPLOY.suggest(
-        DEPLOY.Suggest(data, "yield", objective="max", system=finished / "acbo.eqx", json=True)
-    )
+    data, system = experiments(tmp_path / "experiments.csv"), finished / "acbo.eqx"
+    answer = suggest(data, objective="max", system=system, json=True)
     assert json.loads(capsys.readouterr().out) == answer
-    assert answer["next_experiment"]["variable"] in ("dose", "heat")
-    ranges = {"dose": (0, 4), "heat": (0, 3.1)}
-    low, high = ranges[answer["next_experiment"]["variable"]]
-    assert low - 1e-5 <= answer["next_experiment"]["value"] <= high + 1e-5
-    assert set(answer["parents"]) == {"dose", "heat"} and all(
-        0 <= p <= 1 for p in answer["parents"].values()
-    )
+    chosen, ranges = answer["next_experiment"], {"dose": (0, 4), "heat": (0, 3.1)}
+    low, high = ranges[chosen["variable"]]
+    assert low - 1e-5 <= chosen["value"] <= high + 1e-5
+    assert set(answer["parents"]) == {"dose", "heat"}
+    assert all(0 <= p <= 1 for p in answer["parents"].values())
     (tmp_path / "bounds.csv").write_text("variable,low,high\nheat,1,2\n")
-    bounded = DEPLOY.suggest(
-        DEPLOY.Suggest(data, "yield", bounds=tmp_path / "bounds.csv", system=finished / "acbo.eqx")
-    )
-    assert (
-        bounded["next_experiment"]["variable"] == "heat"
-        and 1 <= bounded["next_experiment"]["value"] <= 2
-    )
+    chosen = suggest(data, bounds=tmp_path / "bounds.csv", system=system)["next_experiment"]
+    assert chosen["variable"] == "heat" and 1 <= chosen["value"] <= 2
     assert "heat" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "cell, said",
+    ("cell", "target", "said"),
     [
-        ("x", "row 5, column 'yield': 'x' is not a number"),
-        ("nan", "row 5, column 'yield'"),
-        ("inf", "row 5"),
+        ("x", "yield", "row 5, column 'yield': 'x' is not a number"),
+        ("nan", "yield", "row 5, column 'yield'"),
+        ("inf", "yield", "row 5"),
+        ("", "profit", "no column 'profit'.*dose, heat, yield"),
     ],
 )
-def test_suggest_refuses_bad_cells(finished, tmp_path, cell, said):
+def test_suggest_refuses_bad_cells_and_unknown_targets(finished, tmp_path, cell, target, said):
     with pytest.raises(DataError, match=said):
-        DEPLOY.suggest(
-            DEPLOY.Suggest(
-                experiments(tmp_path / "bad.csv", bad=cell), "yield", system=finished / "acbo.eqx"
-            )
-        )
-
-
-def test_suggest_refuses_an_unknown_target(finished, tmp_path):
-    with pytest.raises(DataError, match="no column 'profit'.*dose, heat, yield"):
-        DEPLOY.suggest(
-            DEPLOY.Suggest(
-                experiments(tmp_path / "experiments.csv"), "profit", system=finished / "acbo.eqx"
-            )
-        )
+        suggest(experiments(tmp_path / "bad.csv", bad=cell), target, system=finished / "acbo.eqx")
 
 
 def test_demo_scores_the_recommended_action(finished, capsys):
@@ -332,16 +254,8 @@ def test_demo_scores_the_recommended_action(finished, capsys):
 def test_the_shipped_system_answers_from_any_folder(tmp_path, monkeypatch, capsys):
     """The README's first command, without `--system`, from a folder that holds nothing."""
     monkeypatch.chdir(tmp_path)
-    examples = ROOT / "examples"
-    answer = DEPLOY.suggest(
-        DEPLOY.Suggest(
-            examples / "experiments.csv", "yield", objective="max", bounds=examples / "bounds.csv"
-        )
-    )
-    assert (
-        answer["recommended_action"]["variable"] == "catalyst"
-        and answer["recommended_action"]["value"] > 7
-    )
+    best = suggest(EXAMPLE, objective="max", bounds=BOUNDS)["recommended_action"]
+    assert best["variable"] == "catalyst" and best["value"] > 7
     assert "Next experiment" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -353,11 +267,12 @@ def test_suggest_refuses_an_impossible_number_of_experiments(tmp_path, remaining
 
 def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
     names, buffer, _ = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
-    wide, task = DEPLOY.padded(buffer, DEPLOY.observed_task(buffer, names.index("yield")))
-    state = DEPLOY.decide(
-        DEPLOY.TrainedACBOSystem.load(finished / "acbo.eqx"), wide, task, jax.numpy.array(3)
-    )[0]
-    assert state.step == 2 and state.steps_left == 3
+    task = DEPLOY.observed_task(buffer, names.index("yield"))
+    system = TrainedACBOSystem.load(finished / "acbo.eqx")
+    state = system.state(buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5), 2, 3)
+    variable, value = system.select_intervention(state)
+    found = deploy_trained_system(system)(buffer, task, 3).experiment
+    assert found[0] == variable and abs(found[1] - value) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -376,22 +291,21 @@ def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
 )
 def test_settings_that_cannot_be_meant_are_refused(stage, changes, said):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(configs(Path())[stage], **changes)
+        replace(configs(Path())[stage], **changes)
 
 
-def test_settings_of_evaluation_and_demo_that_cannot_be_meant_are_refused():
-    for settings in (
-        {"num_problems": 0},
-        {"literature_seeds": 0},
-        {"sizes": (0,)},
-        {"transfer_size": 1},
-        {"seed": 2**32},
-    ):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            EVALUATE.Config(**settings)
-    for settings in ({"seeds": 0}, {"steps": -1}, {"num_obs": 0}):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            DEPLOY.Demo(**settings)
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        *((EVALUATE.Config, one) for one in ({"num_problems": 0}, {"literature_seeds": 0})),
+        *((EVALUATE.Config, one) for one in ({"sizes": (0,)}, {"transfer_size": 1})),
+        (EVALUATE.Config, {"seed": 2**32}),
+        *((DEPLOY.Demo, one) for one in ({"seeds": 0}, {"steps": -1}, {"num_obs": 0})),
+    ],
+)
+def test_settings_of_evaluation_and_demo_that_cannot_be_meant_are_refused(config, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        config(**settings)
 
 
 def test_training_takes_as_many_steps_as_it_was_told(finished):
@@ -399,13 +313,11 @@ def test_training_takes_as_many_steps_as_it_was_told(finished):
     folder = finished.parent / "uneven"
     folder.mkdir()
     (folder / "demos.npz").write_bytes((finished / "demos.npz").read_bytes())
-    STAGES[1].main(dataclasses.replace(configs(folder)[1], steps=5, evaluate_every=3))
+    STAGES[1].main(replace(configs(folder)[1], steps=5, evaluate_every=3))
     assert read_header(folder / "surrogate.eqx")["step"] == 5
-    lines = [
-        json.loads(line) for line in (folder / "logs" / "surrogate.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in lines] == [2, 4, 5]
-    assert ["validation_set_nll" in line for line in lines] == [False, True, True]
+    log = read_log(folder / "logs" / "surrogate.jsonl")
+    assert [record["step"] for record in log] == [2, 4, 5]
+    assert ["validation_set_nll" in record for record in log] == [False, True, True]
 
 
 def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
@@ -413,25 +325,24 @@ def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
     folder.mkdir()
     for name in ("surrogate.eqx", "bc_policy.eqx"):  # a clone that an earlier run left
         (folder / name).write_bytes((finished / name).read_bytes())
-    imitation = STAGES[2].ImitationConfig(use_behavioral_cloning=False)
-    STAGES[2].main(dataclasses.replace(configs(folder)[2], imitation=imitation))
-    curves, header = load_arrays(folder / "curves.npz", "curves")
-    assert len(curves["validation"]) == 1 and header["hyperparameters"]["runs"] == ["cold"]
+    alone = ImitationConfig(use_behavioral_cloning=False)
+    STAGES[2].main(replace(configs(folder)[2], imitation=alone))
+    assert len(load_arrays(folder / "curves.npz", "curves")[0]["validation"]) == 4
     assert not (folder / "bc_policy.eqx").exists()
 
 
 def test_validation_figures_have_no_unit(finished):
     config = configs(finished)[1]
     model = load_surrogate(finished / "surrogate.eqx")[0]
-    drawn = STAGES[1].draw_chunk(jr.key(0), jax.numpy.array(0), 2, config)
+    drawn = STAGES[1].draw_chunk(jr.key(0), jnp.array(0), 2, config)
     (batch,) = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
-    is_target = jax.numpy.arange(batch.parents.shape[1])[None] == batch.task.target[:, None]
-    scaled = batch.buffer.values * jax.numpy.where(is_target, 1000.0, 1.0)[:, None]
+    is_target = jnp.arange(batch.parents.shape[1])[None] == batch.task.target[:, None]
+    scaled = batch.buffer.values * jnp.where(is_target, 1000.0, 1.0)[:, None]
     other = batch._replace(
         buffer=eqx.tree_at(lambda buffer: buffer.values, batch.buffer, scaled),
         effects=1000.0 * batch.effects,
     )
-    one, two = (STAGES[1].evaluate(model, (examples,)) for examples in (batch, other))
+    one, two = (accuracy(model, (examples,)) for examples in (batch, other))
     assert one["validation_regret"] > 0
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
@@ -455,13 +366,8 @@ def test_units_do_not_matter(tmp_path):
         )
         return tmp_path / path.name
 
-    data, bounds = ROOT / "examples" / "experiments.csv", ROOT / "examples" / "bounds.csv"
-    plain = DEPLOY.suggest(DEPLOY.Suggest(data, "yield", objective="max", bounds=bounds))
-    other = DEPLOY.suggest(
-        DEPLOY.Suggest(
-            converted(data, False), "yield", objective="max", bounds=converted(bounds, True)
-        )
-    )
+    plain = suggest(EXAMPLE, objective="max", bounds=BOUNDS)
+    other = suggest(converted(EXAMPLE, False), objective="max", bounds=converted(BOUNDS, True))
     for action in ("next_experiment", "recommended_action"):
         one, two = plain[action], other[action]
         assert one["variable"] == two["variable"]
@@ -479,31 +385,18 @@ def test_large_numbers_are_answered_with_numbers(tmp_path):
     rng = np.random.default_rng(0)
     rows = [f"{1e25 * a:.6e},{b:.3f},{1e25 * (a + b):.6e}," for a, b in rng.normal(size=(20, 2))]
     (tmp_path / "large.csv").write_text("\n".join(["a,b,y,intervened", *rows]) + "\n")
-    answer = DEPLOY.suggest(DEPLOY.Suggest(tmp_path / "large.csv", "y"))
+    answer = suggest(tmp_path / "large.csv", "y")
     assert all(np.isfinite([e["value"], e["mean"], e["std"]]).all() for e in answer["best_effects"])
     (tmp_path / "bounds.csv").write_text("variable,low,high\nb,-1e20,1e20\n")
     with pytest.raises(DataError, match="'b' ends .* deviations from what was observed"):
-        DEPLOY.suggest(DEPLOY.Suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv"))
+        suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv")
 
 
-@pytest.mark.parametrize(
-    "study",
-    sorted([*(ROOT / "benchmarks").glob("*.py"), ROOT / "studies" / "weights.py"]),
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("study", ["expert", "fidelity", "policy", "surrogate"])
 def test_studies_refuse_counts_that_cannot_be_meant(study):
-    found = importlib.util.spec_from_file_location(f"study_{study.stem}", study)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    given = {"systems": (Path("acbo.eqx"),)} if study.stem == "weights" else {}
-    counts = [
-        field.name
-        for field in dataclasses.fields(module.Config)
-        if field.type is int and not field.name.endswith("seed")
-    ]
+    config = importlib.import_module(f"studies.{study}").Config
+    counts = [f.name for f in fields(config) if f.type is int and not f.name.endswith("seed")]
     assert counts
     for name in counts:
         with pytest.raises(ValueError, match=name):
-            module.Config(**given, **{name: -1})
+            config(**{name: -1})

@@ -13,7 +13,8 @@ import pytest
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_EVIDENCE
 from lib.policy import AcquisitionState
-from lib.rewards import MAX_GAIN, GroundTruth, RewardConfig, compute_verifiable_reward
+from lib.problems import GroundTruth
+from lib.rewards import MAX_GAIN, RewardConfig, experiment_reward, recommended_effect
 from lib.scm import Task, value_grid
 from lib.surrogate import SurrogateOutput
 
@@ -24,7 +25,7 @@ INF = np.inf
 EFFECTS = [[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [INF] * 3, [INF] * 3]
 # possible improvement: 1 - (-1) = 2
 TRUTH = GroundTruth(jnp.array(EFFECTS), jnp.array(1.0), jnp.array([True, False, False, False]))
-reward_of = eqx.filter_jit(compute_verifiable_reward)
+reward_of = eqx.filter_jit(experiment_reward)
 
 
 def make_state(best, logits=(0.0, 0.0), spread=1.0):
@@ -56,14 +57,20 @@ def test_what_is_recommended_is_worth_its_true_effect():
     """At a temperature, all cells count: one predicted at 0, five at 1 (those of the target and of
     padding, at -9, do not).
     """
-    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.0), 1.0, atol=1e-6)
-    np.testing.assert_allclose(TRUTH.recommended(make_state((1, 2)).output, 0.0), -1.0, atol=1e-6)
+    np.testing.assert_allclose(
+        recommended_effect(TRUTH, make_state((0, 1)).output, 0.0), 1.0, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        recommended_effect(TRUTH, make_state((1, 2)).output, 0.0), -1.0, atol=1e-6
+    )
     odds = np.exp(-1 / 0.5 / 2.0)  # spread 2
     expected = (1.0 + odds * (2 + 0 + 1 + 1 - 1)) / (1 + 5 * odds)
     np.testing.assert_allclose(
-        TRUTH.recommended(make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6
+        recommended_effect(TRUTH, make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6
     )
-    np.testing.assert_allclose(TRUTH.recommended(make_state((0, 1)).output, 0.01), 1.0, atol=1e-5)
+    np.testing.assert_allclose(
+        recommended_effect(TRUTH, make_state((0, 1)).output, 0.01), 1.0, atol=1e-5
+    )
 
 
 def test_a_hand_computed_case():
@@ -167,7 +174,7 @@ def test_without_truth_only_predictions_count():
 def test_states_about_different_targets_have_no_reward():
     other = eqx.tree_at(lambda s: s.output.task.target, make_state((0, 1)), jnp.array(1))
     with pytest.raises(ValueError, match="about target 1, not 2"):
-        compute_verifiable_reward(make_state((0, 1)), jnp.array(0), other, RewardConfig(), TRUTH)
+        experiment_reward(make_state((0, 1)), jnp.array(0), other, RewardConfig(), TRUTH)
 
 
 # --- exploits: three experiments that teach nothing must not pay ---

@@ -19,10 +19,8 @@ from lib.scm import (
     Intervention,
     SyntheticSCM,
     Task,
-    apply_intervention,
     check_index,
     check_scm,
-    sample_from_scm,
     value_grid,
 )
 from lib.scm_prior import SCMPrior, sample_scm
@@ -300,39 +298,23 @@ def at(name, index, value):
     )
 
 
-WRONG = {
-    "self-loop": (
-        at("adjacency", (1, 1), True),
-        "the edge from X0 to X0 does not go forward in order",
-    ),
-    "cycle": (
-        at("adjacency", (3, 1), True),
-        "the edge from X1 to X0 does not go forward in order: remove it, or put X1 before X0",
-    ),
-    "order": (at("order", 3, 3), "order must hold every variable once"),
-    "no ancestor": (at("target", (), 2), "the target X2 has no ancestor that may be set"),
-    "no candidate": (
-        at("high", jnp.array([0, 2, 3]), -2.0),
-        "no variable but the target X1 has a range",
-    ),
-    "inverted range": (
-        at("low", 3, 4.0),
-        "X3 may be set from 4.0 to 3.0: low must not be above high",
-    ),
-    "infinite weight": (at("weights", (0, 2), jnp.inf), "weights of X3 is not finite"),
-    "frequency not a number": (
-        at("frequencies", (2, 3, 1), jnp.nan),
-        "frequencies of X1 is not finite",
-    ),
-    "infinite range": (at("high", 0, jnp.inf), "high of X0 is not finite"),
+WRONG = {  # what the message says: the change
+    "the edge from X0 to X0 does not go forward in order": at("adjacency", (1, 1), True),
+    "the edge from X1 to X0 .* remove it, or put X1 before X0": at("adjacency", (3, 1), True),
+    "order must hold every variable once": at("order", 3, 3),
+    "the target X2 has no ancestor that may be set": at("target", (), 2),
+    "no variable but the target X1 has a range": at("high", jnp.array([0, 2, 3]), -2.0),
+    "X3 may be set from 4.0 to 3.0: give finite numbers": at("low", 3, 4.0),
+    "X0 may be set from -2.0 to inf": at("high", 0, jnp.inf),
+    "weights of X3 is not finite": at("weights", (0, 2), jnp.inf),
+    "frequencies of X1 is not finite": at("frequencies", (2, 3, 1), jnp.nan),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_check_scm_says_what_is_wrong_with_which_variable(wrong):
-    change, message = WRONG[wrong]
+@pytest.mark.parametrize("message", WRONG)
+def test_check_scm_says_what_is_wrong_with_which_variable(message):
     with pytest.raises(ValueError, match=message):
-        check_scm(change(hand_made()))
+        check_scm(WRONG[message](hand_made()))
 
 
 def test_linear_means_agree_with_path_products(scms, table):
@@ -410,21 +392,6 @@ def test_reference_noise_is_fixed_and_sums_to_zero(scms):
     assert (noise == np.asarray(member(scms, 1).reference_noise())).all()
     assert np.abs(noise.sum(0)).max() < 1e-4
     assert np.linalg.matrix_rank(noise) == NUM_VARS
-
-
-def test_samples_of_a_mutilated_model(scms):
-    scm, key = member(scms, 0), jr.key(5)
-    j = int(np.flatnonzero(scm.candidates)[0])
-    intervention = Intervention.single(j, 0.5, NUM_VARS)
-    both = eqx.filter_jit(
-        lambda scm, cut: (sample_from_scm(key, cut, 4), sample_from_scm(key, scm, 4))
-    )
-    rows, observed = both(scm, apply_intervention(scm, intervention))
-    assert rows.shape == (4, NUM_VARS) and (rows[:, j] == 0.5).all()
-    np.testing.assert_allclose(rows, simulate(scm, scm.draw_noise(key, 4), intervention), atol=1e-5)
-    np.testing.assert_allclose(
-        observed, simulate(scm, scm.draw_noise(key, 4), Intervention.none(NUM_VARS)), atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("variable", [9, -1, jnp.array(3)])

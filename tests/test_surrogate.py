@@ -14,26 +14,19 @@ import numpy as np
 import optax
 import pytest
 
+from lib import surrogate
 from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
+from lib.problems import Example, initial_buffer
 from lib.scm import Task
-from lib.scm_prior import Example, SCMPrior, initial_buffer, sample_scm
-from lib.surrogate import (
-    ExpertExamples,
-    LossWeights,
-    ParentSetPredictionModel,
-    SurrogateConfig,
-    expert_kl,
-    mean_losses,
-    observed_task,
-    surrogate_losses,
-    update_surrogate,
-)
+from lib.scm_prior import SCMPrior, sample_scm
+from lib.sums import Summary
 from lib.system import TrainedACBOSystem
+from lib.training import Learner
 
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained" / "acbo.eqx"
-CONFIG = SurrogateConfig(
+CONFIG = surrogate.SurrogateConfig(
     model_hidden_dim=16, model_n_layers=2, num_products=4, num_components=2, num_bins=5
 )
 REAL, SLOTS, ROWS, VALID, TARGET = 6, 8, 32, 26, 2  # six variables in eight slots, six rows free
@@ -45,7 +38,7 @@ SETS = np.array(
 
 @pytest.fixture(scope="module")
 def model():
-    return eqx.filter_jit(ParentSetPredictionModel)(CONFIG, key=jr.key(0))
+    return eqx.filter_jit(surrogate.ParentSetPredictionModel)(CONFIG, key=jr.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +223,14 @@ def test_order_of_rows_free_rows_and_padding_do_not_matter(outputs, variant):
 
 
 def test_rows_added_one_by_one_give_what_encoding_them_gives(model, outputs):
-    """The last four interventional rows of `BASE` arrive after the state of all others was
-    formed.
-    """
+    """The last four interventional rows of `BASE` arrive after the others were summed."""
     buffer, task = VARIANTS["base"]
-    state = eqx.filter_jit(model.encode)(*build(BASE, valid=np.arange(ROWS) < VALID - 4))
-    update = eqx.filter_jit(model.update)
+    fewer = build(BASE, valid=np.arange(ROWS) < VALID - 4)
+    summary = eqx.filter_jit(Summary.of)(*fewer, CONFIG.num_bins)
+    add = eqx.filter_jit(Summary.add)
     for row in range(VALID - 4, VALID):
-        state = update(state, task, buffer.values[row], buffer.intervened[row])
-    assert_same(outputs["base"], eqx.filter_jit(model.decode)(state, task))
+        summary = add(summary, buffer.values[row], buffer.intervened[row], task)
+    assert_same(outputs["base"], eqx.filter_jit(model.predict)(summary, task))
 
 
 def test_twelve_slots_give_what_eight_give(model, outputs):
@@ -283,7 +275,7 @@ def test_blocks_differ_at_initialisation(model):
 
 def test_mixed_precision_changes_digits_only(outputs):
     # the same weights
-    half = eqx.filter_jit(ParentSetPredictionModel)(
+    half = eqx.filter_jit(surrogate.ParentSetPredictionModel)(
         replace(CONFIG, mixed_precision=True), key=jr.key(0)
     )
     rounded = eqx.filter_jit(half.predict)(*VARIANTS["base"])
@@ -328,7 +320,7 @@ def test_losses_of_a_known_case(outputs):
     usable = np.asarray(output.task.candidates)
     parents = jnp.asarray(SETS[5])
     effects = jnp.where(usable[:, None], output.effect_mean + output.effect_std, jnp.inf)
-    parent_nll, effect_nll = surrogate_losses(output, parents, effects)
+    parent_nll, effect_nll = surrogate.surrogate_losses(output, parents, effects)
     expected = 0.5 + np.log(np.asarray(output.effect_std / output.spread)[usable]).mean()
     np.testing.assert_allclose(effect_nll, expected, atol=1e-4)
     np.testing.assert_allclose(parent_nll, -output.log_prob(parents), atol=1e-6)
@@ -336,12 +328,12 @@ def test_losses_of_a_known_case(outputs):
 
 def test_kl_to_the_expert(outputs):
     output = outputs["base"]
-    np.testing.assert_allclose(expert_kl(output, output.posterior()), 0.0, atol=1e-4)
+    np.testing.assert_allclose(surrogate.expert_kl(output, output.posterior()), 0.0, atol=1e-4)
     sure = ParentSetPosterior(
         output.task.target, jnp.asarray(SETS[[3, 0]]), jnp.array([0.0, -jnp.inf])
     )
     np.testing.assert_allclose(
-        expert_kl(output, sure), -output.log_prob(jnp.asarray(SETS[3])), atol=1e-5
+        surrogate.expert_kl(output, sure), -output.log_prob(jnp.asarray(SETS[3])), atol=1e-5
     )
 
 
@@ -351,7 +343,7 @@ def test_observed_task_spans_the_filled_rows():
         jnp.zeros((3, 2), bool),
         jnp.array([True, True, False]),
     )
-    task = observed_task(buffer, 1)
+    task = surrogate.observed_task(buffer, 1)
     assert task.low.tolist() == [1.0, -2.0] and task.high.tolist() == [3.0, 5.0]
     assert task.var_mask.all() and task.target == 1
 
@@ -371,16 +363,15 @@ def test_one_batch_is_learnt_by_heart(model):
     batch = Example(buffers, tasks, parents, jnp.asarray(effects, jnp.float32))
     narrow = jax.tree.map(lambda leaf: leaf[:2], batch)  # a second bucket, of the same width here
     step = eqx.filter_jit(
-        lambda model, state: update_surrogate(
-            model, state, optimiser, (batch, narrow), None, LossWeights()
+        lambda learner: surrogate.surrogate_step(
+            learner, optimiser, (batch, narrow), None, surrogate.LossWeights()
         )
     )
-    state, history = optimiser.init(eqx.filter(model, eqx.is_array)), []
+    learner, history = Learner.of(model, optimiser), []
     for _ in range(60):
-        model, state, losses = step(model, state)
-        assert all(
-            np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))
-        )
+        learner, losses = step(learner)
+        weights = eqx.filter(learner.module, eqx.is_array)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
         history.append((float(losses.parent_nll), float(losses.effect_nll)))
     (first_parent, first_effect), (last_parent, last_effect) = history[0], history[-1]
     assert last_parent < 0.5 * first_parent
@@ -401,10 +392,14 @@ def test_mean_losses_are_over_examples_not_over_buckets(model):
         jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole)
         for rows in (slice(0, 3), slice(3, 4))
     ]
-    expert = jax.vmap(lambda b, t: model.predict(b, t).posterior())(buffers, tasks)
-    demos = ExpertExamples(buffers, tasks, expert)
+    believe = eqx.filter_jit(jax.vmap(lambda b, t: model.predict(b, t).posterior()))
+    expert = believe(buffers, tasks)
+    demos = surrogate.SurrogateTrainingExample(buffers, tasks, expert)
     both = eqx.filter_jit(
-        lambda model: (mean_losses(model, [whole], None), mean_losses(model, parts, demos))
+        lambda model: (
+            surrogate.mean_losses(model, [whole], None),
+            surrogate.mean_losses(model, parts, demos),
+        )
     )
     together, apart = both(model)
     np.testing.assert_allclose(together.parent_nll, apart.parent_nll, rtol=1e-4)
@@ -452,53 +447,6 @@ def batched(model):
 
     every = eqx.filter_jit(jax.vmap(one))
     return lambda buffers, tasks: jax.device_get(every(buffers, tasks))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
-def test_shipped_weights_do_not_care_for_order_or_padding(shipped, systems, dtype, tolerance):
-    """In probabilities and in deviations of the target, or of them where they are larger: exactly
-    so, but for rounding.
-    """
-    with jax.enable_x64(dtype == "float64"):
-        model, (buffers, tasks) = jax.tree.map(
-            lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, (shipped, systems)
-        )
-        check_order_and_padding(batched(model), buffers, tasks, tolerance)
-
-
-def check_order_and_padding(answers, buffers, tasks, tolerance):
-    order = np.random.default_rng(0).permutation(8)
-    shuffled = eqx.tree_at(
-        lambda b: (b.values, b.intervened),
-        buffers,
-        (buffers.values[..., order], buffers.intervened[..., order]),
-    )
-    columns = [tasks.low, tasks.high, tasks.var_mask]
-    moved = eqx.tree_at(
-        lambda t: (t.target, t.low, t.high, t.var_mask),
-        tasks,
-        [np.argsort(order)[tasks.target], *(c[:, order] for c in columns)],
-    )
-
-    def wide(leaf):
-        return np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 4)])
-
-    more = eqx.tree_at(
-        lambda b: (b.values, b.intervened),
-        buffers,
-        (wide(buffers.values), wide(buffers.intervened)),
-    )
-    padding = answers(
-        more, eqx.tree_at(lambda t: (t.low, t.high, t.var_mask), tasks, [wide(c) for c in columns])
-    )
-    base, other = answers(buffers, tasks), answers(shuffled, moved)
-    for index in (0, 2):
-        np.testing.assert_allclose(
-            base[index][:, order], other[index], rtol=tolerance, atol=tolerance
-        )
-        np.testing.assert_allclose(
-            base[index], padding[index][:, :8], rtol=tolerance, atol=tolerance
-        )
 
 
 def test_more_rows_of_the_same_system_lower_the_entropy(answers, systems):

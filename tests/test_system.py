@@ -3,7 +3,6 @@ are untrained: only the plumbing is tested.
 """
 
 import functools as ft
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,13 +11,13 @@ import jax.random as jr
 import networkx as nx
 import numpy as np
 import pytest
+from cases import guard
 
 from lib.artifacts import ArtifactError, save_module
-from lib.buffer import ExperienceBuffer
 from lib.grpo import GRPOConfig
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
-from lib.scm import Task
-from lib.scm_prior import SCMPrior, sample_problem
+from lib.problems import sample_problem
+from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
     OnlineConfig,
@@ -31,7 +30,6 @@ from lib.system import (
 )
 
 
-ROOT = Path(__file__).parent.parent
 NUM_VARS, STEPS = 5, 3
 SIZES = SurrogateConfig(
     model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5
@@ -295,36 +293,7 @@ def test_public_methods_are_compiled_once(system, problem, monkeypatch):
 
 
 def test_shipped_weights_say_what_they_said():
-    """Posterior, effects and policy on ten data sets, as commit 5de510e gave them."""
-    with np.load(ROOT / "tests" / "cases" / "shipped.npz") as file:
-        stored = {name: jnp.asarray(file[name]) for name in file.files}
-    inputs = {
-        name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")
-    }
-    shipped = TrainedACBOSystem.load(ROOT / "pretrained" / "acbo.eqx")
-
-    @eqx.filter_jit
-    def read(system, buffer, task):
-        state = system.state(buffer, task)
-        output = state.output
-        found = {
-            "marginals": output.marginals(),
-            "effect_mean": output.effect_mean,
-            "effect_std": output.effect_std,
-        }
-        return found | {
-            "log_probs": state.posterior.log_probs,
-            "policy": system.policy(state).logits,
-        }
-
-    for i in range(10):
-        one = {what: value[i] for what, value in inputs.items()}
-        buffer = ExperienceBuffer(one["values"], one["intervened"], one["valid"])
-        for what, value in read(
-            shipped, buffer, Task(one["target"], one["low"], one["high"], one["var_mask"])
-        ).items():
-            before = stored[what][i]
-            if what in ("log_probs", "policy"):
-                value, before = jnp.exp(value), jnp.exp(before)
-            # float32, compiled otherwise
-            np.testing.assert_allclose(value, before, atol=3e-4, err_msg=f"{what} {i}")
+    """On ten data sets, as tests/cases/guard.npz has it."""
+    with np.load(guard.STORED) as file:
+        for name, value in guard.shipped().items():
+            np.testing.assert_allclose(value, file[name], atol=3e-4, err_msg=name)

@@ -23,10 +23,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import Frame, Rows
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
 from lib.scm_prior import FAMILIES, SCMPrior, sample_graph
+from lib.sums import Frame, Rows
 
 
 MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million

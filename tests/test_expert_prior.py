@@ -12,18 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lib.doubly_robust import (
-    BANDWIDTHS,
-    LINEAR_PENALTY,
-    UNION_SIZE,
-    benjamini_yekutieli,
-    doubly_robust_prior,
-    held_out_residuals,
-    increase_p_values,
-    set_frequencies,
-    standardise,
-    with_union,
-)
+from lib import expert_prior
 
 
 ROWS, REAL, SLOTS, BOOTSTRAPS = 300, 5, 8, 6
@@ -54,8 +43,11 @@ SYSTEMS = {
 }
 
 
+BOOTSTRAPPED = ft.partial(
+    expert_prior.doubly_robust_prior, num_bootstraps=BOOTSTRAPS, published=True
+)
 jit_priors = jax.jit(
-    jax.vmap(ft.partial(doubly_robust_prior, num_bootstraps=BOOTSTRAPS, num_features=20)),
+    jax.vmap(ft.partial(BOOTSTRAPPED, num_features=20)),
     compiler_options=FAST,
 )
 
@@ -145,7 +137,7 @@ def test_padding_changes_nothing(found):
 def test_standardise():
     rows = np.random.default_rng(0).normal(3.0, 5.0, (40, 3))
     rows[:, 1] = 7.0
-    result = np.asarray(standardise(jnp.asarray(rows, jnp.float32)))
+    result = np.asarray(expert_prior.standardise(jnp.asarray(rows, jnp.float32)))
     np.testing.assert_allclose(result[:, [0, 2]], zscores(rows[:, [0, 2]]), atol=1e-4)
     assert (result[:, 1] == 0).all()
 
@@ -161,7 +153,9 @@ def test_residuals_are_held_out():
     key = jr.key(4)
     single = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
     run = jax.jit(
-        lambda penalty: held_out_residuals(jr.key(1), *single, key, 2, num_folds, 4, penalty),
+        lambda penalty: expert_prior.held_out_residuals(
+            jr.key(1), *single, key, 2, num_folds, 4, penalty
+        ),
         compiler_options=FAST,
     )
     full, without, counts = (np.asarray(a) for a in run(1e6))
@@ -175,7 +169,9 @@ def test_residuals_are_held_out():
         phi, result = np.column_stack([np.ones(rows), x[order][:, columns]]), np.zeros(rows)
         for f in range(num_folds):
             train, held_out = np.where(fold == f, 0.0, weights), fold == f
-            gram = phi.T @ (train[:, None] * phi) + rows * LINEAR_PENALTY * np.eye(phi.shape[1])
+            gram = phi.T @ (train[:, None] * phi) + rows * expert_prior.LINEAR_PENALTY * np.eye(
+                phi.shape[1]
+            )
             result[held_out] = y[order][held_out] - phi[held_out] @ np.linalg.solve(
                 gram, phi.T @ (train * y[order])
             )
@@ -202,7 +198,7 @@ def test_p_values_agree_with_a_paired_t_test():
     )
     without[3] = full  # leaving this one out changes nothing
     arguments = (jnp.asarray(a, jnp.float32) for a in (full, without, counts))
-    p_values = np.asarray(jax.jit(increase_p_values)(*arguments))
+    p_values = np.asarray(jax.jit(expert_prior.increase_p_values)(*arguments))
     assert p_values.shape == (2, 4) and (p_values[:, 3] == 1).all()
     for b in range(2):
         for i in range(3):
@@ -215,7 +211,7 @@ def test_p_values_agree_with_a_paired_t_test():
 
 def test_selection_agrees_with_scipy():
     rng = np.random.default_rng(6)
-    select = jax.jit(jax.vmap(ft.partial(benjamini_yekutieli, alpha=0.1)))
+    select = jax.jit(jax.vmap(ft.partial(expert_prior.benjamini_yekutieli, alpha=0.1)))
     p_values, real = rng.uniform(size=(64, 6)) ** 4, rng.uniform(size=(64, 6)) < 0.7
     selected = np.asarray(select(jnp.asarray(p_values, jnp.float32), jnp.asarray(real)))
     for p, r, chosen in zip(p_values, real, selected, strict=True):
@@ -230,7 +226,9 @@ def test_selection_agrees_with_scipy():
 @pytest.mark.parametrize("drop_empty,kept", [(False, 1.0), (True, 0.75)])
 def test_equal_selections_are_counted_together(drop_empty, kept):
     selected = jnp.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
-    sets, log_probs = set_frequencies(selected, jnp.array([True, True, False]), drop_empty)
+    sets, log_probs = expert_prior.set_frequencies(
+        selected, jnp.array([True, True, False]), drop_empty
+    )
     expected = {frozenset({0}): 0.5, frozenset({0, 1}): 0.25} | (
         {} if drop_empty else {frozenset(): 0.25}
     )
@@ -242,15 +240,14 @@ def test_equal_selections_are_counted_together(drop_empty, kept):
 def test_only_empty_selections_give_single_variables():
     real = jnp.array([True, False, True, True])
     for drop_empty in (False, True):
-        sets, log_probs = set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
+        sets, log_probs = expert_prior.set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
         assert sets.shape == (4, 4)  # as many places as variables
         assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(
             {frozenset({i}): 1 / 3 for i in (0, 2, 3)}
         )
 
 
-@pytest.mark.parametrize("drop_empty", [False, True])
-def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_empty):
+def test_the_union_adds_every_subset_of_the_variables_selected_most_often():
     """Half of the probability stays with the frequencies, the other half is a product over the four
     variables.
     """
@@ -260,9 +257,9 @@ def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_e
     real = np.arange(6) != 2
     # 3 before 5, which nobody selected either
     p_values = np.where(np.arange(6) == 3, 0.4, 0.9) * np.ones((10, 1))
-    frequencies = set_frequencies(jnp.asarray(selected), jnp.asarray(real), drop_empty)
-    sets, log_probs = with_union(
-        *frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real), drop_empty
+    frequencies = expert_prior.set_frequencies(jnp.asarray(selected), jnp.asarray(real), False)
+    sets, log_probs = expert_prior.with_union(
+        *frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real)
     )
     found = members(np.asarray(sets), np.exp(np.asarray(log_probs, float)))
     inside = {0: 6.5 / 11, 1: 3.5 / 11, 4: 2.5 / 11, 3: 0.5 / 11}
@@ -278,30 +275,4 @@ def test_the_union_adds_every_subset_of_the_variables_selected_most_often(drop_e
         for chosen in map(frozenset, itertools.combinations(inside, size)):
             product = np.prod([p if i in chosen else 1 - p for i, p in inside.items()])
             expected[chosen] = 0.5 * product + 0.5 * counted.get(chosen, 0.0)
-    if drop_empty:
-        del expected[frozenset()]
     assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_union_and_bandwidth_on_data():
-    """No set is lost, probabilities are normalised, and a target with a short lengthscale is found
-    by cross-validation only.
-    """
-    rng = np.random.default_rng(7)
-    x = rng.normal(size=(ROWS, REAL))
-    x[:, 2] = np.cos(2.5 * x[:, 1]) + 0.3 * x[:, 2]
-    found = {}
-    for bandwidth in BANDWIDTHS:
-        prior = jax.jit(
-            ft.partial(
-                doubly_robust_prior, num_bootstraps=BOOTSTRAPS, bandwidth=bandwidth, union=True
-            ),
-            compiler_options=FAST,
-        )
-        sets, log_probs = prior(jr.key(3), jnp.asarray(x, jnp.float32), 2, jnp.ones(REAL, bool))
-        probs = np.exp(np.asarray(log_probs, float))
-        assert sets.shape[0] == max(BOOTSTRAPS, REAL) + 2**UNION_SIZE
-        np.testing.assert_allclose(probs.sum(), 1.0, atol=1e-5)
-        assert len(members(np.asarray(sets), probs)) == (probs > 0).sum()  # no set twice
-        found[bandwidth] = probs @ np.asarray(sets)[:, 1]
-    assert found["cross_validation"] > 0.7 > found["median"] + 0.2

@@ -2,7 +2,7 @@
 
 From the repository root (a good minute on a CPU):
 
-    python studies/cases.py --folder FOLDER --system pretrained/acbo.eqx
+    python studies/field/cases.py --folder FOLDER --system pretrained/acbo.eqx
 
 Reads: `06_deploy.py` and `lib` of the current folder, a trained system, and the folder of files,
 whose README.md says what each of them is. Writes nothing: prints a Markdown table, the criteria
@@ -36,7 +36,7 @@ from types import SimpleNamespace
 import numpy as np
 
 
-sys.path.insert(0, str(Path(__file__).parent / "field"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from run import BAND, no_constant, plain, plain_effect, project
 

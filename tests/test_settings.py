@@ -9,7 +9,7 @@ import pytest
 
 from lib.artifacts import ArtifactError
 from lib.buffer import DataError
-from lib.config import errors_for_people, preset_arguments, stage_key, use_compilation_cache
+from lib.settings import errors_for_people, preset_arguments, stage_key, use_compilation_cache
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_bugs_keep_their_traceback():
         raise ZeroDivisionError
 
 
-def test_compilation_cache_goes_where_it_is_told(tmp_path):
+def test_compilation_cache_goes_where_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # the Makefile's
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:

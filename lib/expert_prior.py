@@ -12,7 +12,6 @@ residuals larger, where the published test also accepts a significant fall.
 """
 
 import itertools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,6 @@ from lib.linalg import positive_solve
 
 
 LINEAR_PENALTY = 1e-3  # per row; only there to make the system regular
-BANDWIDTHS = ("median", "cross_validation")
-MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance, that cross-validation chooses from
 UNION_SIZE = 4  # variables whose subsets are all candidates in the union variant
 
 
@@ -39,9 +36,7 @@ def doubly_robust_prior(
     num_features: int = 100,
     penalty: float = 0.01,
     alpha: float = 0.05,
-    bandwidth: Literal["median", "cross_validation"] = "median",
-    union: bool = False,
-    drop_empty: bool = False,
+    published: bool = False,
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Candidate parent sets of `target` and their log-probabilities: the frequencies with which
     bootstraps select them.
@@ -49,37 +44,24 @@ def doubly_robust_prior(
     `rows[samples, vars]` are observational, in any units; constant columns are never selected. The
     number of places for sets is `max(num_bootstraps, vars)`, and no selected set can be lost;
     unused places (repeated sets too) have log-probability -inf. If every bootstrap selects the
-    empty set, the prior is uniform over single variables. `drop_empty` gives the empty set
-    probability zero without renormalising the rest, as the published code does. `penalty` is that
-    of the Fourier features, per row.
+    empty set, the prior is uniform over single variables. `penalty` is that of the Fourier
+    features, per row.
 
-    With `union`, these frequencies get half of the probability and all subsets of the `UNION_SIZE`
-    variables selected most often the other half (`2 ** UNION_SIZE` more places): a true set that no
-    bootstrap returned whole can then still be found.
+    These frequencies get half of the probability and all subsets of the `UNION_SIZE` variables
+    selected most often the other half (`2 ** UNION_SIZE` more places): a true set that no bootstrap
+    returned whole can then still be found. `published` leaves these subsets out, and gives the
+    empty set probability zero without renormalising the rest.
     """
     real = var_mask & (jnp.arange(var_mask.shape[0]) != target)
     feature_key, bootstrap_key = jr.split(key)
     x, y = standardise(rows), jnp.take(standardise(rows), target, axis=1)
     x = jnp.where(real[None, :], x, 0.0)
-    residuals = held_out_residuals(
-        feature_key,
-        x,
-        y,
-        bootstrap_key,
-        num_bootstraps,
-        num_folds,
-        num_features,
-        penalty,
-        bandwidth,
-    )
+    folds = num_bootstraps, num_folds, num_features, penalty
+    residuals = held_out_residuals(feature_key, x, y, bootstrap_key, *folds)
     p_values = increase_p_values(*residuals)
     selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, alpha))(p_values)
-    sets, log_probs = set_frequencies(selected, real, drop_empty)
-    return (
-        with_union(sets, log_probs, selected, p_values, real, drop_empty)
-        if union
-        else (sets, log_probs)
-    )
+    found = set_frequencies(selected, real, drop_empty=published)
+    return found if published else with_union(*found, selected, p_values, real)
 
 
 def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
@@ -90,15 +72,7 @@ def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples var
 
 
 def held_out_residuals(
-    feature_key,
-    x,
-    y,
-    bootstrap_key,
-    num_bootstraps,
-    num_folds,
-    num_features,
-    penalty,
-    bandwidth="median",
+    feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty
 ):
     """Products of the two nuisances' held-out residuals.
 
@@ -152,19 +126,6 @@ def held_out_residuals(
             return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
 
         return jax.vmap(bootstrap)(weights)
-
-    if bandwidth == "cross_validation":
-        once = (
-            (jnp.arange(num_folds * per_fold) < num_rows)
-            .astype(x.dtype)
-            .reshape(1, num_folds, per_fold)
-        )
-        multiples = jnp.array(MULTIPLES)
-        errors = jax.lax.map(
-            lambda m: (once.reshape(-1) * held_out(x, omega[0] / m, phase[0], once)[0] ** 2).sum(),
-            multiples,
-        )
-        omega = omega / multiples[jnp.argmin(errors)]
 
     def products(kept):
         """Residual products [bootstraps, samples] of the regression on the variables in `kept`."""
@@ -239,7 +200,7 @@ def set_frequencies(
 
 
 def with_union(
-    sets, log_probs, selected, p_values, real, drop_empty
+    sets, log_probs, selected, p_values, real
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Candidates with all subsets of the most often selected variables added, each of which gets
     half of its probability there.
@@ -255,8 +216,6 @@ def with_union(
     subsets = jnp.zeros((2**size, num_vars), bool).at[:, top].set(table)
     inside = jnp.where(real[top], frequency[top], 0.0)
     probs = jnp.where(table, inside[None], 1 - inside[None]).prod(1)
-    if drop_empty:
-        probs = jnp.where(table.any(1), probs, 0.0)
     frequencies = jnp.exp(log_probs)
     listed = (sets[:, None] == subsets[None]).all(2) & (frequencies > 0)[:, None]
     probs = 0.5 * probs + 0.5 * (listed * frequencies[:, None]).sum(0)

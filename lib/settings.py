@@ -39,7 +39,7 @@ def stage_key(seed: int, *names: str) -> jax.Array:
     return key
 
 
-def check_settings(config: Any) -> None:
+def check(config: Any) -> None:
     """Raise `ValueError`, which the command line prints as one line, for a setting that cannot be
     meant; also of settings within `config`.
 
@@ -51,7 +51,7 @@ def check_settings(config: Any) -> None:
         value = getattr(config, field.name)
         for one in value if isinstance(value, tuple) else (value,):
             if is_dataclass(one):
-                check_settings(one)
+                check(one)
             elif isinstance(one, bool) or not isinstance(one, (int, float)):
                 continue
             elif field.name.endswith("seed"):
@@ -67,10 +67,11 @@ def check_settings(config: Any) -> None:
                 raise ValueError(f"{field.name} = {one} must be a finite number, not negative")
 
 
-def preset_arguments(arguments: Sequence[str]) -> list[str]:
+def preset_arguments(arguments: Sequence[str] | None = None) -> list[str]:
     """Command-line arguments with the default preset put first where none is named: `--steps 10`
     means `small --steps 10`.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if asks_for_help or (arguments and not arguments[0].startswith("-")):
         return list(arguments)
@@ -78,7 +79,8 @@ def preset_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compile fast, and keep compiled programs under `folder`: a second run, and another stage with
+    """Compile fast, and keep compiled programs under `folder` (or where JAX_COMPILATION_CACHE_DIR
+    says): a second run, and another stage with
     the same program, skips compilation.
 
     On the CPU, XLA's older emitter of kernels compiles a campaign with its rewards in 13.8 s
@@ -90,6 +92,7 @@ def use_compilation_cache(folder: Path) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_use_fusion_emitters" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

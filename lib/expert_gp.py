@@ -61,7 +61,7 @@ def fit_star_gp(
     x: Float[Array, "samples vars"],
     y: Float[Array, " samples"],
     sets: Bool[Array, "sets vars"],
-    live: Bool[Array, " sets"] | None = None,
+    live: Bool[Array, " sets"],
     max_rows: int = 100,
 ) -> StarGP:
     """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and
@@ -71,11 +71,8 @@ def fit_star_gp(
     and hyperparameters need fewer rows than predictions do); `star_effects` uses them all. Sets
     that are not `live` get ones, without any work.
     """
-    x, y = x[:max_rows], y[:max_rows]
-    live = jnp.ones(sets.shape[0], bool) if live is None else live
-    return jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))(
-        live, sets, squared_distances(x), y
-    )
+    fit = jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))
+    return fit(live, sets, squared_distances(x[:max_rows]), y[:max_rows])
 
 
 # one set after the other: under `vmap` a condition would compute both of its branches
@@ -87,17 +84,14 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
     def fit():
         distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
         lengthscales, ratios = (
-            jnp.array(STAR_LENGTHSCALES, y.dtype),
-            jnp.array(STAR_NOISE_RATIOS, y.dtype),
+            jnp.array(values, y.dtype) for values in (STAR_LENGTHSCALES, STAR_NOISE_RATIOS)
         )
 
         def score(lengthscale, ratio):
             factor = cholesky(jnp.exp(-distance / (2 * lengthscale**2)) + ratio * jnp.eye(num_rows))
             whitened = forward_solve(factor, y[:, None])
-            amplitude = (whitened**2).mean()
-            return -num_rows / 2 * jnp.log(amplitude) - jnp.log(
-                jnp.diagonal(factor)
-            ).sum(), amplitude
+            amplitude, log_det = (whitened**2).mean(), jnp.log(jnp.diagonal(factor)).sum()
+            return -num_rows / 2 * jnp.log(amplitude) - log_det, amplitude
 
         scores, amplitudes = jax.lax.map(
             lambda length: jax.vmap(lambda r: score(length, r))(ratios), lengthscales
@@ -118,7 +112,7 @@ def fit_star_gp_published(
     x: Float[Array, "samples vars"],
     y: Float[Array, " samples"],
     sets: Bool[Array, "sets vars"],
-    live: Bool[Array, " sets"] | None = None,
+    live: Bool[Array, " sets"],
 ) -> StarGP:
     """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient
     ascent from (1, 1, 1), then its limits.
@@ -127,7 +121,6 @@ def fit_star_gp_published(
     on linear systems its do-effects fall back to zero between the rows. Sets that are not `live`
     get ones, without any work.
     """
-    live = jnp.ones(sets.shape[0], bool) if live is None else live
     with jax.enable_x64(True):
         wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
         gp = jax.vmap(fit_one_star_gp_published, in_axes=(0, 0, None, None))(
@@ -174,11 +167,8 @@ def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, 
         )
         amplitude, lengthscale, noise = jnp.exp(logs)
         lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
-        return (
-            jnp.maximum(amplitude, PUBLISHED_AMPLITUDE),
-            lengthscale,
-            jnp.clip(noise, *PUBLISHED_NOISE),
-        )
+        amplitude = jnp.maximum(amplitude, PUBLISHED_AMPLITUDE)
+        return amplitude, lengthscale, jnp.clip(noise, *PUBLISHED_NOISE)
 
     one = jnp.ones((), y.dtype)
     return jax.lax.cond(alive, fit, lambda: (one, one, one))
@@ -190,7 +180,7 @@ def star_effects(
     sets: Bool[Array, "sets vars"],
     gp: StarGP,
     grid: Float[Array, "vars bins"],
-    live: Bool[Array, " sets"] | None = None,
+    live: Bool[Array, " sets"],
 ) -> StarEffects:
     """do(X_i = v) in the star graph of every set, for every variable and value on `grid`: X_i is
     set to v in each row, the other parents keep theirs.
@@ -200,7 +190,6 @@ def star_effects(
     b_n(v), and b' (K^-1 o A'A/R) b: no loop over values and rows. Constant in v for variables that
     are not in the set. Sets that are not `live` get zeros, without any work.
     """
-    live = jnp.ones(sets.shape[0], bool) if live is None else live
     # An amplitude far above the noise is common (a smooth function is nearly a straight line); in
     # float32 the difference `amplitude - explained` then has no correct digit.
     with jax.enable_x64(True):
@@ -338,37 +327,25 @@ def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
     return rbf + jnp.interp(a, grid, deviation)[:, None] * jnp.interp(b, grid, deviation)[None, :]
 
 
-def condition_causal_gp(
-    grid, mean, deviation, points, outcomes, noise, used, amplitude, lengthscale
-) -> tuple[CausalGP, Float[Array, ""]]:
-    """The GP with these hyperparameters given `outcomes` at `points` with noise variances `noise`
-    (where `used`), and its log evidence.
+def condition_causal_gp(prior, data, amplitude, lengthscale) -> tuple[CausalGP, Float[Array, ""]]:
+    """The GP with these hyperparameters and its log evidence, given `data`: points, outcomes, noise
+    variances, and which of them are used; `prior` is grid, mean and deviation.
     """
+    grid, mean, deviation = prior
+    points, outcomes, noise, used = data
     kernel = causal_kernel(grid, deviation, amplitude, lengthscale, points, points)
     # Outcomes nearly free of noise make the system singular to rounding: a hundred epsilons of the
     # prior variance are added.
     diagonal = noise + 100 * jnp.finfo(kernel.dtype).eps * jnp.diagonal(kernel)
-    factor = cholesky(
-        jnp.where(used[:, None] & used[None, :], kernel, 0.0)
-        + jnp.diag(jnp.where(used, diagonal, 1.0))
-    )
+    kernel = jnp.where(used[:, None] & used[None, :], kernel, 0.0)
+    factor = cholesky(kernel + jnp.diag(jnp.where(used, diagonal, 1.0)))
     residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
     whitened = forward_solve(factor, residual[:, None])
     evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
     weights = backward_solve(factor, whitened)[:, 0]
-    failed = ~jnp.isfinite(evidence)
-    return CausalGP(
-        grid,
-        mean,
-        deviation,
-        points,
-        used,
-        factor,
-        weights,
-        amplitude,
-        lengthscale,
-        failed.astype(int),
-    ), evidence
+    failures = (~jnp.isfinite(evidence)).astype(int)
+    fitted = factor, weights, amplitude, lengthscale, failures
+    return CausalGP(grid, mean, deviation, points, used, *fitted), evidence
 
 
 def fit_causal_gp(
@@ -390,35 +367,18 @@ def fit_causal_gp(
     no data. `grid` is increasing; a range of zero width is allowed and never explored.
     """
     width = jnp.maximum(grid[-1] - grid[0], 1e-6)
-    lengthscales, amplitudes, scales = (
-        axis.reshape(-1)
-        for axis in jnp.meshgrid(
-            jnp.array(LENGTHSCALES) * width,
-            jnp.array(AMPLITUDES) * unit,
-            jnp.array(noise_scales),
-            indexing="ij",
-        )
-    )
-    evidence, failed = evidences(
-        grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales
-    )
+    axes = jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales)
+    lengthscales, amplitudes, scales = (a.ravel() for a in jnp.meshgrid(*axes, indexing="ij"))
+    prior, data = (grid, mean, deviation), (points, outcomes, noise, used)
+    evidence, failed = evidences(prior, data, (amplitudes, lengthscales, scales))
     scores = (
         evidence
         - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2
         - 0.125 * jnp.log(amplitudes / (0.1 * unit)) ** 2
     )
     best = jnp.argmax(jnp.where(failed, -jnp.inf, scores))
-    gp, _ = condition_causal_gp(
-        grid,
-        mean,
-        deviation,
-        points,
-        outcomes,
-        scales[best] * noise,
-        used,
-        amplitudes[best],
-        lengthscales[best],
-    )
+    data = points, outcomes, scales[best] * noise, used
+    gp, _ = condition_causal_gp(prior, data, amplitudes[best], lengthscales[best])
     return eqx.tree_at(lambda gp: gp.failures, gp, failed.sum())
 
 
@@ -428,43 +388,28 @@ PLACES = (4, 8, 16, 32, 64)
 
 # one variable after the other: under `vmap` a switch would compute all of its branches
 @sequential_vmap
-def evidences(
-    grid, mean, deviation, points, outcomes, noise, used, amplitudes, lengthscales, scales
-):
-    """Log evidence and whether it failed, each `[hyperparameters]`, of the GP of one variable.
+def evidences(prior, data, hyperparameters):
+    """Log evidence and whether it failed, each `[hyperparameters]`, of the GP of one variable;
+    `prior` and `data` as in `condition_causal_gp`.
 
     A buffer has a place for every row of every variable, of which one variable uses few: they are
     moved to the front and the rest is cut off.
     """
+    used = data[-1]
     sizes = [*(size for size in PLACES if size < len(used)), len(used)]
     order = jnp.argsort(~used, stable=True)
-    rows = points[order], outcomes[order], noise[order], used[order]
 
     def on_the_first(size):
-        def compute():
-            points, outcomes, noise, used = (row[:size] for row in rows)
+        def one(amplitude, lengthscale, scale):
+            points, outcomes, noise, used = (row[order][:size] for row in data)
+            scaled = points, outcomes, scale * noise, used
+            gp, evidence = condition_causal_gp(prior, scaled, amplitude, lengthscale)
+            return evidence, gp.failures > 0
 
-            def one(amplitude, lengthscale, scale):
-                gp, evidence = condition_causal_gp(
-                    grid,
-                    mean,
-                    deviation,
-                    points,
-                    outcomes,
-                    scale * noise,
-                    used,
-                    amplitude,
-                    lengthscale,
-                )
-                return evidence, gp.failures > 0
+        return lambda: jax.vmap(one)(*hyperparameters)
 
-            return jax.vmap(one)(amplitudes, lengthscales, scales)
-
-        return compute
-
-    return jax.lax.switch(
-        jnp.searchsorted(jnp.array(sizes), used.sum()), [on_the_first(size) for size in sizes]
-    )
+    place = jnp.searchsorted(jnp.array(sizes), used.sum())
+    return jax.lax.switch(place, [on_the_first(size) for size in sizes])
 
 
 # --- acquisition ---
@@ -505,8 +450,6 @@ def refine(
     """
     variable, index = jnp.unravel_index(jnp.argmax(table), table.shape)
     values = grid[variable]
-    step = values[1] - values[0]
-    fine = jnp.clip(
-        values[index] + step * jnp.linspace(-1.0, 1.0, num_values), values[0], values[-1]
-    )
+    steps = (values[1] - values[0]) * jnp.linspace(-1.0, 1.0, num_values)
+    fine = jnp.clip(values[index] + steps, values[0], values[-1])
     return variable, fine[jnp.argmax(score(variable, fine))]

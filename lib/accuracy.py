@@ -1,0 +1,188 @@
+"""How right a surrogate and how good its decisions are on problems whose truth is known, as records
+of the tables; and how long a posterior takes.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from lib import baselines, metrics
+from lib.buffer import ExperienceBuffer
+from lib.expert_posterior import ParentScaleConfig, replay_posterior
+from lib.problems import Example, Problem, in_batches
+from lib.scm import AbstractSCM
+from lib.surrogate import ParentSetPredictionModel
+
+
+REGRET_STEPS = (1, 3, 5, 10, 20)
+STRUCTURE_BASELINES = ("all_ones", "absolute_correlation", "f_test")
+Arrays = dict[str, np.ndarray]
+
+
+@eqx.filter_jit
+def predictions(model: ParentSetPredictionModel, examples: Example) -> dict[str, jax.Array]:
+    """What the model says of every example beside the truth; effects in observed deviations of the
+    target, so no unit matters.
+    """
+
+    def one(example):
+        output = model.predict(example.buffer, example.task)
+        mean, effects = output.effect_mean, example.effects
+        chosen = jnp.argmin(jnp.where(jnp.isfinite(effects), mean, jnp.inf))
+        return {
+            "marginals": output.marginals(),
+            "parents": example.parents,
+            "possible": example.task.possible_parents,
+            "log_prob": output.log_prob(example.parents),
+            "effects": effects / output.spread,
+            "error": (effects - mean) / output.spread,
+            "std": output.effect_std / output.spread,
+            "regret": (effects.reshape(-1)[chosen] - effects.min()) / output.spread,
+        }
+
+    return jax.lax.map(one, examples, batch_size=32)
+
+
+def accuracy(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -> dict[str, float]:
+    """Accuracy on held-out problems of all buckets together: parents, effects, and how good the
+    surface's best point is as an action.
+    """
+    parts = [jax.device_get(predictions(model, batch)) for batch in validation]
+    slots = max(part["parents"].shape[1] for part in parts)
+
+    def of_problems(name):
+        """`[problems, vars]`, the buckets padded to the largest."""
+        wide = [((0, 0), (0, slots - part[name].shape[1])) for part in parts]
+        return np.concatenate([np.pad(part[name], w) for part, w in zip(parts, wide, strict=True)])
+
+    def of_effects(name):
+        """All that exist, as a vector: interventions that are not allowed have none."""
+        return np.concatenate([part[name][np.isfinite(part["effects"])] for part in parts])
+
+    def mean(name):
+        return float(np.concatenate([part[name] for part in parts]).mean())
+
+    marginals, truth, possible = map(of_problems, ("marginals", "parents", "possible"))
+    error, std, effects = map(of_effects, ("error", "std", "effects"))
+    return {
+        "validation_set_nll": -mean("log_prob"),
+        "validation_effect_nll": float((0.5 * (error / std) ** 2 + np.log(std)).mean()),
+        "validation_parent_f1": metrics.parent_f1(marginals > 0.5, truth, possible).pooled.value,
+        "validation_parent_auroc": metrics.auroc(marginals, truth, possible).value,
+        "validation_ece": metrics.expected_calibration_error(marginals, truth, possible).value,
+        "validation_effect_r2": float(1 - (error**2).mean() / effects.var()),
+        "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
+        "validation_regret": mean("regret"),
+    }
+
+
+def posterior_seconds(
+    model: ParentSetPredictionModel, scm: AbstractSCM, buffer: ExperienceBuffer, num_obs: int
+) -> tuple[float, float]:
+    """Seconds that our expert and the surrogate take for one posterior, after compilation, one
+    measured after the other; the first `num_obs` rows of `buffer` are observational.
+    """
+    settings = ParentScaleConfig(num_obs=num_obs, num_steps=0)
+    infer = eqx.filter_jit(lambda k, s, b: replay_posterior(k, s, b, b.size, settings))
+    predict = eqx.filter_jit(lambda m, s, b: m.predict(b, s.task).posterior().log_probs)
+    expert = metrics.median_seconds(lambda: infer(jr.key(0), scm, buffer), 3)
+    return expert, metrics.median_seconds(lambda: predict(model, scm, buffer), 20)
+
+
+# --- records of the tables ---
+
+
+@eqx.filter_jit
+def structure_scores(
+    surrogate: ParentSetPredictionModel, problems: Problem
+) -> dict[str, jax.Array]:
+    """Parent scores `[batch, vars]` of the surrogate and of every structure baseline;
+    log-probability of the true set; effects.
+    """
+
+    def one(problem):
+        scm, buffer = problem.scm, problem.buffer
+        output = surrogate.predict(buffer, scm.task)
+        scores = {name: getattr(baselines, name)(buffer, scm.task) for name in STRUCTURE_BASELINES}
+        return scores | {
+            "acbo": output.marginals(),
+            "parents": scm.parents,
+            "possible": scm.task.possible_parents,
+            "log_prob": output.log_prob(scm.parents),
+            "effect_mean": output.effect_mean,
+            "effect_std": output.effect_std,
+        }
+
+    return in_batches(one, problems)
+
+
+def surrogate_records(
+    task: str, scores: Arrays, tuning: Arrays, effects: np.ndarray
+) -> list[metrics.Record]:
+    """Parent accuracy of the surrogate against baselines whose thresholds are chosen on the
+    problems behind `tuning`; calibration, and true effects `[batch, vars, bins]` in its bands.
+    """
+    records, truth, possible = [], scores["parents"], scores["possible"]
+    n, ours = len(truth), metrics.parent_f1(scores["acbo"] > 0.5, truth, possible)
+    for name in (*STRUCTURE_BASELINES, "acbo"):
+        guess = scores[name] > 0.5
+        if name != "acbo":
+            threshold = metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
+            guess = scores[name] >= threshold
+        f1 = metrics.parent_f1(guess, truth, possible)
+        figures = {
+            "parent F1": f1.mean,
+            "pooled F1": f1.pooled,
+            "AUROC": metrics.auroc(scores[name], truth, possible),
+            "AUPRC": metrics.average_precision(scores[name], truth, possible),
+        }
+        if name != "acbo":
+            paired = metrics.paired_difference(ours.per_problem, f1.per_problem)
+            figures["F1 below acbo's, paired"] = paired
+        records += metrics.cells("surrogate", task, name, figures, n)
+    usable, error = np.isfinite(effects), effects - scores["effect_mean"]
+    inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
+    exact = ((scores["acbo"] > 0.5) == truth).all(1).astype(float)
+    beliefs = {
+        "exact set": metrics.summarise(exact),
+        "set NLL (nats)": metrics.summarise(-scores["log_prob"]),
+        "ECE": metrics.expected_calibration_error(scores["acbo"], truth, possible),
+        "effect R2": float(1 - (error[usable] ** 2).mean() / effects[usable].var()),
+        "coverage of 90 % bands": metrics.summarise(inside.sum((1, 2)) / usable.sum((1, 2))),
+    }
+    return records + metrics.cells("surrogate", f"{task}/beliefs and effects", "acbo", beliefs, n)
+
+
+def mean_f1(scores: Arrays, marginals: np.ndarray):
+    """Mean parent F1 of marginals on the first problems, as many as there are."""
+    n = len(marginals)
+    return metrics.parent_f1(marginals > 0.5, scores["parents"][:n], scores["possible"][:n]).mean
+
+
+def regret_records(task: str, regret: Arrays, mechanism: np.ndarray) -> list[metrics.Record]:
+    """Simple regret of every method, by kind of mechanism too; the paired difference of each to
+    acbo; and how often acbo ends better than doing nothing.
+    """
+    records = []
+    steps = [s for s in REGRET_STEPS if s < regret["acbo"].shape[1]]
+    kinds = {"": mechanism >= 0, "/linear": mechanism == 0, "/fourier": mechanism == 1}
+    for kind, rows in kinds.items():
+        for name, values in regret.items():
+            chosen = values[rows[: len(values)]]
+            if len(chosen):
+                figures = {f"regret@{s}": metrics.summarise(chosen[:, s]) for s in steps}
+                records += metrics.cells("optimisation", task + kind, name, figures, len(chosen))
+    for name in [name for name in regret if name != "acbo"]:
+        values, ours = regret[name], regret["acbo"][: len(regret[name])]
+        figures = {
+            f"regret@{s}": metrics.paired_difference(values[:, s], ours[:, s]) for s in steps
+        }
+        part = f"{task}/regret above acbo's, paired"
+        records += metrics.cells("optimisation", part, name, figures, len(values))
+    better = metrics.summarise((regret["acbo"][:, -1] < 1.0).astype(float))
+    unit = "share of problems better than doing nothing"
+    return records + metrics.cells(
+        "success", task, "acbo", {"stability": better}, len(mechanism), unit
+    )

@@ -1,0 +1,113 @@
+"""Behavioural cloning: the policy learns what the expert chose and weighed
+(phase4_training_infrastructure.md, section 3).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from lib.policy import AcquisitionPolicyNetwork
+from lib.training import Learner, clipped_adam, filter_scan
+from lib.trajectories import AcquisitionTrainingExample
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """Learning from the expert (`ImitationConfig` of phase4_training_infrastructure.md)."""
+
+    use_behavioral_cloning: bool = True
+    """Clone before GRPO; without it the policy starts from random weights and no demonstrations are
+    read.
+    """
+    grpo_warmstart: bool = True
+    """Start GRPO from the clone, and draw the policy to it; otherwise from random weights, with the
+    clone written but not used.
+    """
+    imitation_weight: float = 0.0
+    """Weight of the cloning loss beside GRPO's, on as many demonstrations as cloning takes in a
+    step.
+    """
+    imitation_epochs: int = 20
+    """Passes over the demonstrations while cloning."""
+    imitation_batch: int = 64
+    """Expert states in a step."""
+    surface_weight: float = 0.5
+    """Share of the target that is the expert's acquisition surface, normalised; the rest is its
+    choice.
+    """
+    learning_rate: float = 2e-3
+    """Learning rate of Adam while cloning."""
+
+    def __post_init__(self):
+        if self.imitation_weight and not self.use_behavioral_cloning:
+            raise ValueError(
+                "imitation_weight needs demonstrations, and use_behavioral_cloning = "
+                "False reads none"
+            )
+
+    @property
+    def warm(self) -> bool:
+        """Whether GRPO starts from the clone, and is then drawn to it."""
+        return self.use_behavioral_cloning and self.grpo_warmstart
+
+
+class CloneMetrics(NamedTuple):
+    """The cloning loss in nats, and agreement with the expert's choices as shares: of variables,
+    and, of the states where these agree, of values (within a tenth of the range).
+    """
+
+    loss: Float[Array, ""]
+    variable_agreement: Float[Array, ""]
+    value_agreement: Float[Array, ""]
+
+
+def clone_loss(
+    policy: AcquisitionPolicyNetwork, examples: AcquisitionTrainingExample, surface_weight: float
+) -> tuple[Float[Array, ""], CloneMetrics]:
+    """Cross-entropy to the expert's choice and to its normalised acquisition surface, mean over
+    the examples (leading axis `batch`).
+    """
+
+    def per_state(example):
+        distribution, task = policy(example.state), example.state.task
+        log_probs = jnp.where(task.candidates[:, None], distribution.logits, 0.0)
+        index = distribution.cell(example.variable, example.value)
+        total = example.surface.sum()
+        share = example.surface / jnp.where(total > 0, total, 1.0)
+        # where the expert expects no improvement anywhere, only its choice is left
+        weight = jnp.where(total > 0, surface_weight, 0.0)
+        choice, surface = log_probs[example.variable, index], (share * log_probs).sum()
+        variable, value = distribution.mode()
+        near = jnp.abs(value - example.value) <= 0.1 * (task.high - task.low)[variable]
+        same = variable == example.variable
+        return -(1 - weight) * choice - weight * surface, same, same & near
+
+    loss, same, near = jax.vmap(per_state)(examples)
+    agreement = near.sum() / jnp.maximum(same.sum(), 1)
+    return loss.mean(), CloneMetrics(loss.mean(), same.mean(), agreement)
+
+
+@eqx.filter_jit
+def clone(
+    key: Key[Array, ""],
+    policy: AcquisitionPolicyNetwork,
+    examples: AcquisitionTrainingExample,
+    config: ImitationConfig,
+) -> AcquisitionPolicyNetwork:
+    """The policy after all epochs, in one program."""
+    count = examples.variable.shape[0]
+    batch = min(config.imitation_batch, count)
+    optimiser = clipped_adam(config.learning_rate)
+
+    def step(learner, rows):
+        chosen = jax.tree.map(lambda leaf: leaf[rows], examples)
+        return learner.descend(optimiser, lambda p: clone_loss(p, chosen, config.surface_weight))
+
+    orders = jax.vmap(lambda k: jr.permutation(k, count))(jr.split(key, config.imitation_epochs))
+    rows = orders[:, : count // batch * batch].reshape(-1, batch)
+    return filter_scan(step, Learner.of(policy, optimiser), rows)[0].module

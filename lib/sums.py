@@ -1,0 +1,226 @@
+"""A data set as sums over its rows: one more row is one more term.
+
+Rows are standardised by the observational ones; padding variables have zeros. Nothing here is
+learned. One data set at a time; batch with `vmap`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lib.buffer import ExperienceBuffer
+from lib.regression import powers_of, regression_moments
+from lib.scm import Task, value_grid
+
+
+MAX_DEVIATIONS = 10.0  # further out, a scalar is clipped: an outlier must not swamp every moment
+# where powers end, in deviations or in half-widths of a range: a sixth power of more would leave
+# float32 no digits for the rest
+FARTHEST = 5.0
+FREQUENCIES = (1.2, 2.4, 3.6)  # of the waves among the features of a scalar, per deviation
+NUM_FEATURES = 14  # of a scalar
+
+
+class Frame(NamedTuple):
+    """Units of a data set: mean and deviation of every variable over its observational rows, and
+    the standardised values to predict at.
+    """
+
+    shift: Float[Array, " vars"]
+    spread: Float[Array, " vars"]
+    grid: Float[Array, "vars bins"]
+
+    @staticmethod
+    def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Frame":
+        """From the observational rows, or all valid rows where there are fewer than two."""
+        rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)[
+            :, None
+        ]
+        count = jnp.maximum(rows.sum(), 1)
+        raw = jnp.where(buffer.valid[:, None] & task.var_mask[None], buffer.values, 0.0)
+        shift = jnp.where(rows, raw, 0.0).sum(0) / count
+        spread = jnp.sqrt(jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count)
+        # relative: no unit is too small
+        spread = jnp.where(spread > 1e-6 * jnp.abs(shift), spread, 1.0)
+        grid = jnp.clip(
+            (value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None],
+            -MAX_DEVIATIONS,
+            MAX_DEVIATIONS,
+        )
+        # what has no range is looked at around its mean, whatever its units call zero
+        ranged = task.var_mask & (task.high > task.low)
+        return Frame(shift, spread, jnp.where(ranged[:, None], grid, 0.0))
+
+
+class Rows(NamedTuple):
+    """Standardised rows; flags are zeros and ones."""
+
+    values: Float[Array, "samples vars"]
+    intervened: Float[Array, "samples vars"]
+    valid: Float[Array, " samples"]
+    observational: Float[Array, " samples"]
+
+    @staticmethod
+    def of(buffer: ExperienceBuffer, frame: Frame, var_mask: Bool[Array, " vars"]) -> "Rows":
+        """The buffer in the units of `frame`; free rows and padding are zero."""
+        kept, dtype = buffer.valid[:, None] & var_mask[None], buffer.values.dtype
+        values = jnp.clip(
+            (jnp.where(kept, buffer.values, frame.shift[None]) - frame.shift[None])
+            / frame.spread[None],
+            -MAX_DEVIATIONS,
+            MAX_DEVIATIONS,
+        )
+        flags = (buffer.intervened & buffer.valid[:, None]).astype(dtype)
+        return Rows(
+            jnp.where(kept, values, 0.0),
+            flags,
+            buffer.valid.astype(dtype),
+            buffer.observational.astype(dtype),
+        )
+
+
+class Sums(NamedTuple):
+    """Sums over rows.
+
+    Of pairs: `features` are products of the features of all scalars; `powers` those of one and
+    three powers of all variables, `observed` over observational rows, and `under_do[j]` over the
+    rows in which j was set.
+
+    Of the target: `regression` are products of one, powers of every variable and the outcome over
+    rows where the target was not set; `cubic[i]` those of one, powers of variable i and the outcome
+    over rows where it alone may have been set, and `bumps[i]` those of bumps around the grid there;
+    `seen`, `done` and `done_wide` those of a bump with one and with the outcome, observed and
+    intervened.
+    """
+
+    count: Float[Array, ""]
+    observational: Float[Array, ""]
+    features: Float[Array, "features features"]
+    powers: Float[Array, "powers powers"]
+    observed: Float[Array, "powers powers"]
+    under_do: Float[Array, "vars powers powers"]
+    regression: Float[Array, "columns columns"]
+    cubic: Float[Array, "vars 5 5"]
+    bumps: Float[Array, "vars bins bins"]
+    seen: Float[Array, "vars bins 2"]
+    done: Float[Array, "vars bins 2"]
+    done_wide: Float[Array, "vars bins 2"]
+
+
+def scalar_features(
+    values: Float[Array, "*shape"], intervened: Float[Array, "*shape"]
+) -> Float[Array, "*shape features"]:
+    """One, powers and waves of a standardised scalar; whether it was set, and to what."""
+    waves = [wave(w * values) for w in FREQUENCIES for wave in (jnp.sin, jnp.cos)]
+    columns = [jnp.ones_like(values), *jnp.moveaxis(hermite(values), -1, 0), *waves]
+    return jnp.stack(
+        [*columns, intervened, intervened * values, intervened * waves[0], intervened * waves[1]],
+        -1,
+    )
+
+
+def hermite(values: Float[Array, "*shape"]) -> Float[Array, "*shape 3"]:
+    """The first three Hermite polynomials with variance one, uncorrelated for a Gaussian; the first
+    is the value itself.
+    """
+    u = jnp.clip(values, -FARTHEST, FARTHEST)
+    return jnp.stack([values, (u**2 - 1.0) / jnp.sqrt(2.0), (u**3 - 3.0 * u) / jnp.sqrt(6.0)], -1)
+
+
+def bumps(
+    values: Float[Array, "samples vars"],
+    centres: Float[Array, "vars bins"],
+    width: Float[Array, " vars"],
+) -> Float[Array, "samples vars bins"]:
+    """Bumps of deviation `width` around the centres of each variable: (1 - u^2)^2, which ends and
+    needs no exponential.
+    """
+    u = (values[:, :, None] - centres[None]) / (jnp.sqrt(7.0) * width[None, :, None])
+    return jnp.square(jnp.maximum(1.0 - u * u, 0.0))
+
+
+def bump_width(grid: Float[Array, "vars bins"]) -> Float[Array, " vars"]:
+    """Half a step of the grid and a little more."""
+    return 0.5 * (grid[:, 1:] - grid[:, :-1]).mean(-1) + 0.15
+
+
+def middle_and_half(
+    grid: Float[Array, "vars bins"],
+) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
+    """Centre and half-width of each variable's range; at least one deviation, and 2, about what
+    observed values span, if the range has no width.
+    """
+    half = 0.5 * (grid[:, -1] - grid[:, 0])
+    return 0.5 * (grid[:, 0] + grid[:, -1]), jnp.where(half > 0, jnp.maximum(half, 1.0), 2.0)
+
+
+def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
+    """The sums of some rows: those of a data set, or those of one row to be added."""
+    values, outcome = rows.values, jnp.take(rows.values, task.target, axis=1)
+    num_rows, num_vars = values.shape
+    one, level = jnp.ones_like(values), jnp.stack([jnp.ones_like(outcome), outcome], -1)
+
+    def products(columns, weights):
+        return (columns * weights[:, None]).T @ columns
+
+    features = scalar_features(values, rows.intervened) * task.var_mask[None, :, None]
+    powers = jnp.concatenate([jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1)
+    powers = powers * rows.valid[:, None]
+    where_set = (rows.intervened[:, :, None] * powers[:, None]).reshape(num_rows, -1)
+
+    usable = rows.valid * (1.0 - jnp.take(rows.intervened, task.target, axis=1))
+    observed, done = rows.observational * usable, rows.intervened * usable[:, None]
+    alone = observed[:, None] + done
+    middle, half = middle_and_half(frame.grid)
+    u = jnp.clip((values - middle[None]) / half[None], -FARTHEST, FARTHEST)
+    cubic = jnp.concatenate(
+        [
+            one[:, :, None],
+            powers_of(u, 3),
+            jnp.broadcast_to(outcome[:, None, None], (*values.shape, 1)),
+        ],
+        -1,
+    )
+    width = bump_width(frame.grid)
+    near, wide = bumps(values, frame.grid, width), bumps(values, frame.grid, 3.0 * width)
+    return Sums(
+        rows.valid.sum(),
+        rows.observational.sum(),
+        products(features.reshape(num_rows, -1), rows.valid),
+        powers.T @ powers,
+        products(powers, rows.observational),
+        (where_set.T @ powers).reshape(num_vars, powers.shape[1], powers.shape[1]),
+        regression_moments(u, outcome, usable > 0, 3),
+        jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
+        jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
+        jnp.einsum("nvb,nc->vbc", near * observed[:, None, None], level),
+        jnp.einsum("nvb,nc->vbc", near * done[:, :, None], level),
+        jnp.einsum("nvb,nc->vbc", wide * done[:, :, None], level),
+    )
+
+
+class Summary(NamedTuple):
+    """All that is kept of a data set: its units, and sums over its rows."""
+
+    frame: Frame
+    sums: Sums
+
+    @staticmethod
+    def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Summary":
+        """Of all rows of `buffer`; effects will be told at `num_bins` values per variable."""
+        frame = Frame.of(buffer, task, num_bins)
+        return Summary(frame, sum_rows(Rows.of(buffer, frame, task.var_mask), frame, task))
+
+    def add(
+        self, values: Float[Array, " vars"], intervened: Bool[Array, " vars"], task: Task
+    ) -> "Summary":
+        """With one more row, at one row's share of the cost of `of`.
+
+        The units stay those of the first rows: after interventional rows the sums are those of the
+        whole data set; observational ones would have moved the units a little.
+        """
+        row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
+        more = sum_rows(Rows.of(row, self.frame, task.var_mask), self.frame, task)
+        return Summary(self.frame, jax.tree.map(jnp.add, self.sums, more))

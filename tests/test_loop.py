@@ -1,0 +1,201 @@
+"""The loops of the design documents, as they are printed there, at toy size; and every name that
+the documents use.
+"""
+
+import importlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from lib import loop
+from lib.policy import PolicyConfig
+from lib.problems import CampaignDesign, GroundTruth
+from lib.scm_prior import SCMPrior
+from lib.surrogate import SurrogateConfig
+
+
+SIZES = SurrogateConfig(
+    model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6
+)
+EASY = SCMPrior(max_vars=3, max_size=3), CampaignDesign(12, 12, 1, 4)
+RATE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def models():
+    policy = PolicyConfig(policy_hidden_dim=8, policy_n_layers=1)
+    return (
+        loop.initialize_surrogate(config=SIZES, key=jr.key(0)),
+        loop.initialize_acquisition(config=policy, surrogate=SIZES, key=jr.key(1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return loop.sample_problem(EASY, key=jr.key(2))
+
+
+def largest_change(before, after) -> float:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return max(float(jnp.abs(a - b).max()) for a, b in pairs if eqx.is_array(a))
+
+
+def test_pretraining_as_printed(models, problem):
+    surrogate_params, buffer = models[0], problem[1]
+    true_posteriors = loop.compute_posterior(buffer, models[0])
+    other = loop.initialize_surrogate(config=SIZES, key=jr.key(7))
+    for _ in range(2):
+        other = loop.update_surrogate(
+            params=other, buffer=buffer, learning_rate=RATE, target_posteriors=true_posteriors
+        )
+    start = loop.initialize_surrogate(config=SIZES, key=jr.key(7))
+
+    def distance(params):
+        return 0.5 * jnp.abs(loop.compute_posterior(buffer, params).probs - expected).sum()
+
+    expected = true_posteriors.probs
+    assert distance(other) < distance(start)  # in total variation
+    assert largest_change(surrogate_params, models[0]) == 0
+
+
+def test_acquisition_training_as_printed(models):
+    surrogate_params, acquisition_params = models
+    for _ in range(2):
+        scm, buffer = loop.sample_problem(EASY)
+        state = loop.get_current_state(buffer, surrogate_params)
+        interventions = loop.generate_group_interventions(state, acquisition_params, group_size=3)
+        rewards = []
+        for intervention in interventions:
+            new_scm = loop.apply_intervention(scm, intervention)
+            outcome = loop.sample_from_scm(new_scm)
+            new_buffer = buffer.add_intervention(intervention, outcome)
+            reward = loop.compute_verifiable_reward(
+                state, intervention, outcome, new_buffer, surrogate_params
+            )
+            rewards.append(reward)
+        acquisition_params = loop.update_acquisition_grpo(
+            params=acquisition_params,
+            state=state,
+            interventions=interventions,
+            rewards=rewards,
+            learning_rate=RATE,
+        )
+    assert np.isfinite(rewards).all() and len(interventions) == 3
+    # two steps on each of two groups, none of which moves a weight by more than the learning rate
+    assert 0 < largest_change(models[1], acquisition_params) <= 4.01 * RATE
+
+
+def test_end_to_end_training_as_printed(models):
+    surrogate_params, acquisition_params = models
+    adjust_difficulty = importlib.import_module("04_train_e2e").adjust_difficulty
+    assert adjust_difficulty(0)[0].max_size < adjust_difficulty(10**6)[0].max_size
+    for _ in range(2):
+        scm, buffer = loop.sample_problem(EASY)
+        surrogate_params = loop.update_surrogate(
+            params=surrogate_params, buffer=buffer, learning_rate=RATE
+        )
+        posterior = loop.compute_posterior(buffer, surrogate_params)
+        state = loop.State(posterior=posterior, buffer=buffer)
+        intervention = loop.select_intervention(state, acquisition_params)
+        new_scm = loop.apply_intervention(scm, intervention)
+        outcome = loop.sample_from_scm(new_scm)
+        new_buffer = buffer.add_intervention(intervention, outcome)
+        new_posterior = loop.compute_posterior(new_buffer, surrogate_params)
+        new_state = loop.State(posterior=new_posterior, buffer=new_buffer)
+        reward = loop.compute_verifiable_reward(
+            state, intervention, outcome, new_buffer, surrogate_params
+        )
+        acquisition_params = loop.update_acquisition(
+            params=acquisition_params,
+            state=state,
+            intervention=intervention,
+            reward=reward,
+            next_state=new_state,
+            learning_rate=RATE,
+        )
+    assert 0 < largest_change(models[0], surrogate_params) <= 2.01 * RATE
+    assert 0 < largest_change(models[1], acquisition_params) <= 2.01 * RATE
+
+
+def test_the_training_loop_api(models, problem, capsys):
+    scm, buffer = problem
+    first = loop.initialize_models(buffer, 2, 0, config=SIZES)
+    second = loop.initialize_models(buffer, 2, 0, config=SIZES)
+    assert largest_change(first, second) == 0
+    posterior = loop.compute_posterior(buffer, models[0], task=scm.task)
+    intervention, sample = loop.intervention_step(scm, models[1], buffer, posterior)
+    assert intervention.mask.sum() == 1 and not intervention.mask[scm.target]
+    np.testing.assert_array_equal(sample[intervention.mask], intervention.values[intervention.mask])
+    surrogate, policy, final = loop.train(
+        scm, buffer, 3, RATE, RATE, scm.parents, models=models, key=jr.key(4)
+    )
+    assert final.size == buffer.size + 3 and final.intervened[buffer.size : final.size].any(1).all()
+    assert 0 < largest_change(models, (surrogate, policy)) <= 3.01 * RATE
+    assert capsys.readouterr().out.count("log-probability of the true parent set") == 3
+
+
+def test_the_loop_learns_the_truth(models, problem):
+    scm, buffer = problem
+    truth, surrogate = GroundTruth.of(scm, SIZES.num_bins), models[0]
+    before = loop.compute_posterior(buffer, surrogate, task=scm.task).output
+    for _ in range(20):
+        surrogate = loop.update_surrogate(surrogate, buffer, 1e-2, task=scm.task, truth=truth)
+    after = loop.compute_posterior(buffer, surrogate, task=scm.task).output
+    assert after.log_prob(scm.parents) > before.log_prob(scm.parents) + 0.1
+
+
+def test_the_target_is_the_last_variable_of_what_is_drawn():
+    for seed in range(4):
+        scm, buffer = loop.sample_problem(EASY, key=jr.key(seed))
+        assert scm.target == 2 and not scm.parents[2] and scm.parents.any()
+        assert buffer.intervened[:, :2].any(0).all() and not buffer.intervened[:, 2].any()
+
+
+# every function, class and type of the three documents, by where it lives
+NAMES = {
+    "01_extract_demos": "",
+    "02_train_surrogate": "SurrogateModelResult TrainingConfig pretrain_surrogate"
+    " train_surrogate_component train_surrogate_with_expert_data",
+    "03_warmstart_acquisition": "AcquisitionConfig AcquisitionModelResult train_acquisition"
+    " train_acquisition_component train_acquisition_with_expert_warmstart",
+    "04_train_e2e": "adjust_difficulty train_complete_acbo_system train_end_to_end",
+    "05_evaluate": "EvaluationReport evaluate_surrogate_accuracy evaluate_system_performance",
+    "lib.buffer": "ExperienceBuffer",
+    "lib.extraction": "ParentScaleTrajectory expert_demonstration extract_expert_trajectory"
+    " extract_multiple_trajectories",
+    "lib.grpo": "GRPOConfig",
+    "lib.imitation": "ImitationConfig",
+    "lib.loop": "AcquisitionParams Sample State SurrogateParams apply_intervention"
+    " compute_posterior compute_verifiable_reward generate_group_interventions get_current_state"
+    " initialize_acquisition initialize_models initialize_surrogate intervention_step"
+    " sample_from_scm sample_problem select_intervention train update_acquisition"
+    " update_acquisition_grpo update_surrogate",
+    "lib.methods": "ACBOPipeline OptimizationScenario evaluate_acquisition_performance"
+    " integrate_with_existing_pipeline",
+    "lib.policy": "AcquisitionPolicyNetwork AcquisitionState PolicyConfig",
+    "lib.posterior": "ParentSetPosterior",
+    "lib.scm": "Intervention SCM",
+    "lib.surrogate": "ParentSetPredictionModel SurrogateConfig SurrogateTrainingExample",
+    "lib.system": "DeployedACBOSystem DeploymentConfig OptimizationResult TrainedACBOSystem"
+    " deploy_trained_system",
+    "lib.trajectories": "AcquisitionTrainingExample ExpertTrajectory TrajectoryStep"
+    " augment_expert_demonstrations extract_acquisition_training_data"
+    " extract_expert_demonstrations extract_surrogate_training_data"
+    " validate_demonstration_quality validate_trajectory_consistency",
+}
+METHODS_OF_THE_SYSTEM = ("predict_posterior", "run_optimization", "select_intervention")
+
+
+def test_every_name_of_the_documents_exists():
+    for place, names in NAMES.items():
+        module = importlib.import_module(place)
+        missing = [name for name in names.split() if not hasattr(module, name)]
+        assert not missing, f"{place}: {missing}"
+    system = importlib.import_module("lib.system").TrainedACBOSystem
+    assert all(hasattr(system, name) for name in METHODS_OF_THE_SYSTEM)
+    named = {name for names in NAMES.values() for name in names.split()}
+    assert len(named | set(METHODS_OF_THE_SYSTEM)) == 72
