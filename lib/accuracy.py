@@ -12,7 +12,7 @@ from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.problems import Example, Problem, in_batches
-from lib.scm import AbstractSCM
+from lib.scm import MECHANISMS, AbstractSCM
 from lib.surrogate import ParentSetPredictionModel
 
 
@@ -167,7 +167,7 @@ def regret_records(task: str, regret: Arrays, mechanism: np.ndarray) -> list[met
     """
     records = []
     steps = [s for s in REGRET_STEPS if s < regret["acbo"].shape[1]]
-    kinds = {"": mechanism >= 0, "/linear": mechanism == 0, "/fourier": mechanism == 1}
+    kinds = {"": mechanism >= 0} | {f"/{n}": mechanism == i for i, n in enumerate(MECHANISMS)}
     for kind, rows in kinds.items():
         for name, values in regret.items():
             chosen = values[rows[: len(values)]]

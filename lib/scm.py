@@ -227,6 +227,18 @@ MECHANISMS = ("linear", "fourier", "mlp", "polynomial")
 NOISES = ("gaussian", "laplace", "uniform", "heteroscedastic")
 
 
+def in_order(names: tuple[str, ...], given: dict[str, Array], where: str) -> list[Array]:
+    """The entries of `given` in the order of `names`, to be indexed by place.
+
+    Raises `ValueError` unless there is one for each: JAX clamps an index that is too large, so a
+    kind that somebody added would silently be computed as another.
+    """
+    if set(given) != set(names):
+        lacking = sorted(set(names) - set(given)) or sorted(set(given) - set(names))
+        raise ValueError(f"{where}: add or remove {', '.join(lacking)}: needs {', '.join(names)}")
+    return [given[name] for name in names]
+
+
 class SyntheticSCM(AbstractSCM):
     """A random model with one kind of mechanism and of additive noise, each variable standardised
     while it is generated.
@@ -281,7 +293,14 @@ class SyntheticSCM(AbstractSCM):
         tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))
         laplace = -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0)
         uniform = jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails)
-        return jax.lax.select_n(self.noise_kind, noise, laplace, uniform, noise)
+        kinds = {
+            "gaussian": noise,
+            "laplace": laplace,
+            "uniform": uniform,
+            "heteroscedastic": noise,
+        }
+        where = "SyntheticSCM.disturbance (lib/scm.py)"
+        return jax.lax.select_n(self.noise_kind, *in_order(NOISES, kinds, where))
 
     def structural_equation(
         self,
@@ -302,10 +321,15 @@ class SyntheticSCM(AbstractSCM):
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
         square = jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0)
-        hidden = (
-            jax.lax.select_n(self.mechanism, jnp.zeros_like(z), jnp.cos(z), jnp.tanh(z), square)
-            @ self.amplitudes[k]
-        )
+        units = {
+            "linear": jnp.zeros_like(z),
+            "fourier": jnp.cos(z),
+            "mlp": jnp.tanh(z),
+            "polynomial": square,
+        }
+        where = "SyntheticSCM.structural_equation (lib/scm.py)"
+        unit = jax.lax.select_n(self.mechanism, *in_order(MECHANISMS, units, where))
+        hidden = unit @ self.amplitudes[k]
         direct = (self.mechanism == MECHANISMS.index("linear")) | (
             self.mechanism == MECHANISMS.index("polynomial")
         )

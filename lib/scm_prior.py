@@ -6,13 +6,22 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, antithetic_normal, value_grid
+from lib.scm import (
+    MECHANISMS,
+    NOISES,
+    Intervention,
+    SyntheticSCM,
+    antithetic_normal,
+    in_order,
+    value_grid,
+)
 
 
 FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider", "watts_strogatz", "layered")
@@ -96,13 +105,30 @@ class SCMPrior:
                 raise ValueError(f"min_{name} = {low} must be positive")
 
 
+def inherit(prior: SCMPrior, header: dict) -> SCMPrior:
+    """The prior of a stage that builds on an artifact with this `header`: its own sizes, and all
+    else from the prior that the artifact was made with, unless a setting of its own departs from
+    the default. So a prior that stage 1 was given reaches every later stage.
+    """
+    sizes = {name: getattr(prior, name) for name in ("max_vars", "min_size", "max_size")}
+    if prior != SCMPrior(**sizes):
+        return prior
+    return SCMPrior(**prior_in(header) | sizes)
+
+
+def prior_in(header: dict) -> dict[str, Any]:
+    """The settings of the prior that the artifact with this `header` was made with."""
+    found = header["config"]["prior"].items()
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found}
+
+
 def multimodal(prior: SCMPrior) -> SCMPrior:
-    """The same with wide ranges and responses that have several valleys: problems where it pays to
-    look around.
+    """The same with wide ranges and responses that have several valleys (if its mechanisms have
+    any): problems where it pays to look around.
     """
     return replace(
         prior,
-        mechanisms=("fourier",),
+        mechanisms=("fourier",) if "fourier" in prior.mechanisms else prior.mechanisms,
         min_lengthscale=0.4,
         max_lengthscale=1.0,
         min_range=3.0,
@@ -203,8 +229,16 @@ def sample_graph(
     one = index[:, None] == jnp.argmax(jnp.where(before, u["attach"], -1.0), axis=0)[None]
     layered = before & (dense | one)
 
-    graphs = [erdos_renyi, scale_free, chain, fork, collider, watts_strogatz, layered]
-    graph = jnp.stack(graphs)[family]
+    graphs = {
+        "erdos_renyi": erdos_renyi,
+        "scale_free": scale_free,
+        "chain": chain,
+        "fork": fork,
+        "collider": collider,
+        "watts_strogatz": watts_strogatz,
+        "layered": layered,
+    }
+    graph = jnp.stack(in_order(FAMILIES, graphs, "sample_graph (lib/scm_prior.py)"))[family]
     graph &= (index < size)[:, None] & (index < size)[None]
     return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
 
@@ -254,6 +288,13 @@ def _sample_once(
     )
     low, high = between(u["range"], prior.min_range, prior.max_range)
     phase = 2 * jnp.pi * u["phase"]
+    phases = {  # an MLP's steps lie on both sides of the mean
+        "linear": phase,
+        "fourier": phase,
+        "mlp": phase - jnp.pi,
+        "polynomial": jnp.zeros_like(phase),
+    }
+    where = "phases in _sample_once (lib/scm_prior.py)"
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
@@ -262,8 +303,7 @@ def _sample_once(
         noise_kind=one_of(jr.uniform(noise_key), prior.noises, NOISES),
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
-        # an MLP's steps lie on both sides of the mean
-        phases=jnp.stack([phase, phase, phase - jnp.pi, jnp.zeros_like(phase)])[mechanism],
+        phases=jnp.stack(in_order(MECHANISMS, phases, where))[mechanism],
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
         noise_scale=jnp.exp(
             between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))

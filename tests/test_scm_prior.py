@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from lib import scm, scm_prior
 from lib.problems import DataDesign, initial_buffer, sample_examples
 from lib.scm import MECHANISMS, NOISES, Intervention, check_scm
 from lib.scm_prior import FAMILIES, SCMPrior, sample_graph, sample_scm
@@ -176,6 +177,22 @@ def test_models_are_padded_at_the_end(scms):
 def test_same_key_same_model(scms):
     assert eqx.tree_equal(scms, jit_sample(jr.split(jr.key(1), NUM_MODELS)))
     assert len(np.unique(np.asarray(scms.weights)[:, 0, 1])) == NUM_MODELS
+
+
+@pytest.mark.parametrize(
+    ("module", "kinds", "where"),
+    [
+        (scm, "MECHANISMS", "structural_equation"),
+        (scm, "NOISES", "disturbance"),
+        (scm_prior, "MECHANISMS", "phases in _sample_once"),
+        (scm_prior, "FAMILIES", "sample_graph"),
+    ],
+)
+def test_a_kind_that_was_added_in_one_place_only_is_refused(module, kinds, where, monkeypatch):
+    """JAX clamps an index that is too large: it would get another kind's numbers."""
+    monkeypatch.setattr(module, kinds, (*getattr(module, kinds), "mine"))
+    with pytest.raises(ValueError, match=f"{where} .*add or remove mine"):
+        jax.eval_shape(lambda: sample_scm(jr.key(0), SCMPrior(max_vars=4, max_size=4)))
 
 
 def test_defaults_are_those_of_training(scms):
