@@ -46,7 +46,7 @@ from lib.imitation import ImitationConfig, clone, clone_loss
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.problems import CampaignDesign, Problem, draw_mixture
 from lib.rewards import RewardConfig
-from lib.scm_prior import SCMPrior, multimodal
+from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
 from lib.training import Learner, Progress, clipped_adam, moving_average
@@ -71,7 +71,7 @@ class AcquisitionConfig:
 
     # --- problems ---
     prior: SCMPrior = field(default_factory=SCMPrior)
-    """Distribution of causal models."""
+    """Distribution of causal models; left at its default, save sizes, it is the surrogate's."""
     multimodal_share: float = 0.5
     """Share of the problems whose ranges are wide and whose responses have several valleys, where
     it pays to look around.
@@ -254,18 +254,17 @@ def improve(
     num_bins, every = surrogate.config.num_bins, config.checkpoint_every
     held_out = draw_batch(held_out_key, config, config.validation_problems, num_bins)
 
-    def validated(state: TrainState, checkpoint: int) -> TrainState:
-        num_steps = config.campaign.num_steps
-        gains = campaign_gains(noise_key, state.average, surrogate, held_out, num_steps)
-        validation = state.validation.at[checkpoint].set(gains)
-        return eqx.tree_at(lambda s: s.validation, state, validation)
+    def validate(policy: AcquisitionPolicyNetwork) -> tuple[jax.Array, jax.Array]:
+        return campaign_gains(noise_key, policy, surrogate, held_out, config.campaign.num_steps)
 
+    first_gains, span = validate(start)
+    start = eqx.tree_at(lambda policy: policy.span, start, span)
     learner = Learner.of(start, make_optimiser(config))
     curves = GRPOMetrics(*[jnp.zeros(config.iterations)] * len(GRPOMetrics._fields))
-    validation = jnp.zeros((1 + config.iterations // every, config.campaign.num_steps))
+    validation = jnp.zeros((1 + config.iterations // every, *first_gains.shape))
+    validation = validation.at[0].set(first_gains)
     state = TrainState(learner, start, curves, validation)
     state, first = progress.resume(state) if progress else (state, 0)
-    state = state if first else validated(state, 0)
 
     bar = tqdm(range(first, config.iterations), "policy", initial=first, total=config.iterations)
     for step in bar:
@@ -275,7 +274,10 @@ def improve(
         state = iterate(keys, state, start, surrogate, problems, demos, jnp.array(step), config)
         now = {name: float(curve[step]) for name, curve in state.curves._asdict().items()}
         checkpoint, rest = divmod(step + 1, every)
-        state = state if rest else validated(state, checkpoint)
+        if not rest:
+            gains, _ = validate(state.average)
+            validation = state.validation.at[checkpoint].set(gains)
+            state = eqx.tree_at(lambda s: s.validation, state, validation)
         if progress:
             progress.keep(step + 1, now, None if rest else state)
         bar.set_postfix(gain=f"{now['optimization']:.4f}", entropy=f"{now['entropy']:.2f}")
@@ -322,6 +324,7 @@ def train_acquisition_with_expert_warmstart(
         print("clone: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
     start = cloned if imitation.warm else build(policy_config, token_dim, key=cold_key)
     state = improve(config, surrogate, start, training_examples, progress)
+    cloned = eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span)
     curves = {name: np.asarray(curve) for name, curve in state.curves._asdict().items()}
     validation = np.asarray(state.validation)
     return AcquisitionModelResult(state.average, cloned, curves, validation, agreement)
@@ -381,7 +384,8 @@ def main(config: AcquisitionConfig) -> Path:
     demos, surrogate_path = config.folder / "demos.npz", config.folder / "surrogate.eqx"
     cloning = config.imitation.use_behavioral_cloning
     inputs = [demos, surrogate_path] if cloning else [surrogate_path]
-    surrogate, _ = load_surrogate(surrogate_path)
+    surrogate, made = load_surrogate(surrogate_path)
+    config = replace(config, prior=inherit(config.prior, made))
     progress = Progress(config.folder, "policy", __file__, config, inputs)
     trajectories = None
     if cloning:

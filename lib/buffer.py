@@ -99,6 +99,19 @@ class ExperienceBuffer(eqx.Module):
             )
         return self.write(self.size, intervention, outcome)
 
+    def has_room(self, extra: int) -> Bool[Array, ""]:
+        """Whether `extra` more rows fit. Raises `ValueError` where it can be told that they do not;
+        inside `jit`, where rows cannot be counted, the caller has to mark what it returns.
+        """
+        capacity = self.valid.shape[0]
+        fits = self.size + extra <= capacity
+        if extra > capacity or not isinstance(fits, Tracer) and not bool(fits):
+            raise ValueError(
+                f"the buffer has {capacity} places, too few for its rows and {extra} "
+                "experiments: use grow()"
+            )
+        return fits
+
     def write(
         self, index, intervention: Intervention, outcome: Float[Array, " vars"]
     ) -> "ExperienceBuffer":

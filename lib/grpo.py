@@ -11,7 +11,7 @@ Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbere
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -22,7 +22,12 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, InterventionDistribution
+from lib.policy import (
+    AcquisitionPolicyNetwork,
+    AcquisitionState,
+    InterventionDistribution,
+    feature_span,
+)
 from lib.problems import GroundTruth, Problem
 from lib.rewards import RewardComponents, RewardConfig, experiment_reward
 from lib.scm import AbstractSCM, Intervention
@@ -125,8 +130,10 @@ def collect_campaign(
     """Play one campaign of `num_steps` experiments and score a group of candidates at every state:
     groups `[steps]`, and the final buffer.
 
-    The buffer needs `num_steps` free places behind its valid rows.
+    The buffer needs `num_steps` free places behind its valid rows: `ValueError` if it has fewer;
+    where only a traced program can tell, every reward is nan.
     """
+    fits = buffer.has_room(num_steps)
 
     def step(known, t):
         action_key, noise_key, _ = jr.split(jr.fold_in(key, t), 3)
@@ -143,7 +150,8 @@ def collect_campaign(
 
     start = simulator.start(buffer, num_steps)
     (last, _), groups = jax.lax.scan(step, start, jnp.arange(num_steps))
-    return groups, last.buffer
+    reward = jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan), groups.reward)
+    return replace(groups, reward=reward), last.buffer
 
 
 def collect_groups(
@@ -175,10 +183,11 @@ def campaign_gains(
     surrogate: ParentSetPredictionModel,
     problems: Problem,
     num_steps: int,
-) -> Float[Array, " steps"]:
+) -> tuple[Float[Array, " steps"], Float[Array, "2 features"]]:
     """What the most probable experiments of the policy gain: share of the possible improvement
     that the noise-free E[Y | do] of the recommended action has improved by after each experiment,
-    mean over the problems `[steps]`. The same key gives the same noise to every policy.
+    mean over the problems `[steps]`. The same key gives the same noise to every policy. And the
+    span of every feature that the policy saw on the way.
     """
 
     def play(key, problem):
@@ -186,14 +195,17 @@ def campaign_gains(
 
         def step(known, key):
             noise = problem.scm.draw_noise(key, 1)
-            known, reward = simulator.experiment(known, *policy(known[0]).mode(), noise)
-            return known, reward.optimization
+            after, reward = simulator.experiment(known, *policy(known[0]).mode(), noise)
+            return after, (reward.optimization, feature_span(known[0]))
 
         start = simulator.start(problem.buffer, num_steps)
-        return jnp.cumsum(jax.lax.scan(step, start, jr.split(key, num_steps))[1])
+        gains, spans = jax.lax.scan(step, start, jr.split(key, num_steps))[1]
+        return jnp.cumsum(gains), spans
 
     keys = jr.split(key, problems.truth.baseline.shape[0])
-    return jax.vmap(play)(keys, problems).mean(0)
+    gains, spans = jax.vmap(play)(keys, problems)
+    low, high = spans[:, :, 0].min((0, 1)), spans[:, :, 1].max((0, 1))
+    return gains.mean(0), jnp.stack([low, high])
 
 
 class GRPOMetrics(NamedTuple):

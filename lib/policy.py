@@ -200,6 +200,7 @@ def thompson_choice(
 
 
 NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
+LARGEST_FEATURE = 10.0
 
 
 def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
@@ -222,7 +223,15 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
         jnp.log1p(left) * everywhere / 3.0,
         jnp.log1p(state.step.astype(gap.dtype)) * everywhere / 3.0,
     ]
-    return jnp.clip(jnp.concatenate([jnp.stack(features, -1), output.evidence], -1), -10.0, 10.0)
+    found = jnp.concatenate([jnp.stack(features, -1), output.evidence], -1)
+    return jnp.clip(found, -LARGEST_FEATURE, LARGEST_FEATURE)
+
+
+def feature_span(state: AcquisitionState) -> Float[Array, "2 features"]:
+    """Lowest and highest of every feature over all cells that may be set."""
+    allowed, features = state.task.candidates[:, None, None], cell_features(state)
+    low = jnp.where(allowed, features, LARGEST_FEATURE).min((0, 1))
+    return jnp.stack([low, jnp.where(allowed, features, -LARGEST_FEATURE).max((0, 1))])
 
 
 class AcquisitionPolicyNetwork(eqx.Module):
@@ -230,7 +239,9 @@ class AcquisitionPolicyNetwork(eqx.Module):
     over all cells; no gradient reaches the surrogate.
 
     The features also reach the score directly: predicted effect and expected improvement are good
-    acquisitions already, to be corrected only.
+    acquisitions already, to be corrected only. They are clipped to `span`, the lowest and highest
+    of each that the campaigns before the first GRPO iteration showed, in training and later: a
+    longer campaign or a wider range than any in training gives no input that training never had.
     """
 
     cell: eqx.nn.Linear
@@ -238,6 +249,7 @@ class AcquisitionPolicyNetwork(eqx.Module):
     layers: tuple[tuple[eqx.nn.Linear, ...], ...]
     score: tuple[eqx.nn.Linear, ...]
     direct: eqx.nn.Linear
+    span: Float[Array, "2 features"]
     config: PolicyConfig = eqx.field(static=True)
 
     def __init__(self, config: PolicyConfig, token_dim: int, *, key: Key[Array, ""]):
@@ -251,12 +263,14 @@ class AcquisitionPolicyNetwork(eqx.Module):
         )
         self.score = make_mlp((dim, dim, 1), key=score_key)
         self.direct = eqx.nn.Linear(NUM_CELL_FEATURES, 1, key=direct_key)
+        self.span = jnp.array([[-LARGEST_FEATURE], [LARGEST_FEATURE]]).repeat(NUM_CELL_FEATURES, 1)
         self.config = config
 
     def __call__(self, state: AcquisitionState) -> InterventionDistribution:
         state = jax.lax.stop_gradient(state)
         allowed = state.task.candidates[:, None, None]
-        features = cell_features(state)
+        low, high = jax.lax.stop_gradient(self.span)[:, None, None]
+        features = jnp.clip(cell_features(state), low, high)
         hidden = linear(self.cell, features) + linear(self.token, state.output.tokens)[:, None]
         cells = jnp.maximum(allowed.sum() * hidden.shape[1], 1)
         for layer in self.layers:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
@@ -30,7 +29,7 @@ from lib.policy import (
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Intervention, Task, experiment_key
-from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, observed_task
+from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.training import Learner, filter_scan
 
 
@@ -66,12 +65,7 @@ def run_campaign(
     is nan.
     """
     method_key = jr.fold_in(key, 0)
-    num_vars, start, capacity = scm.var_mask.shape[0], buffer.size, buffer.valid.shape[0]
-    if capacity < num_steps or not isinstance(start, Tracer) and int(start) + num_steps > capacity:
-        raise ValueError(
-            f"the buffer has {capacity} places, too few for its rows and {num_steps} "
-            "experiments: use grow()"
-        )
+    num_vars, start, fits = scm.var_mask.shape[0], buffer.size, buffer.has_room(num_steps)
 
     def step(buffer, t):
         (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
@@ -84,7 +78,6 @@ def run_campaign(
     _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
     path = map(jnp.append, recommended, last)
     result = OptimizationResult(*made, *path, buffer=buffer)
-    fits = start + num_steps <= capacity
     return jax.tree.map(
         lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, result
     )
@@ -129,19 +122,15 @@ class TrainedACBOSystem(eqx.Module):
         step: int | Array = 0,
         steps_left: int | Array = 10,
     ) -> AcquisitionState:
-        """What the system knows, ready for a decision."""
-        return make_state(self.surrogate, buffer, task, step, steps_left)
+        """What the system knows, ready for a decision; compiled as `surrogate(...)` is."""
+        rows = buffer.grow(-buffer.valid.shape[0] % 128)
+        return _state(self.surrogate, rows, task, jnp.asarray(step), jnp.asarray(steps_left))
 
     def predict_posterior(
         self, buffer: ExperienceBuffer, target: Int[Array, ""] | int
     ) -> ParentSetPosterior:
-        """The posterior over the target's parent sets; compiled, one program per number of
-        variables and started 128 rows.
-
-        Raises `ValueError` for a target that is not a variable of `buffer`.
-        """
-        task = observed_task(buffer, target)
-        return _posterior(self.surrogate, buffer.grow(-buffer.valid.shape[0] % 128), task)
+        """The posterior over the target's parent sets, as the surrogate gives it."""
+        return self.surrogate(buffer, target)
 
     def distribution(
         self, state: AcquisitionState, exploration_rate: float = 0.0
@@ -196,7 +185,7 @@ class TrainedACBOSystem(eqx.Module):
         """
 
         def decide(key, buffer, step):
-            state = self.state(buffer, scm.task, step, num_steps - step)
+            state = make_state(self.surrogate, buffer, scm.task, step, num_steps - step)
             if online is None:
                 return self.policy(state).mode(), state.output.best()
             return online_policy(key, self, state, online).mode(), state.output.best()
@@ -238,11 +227,7 @@ class TrainedACBOSystem(eqx.Module):
         )[0]
 
 
-@eqx.filter_jit
-def _posterior(
-    surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task
-) -> ParentSetPosterior:
-    return surrogate.predict(buffer, task).posterior()
+_state = eqx.filter_jit(make_state)
 
 
 @eqx.filter_jit
@@ -338,9 +323,8 @@ def deploy_trained_system(
 
 @eqx.filter_jit
 def _answer(system, buffer, task, remaining) -> Answer:
-    # The policy reads how many experiments were made, in training as here: those of the data.
-    made = (buffer.intervened.any(1) & buffer.valid).sum()
-    state = system.state(buffer, task, made, remaining)
+    # A campaign starts with the data that are there, in training as here: none of it is a step.
+    state = make_state(system.surrogate, buffer, task, 0, remaining)
     output = state.output
     return Answer(
         system.select_intervention(state),

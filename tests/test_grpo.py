@@ -83,6 +83,16 @@ def campaign(problem, policy, surrogate):
     )
 
 
+def test_a_full_buffer_is_refused_or_marked(problem, policy, surrogate, campaign):
+    simulator = grpo.Simulator(surrogate, problem.scm, problem.truth, RewardConfig())
+    full = campaign[1]
+    with pytest.raises(ValueError, match="too few for its rows and 3 experiments"):
+        grpo.collect_campaign(jr.key(3), simulator, policy, full, STEPS, CONFIG)
+    traced = eqx.filter_jit(grpo.collect_campaign)
+    groups, _ = traced(jr.key(3), simulator, policy, full, STEPS, CONFIG)
+    assert jnp.isnan(groups.reward.total).all() and jnp.isfinite(campaign[0].reward.total).all()
+
+
 @pytest.fixture(scope="module")
 def gradient():
     """`(policy, groups) -> ((loss, metrics), gradient)` with the policy as its own reference."""

@@ -19,6 +19,7 @@ from lib.policy import (
     PolicyConfig,
     check_state,
     expected_improvement_choice,
+    feature_span,
     thompson_choice,
 )
 from lib.scm import Task, value_grid
@@ -277,6 +278,22 @@ def test_progress_and_predictions_matter(act):
     assert jnp.abs(act(lower).logits[CANDIDATES] - before).max() > 1e-3
 
 
+def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):
+    """Progress, and what is predicted, farther and farther from anything that was shown."""
+    state = make_state(5)
+    shown = eqx.tree_at(lambda p: p.span, policy, feature_span(state))
+    act = eqx.filter_jit(lambda policy, state: policy(state).logits[CANDIDATES])
+    np.testing.assert_allclose(act(shown, state), act(policy, state), atol=1e-6)
+
+    def far(times):
+        changed = state.step + times, state.steps_left + times, state.output.evidence + 4.0 * times
+        return eqx.tree_at(lambda s: (s.step, s.steps_left, s.output.evidence), state, changed)
+
+    assert jnp.abs(act(policy, far(2)) - act(policy, far(1))).max() > 1e-3
+    at_the_end = eqx.tree_at(lambda s: s.step, far(9), far(9).step + 10**6)
+    np.testing.assert_allclose(act(shown, at_the_end), act(shown, far(9)), atol=1e-6)
+
+
 def test_units_of_the_target_do_not_matter(act):
     state = make_state(5)
     scaled = eqx.tree_at(
@@ -303,6 +320,8 @@ def test_no_gradient_reaches_the_surrogate_and_all_of_it_the_policy(policy):
 
     to_policy, to_output = eqx.filter_jit(eqx.filter_grad(objective))((policy, state.output))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(to_output))
+    assert (to_policy.span == 0).all()  # measured, not learned
+    to_policy = eqx.tree_at(lambda p: p.span, to_policy, None)
     norms = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(to_policy)]
     # a shift of all scores changes nothing
     assert np.isfinite(norms).all() and sum(n > 0 for n in norms) >= len(norms) - 1
