@@ -90,6 +90,7 @@ class Config:
 
     def __post_init__(self):
         settings.check(self)
+        settings.check(self.expert)
         if not 0 < round(self.num_models * self.validation_split) < self.num_models:
             raise ValueError(
                 f"num_models = {self.num_models} cannot be split with "

@@ -38,8 +38,9 @@ from tyro.extras import overridable_config_cli
 from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
 from lib.artifacts import save_module
+from lib.buffer import MIN_OBSERVATIONS
 from lib.problems import DataDesign, Example, sample_examples, sample_problem
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, inherit
 from lib.training import Learner, Progress, filter_scan, moving_average
 from lib.trajectories import ExpertTrajectory, extract_surrogate_training_data, load_trajectories
 
@@ -66,7 +67,9 @@ class TrainingConfig:
 
     # --- problems ---
     prior: SCMPrior = field(default_factory=lambda: SCMPrior(max_vars=10, max_size=10))
-    """Distribution of causal models."""
+    """Distribution of causal models; left at its default, save sizes, it is that of the
+    demonstrations.
+    """
     buckets: tuple[Bucket, ...] = (Bucket(6, 4), Bucket(10, 4))
     """Sizes that problems are padded to, in ascending order; the last is the prior's."""
     buffers_per_model: int = 4
@@ -285,7 +288,7 @@ def estimate_speedup(
     """The expert's seconds per posterior over the surrogate's, on one problem of the largest
     bucket.
     """
-    num_obs, prior = config.design.max_obs, config.priors[-1]
+    num_obs, prior = max(config.design.max_obs, MIN_OBSERVATIONS), config.priors[-1]
     scm, buffer = sample_problem(key, prior, num_obs, 2, num_obs + 2 * prior.max_vars)
     expert, ours = posterior_seconds(model, scm, buffer, num_obs)
     return expert / ours
@@ -392,8 +395,11 @@ def main(config: TrainingConfig) -> Path:
     weight.
     """
     settings.use_compilation_cache(config.folder.parent / "cache")
-    inputs = [config.folder / "demos.npz"] if config.weights.expert else []
-    trajectories = load_trajectories(inputs[0], "train")[0] if inputs else None
+    inputs, trajectories = [], None
+    if config.weights.expert:
+        inputs = [config.folder / "demos.npz"]
+        trajectories, header = load_trajectories(inputs[0], "train")
+        config = replace(config, prior=inherit(config.prior, header))
     progress = Progress(config.folder, "surrogate", __file__, config, inputs)
     result = train_surrogate_component(
         trajectories, config.model, training_config=config, progress=progress

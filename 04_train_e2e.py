@@ -42,7 +42,7 @@ from lib.problems import (
     sample_examples,
 )
 from lib.rewards import RewardConfig
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import (
     LossWeights,
     ParentSetPredictionModel,
@@ -68,7 +68,9 @@ class Config:
 
     # --- problems ---
     prior: SCMPrior = field(default_factory=SCMPrior)
-    """Distribution of causal models at full difficulty."""
+    """Distribution of causal models at full difficulty; left at its default, save sizes, it is the
+    surrogate's.
+    """
     design: DataDesign = field(default_factory=DataDesign)
     """Distribution of simulated data sets for the surrogate."""
     campaign: CampaignDesign = field(default_factory=CampaignDesign)
@@ -314,7 +316,8 @@ def main(config: Config) -> Path:
     """Train both models of the folder, write the system; returns its path."""
     settings.use_compilation_cache(config.folder.parent / "cache")
     inputs = [config.folder / "surrogate.eqx", config.folder / "policy.eqx"]
-    (surrogate, _), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
+    (surrogate, made), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
+    config = replace(config, prior=inherit(config.prior, made))
     progress = Progress(config.folder, "acbo", __file__, config, inputs)
     system, record = train_end_to_end(
         surrogate, policy, config.rounds, config=config, progress=progress

@@ -23,7 +23,7 @@ their advantage.
 
 import resource
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ from lib.accuracy import (
     surrogate_records,
 )
 from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, stored
+from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
 from lib.methods import EXPERT_FAMILY, METHODS, POLICIES, OptimizationScenario, play
 from lib.metrics import (
@@ -60,7 +61,7 @@ from lib.metrics import (
 )
 from lib.problems import Example, GroundTruth, Problem, initial_buffer
 from lib.scm import Intervention
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 from lib.trajectories import ExpertTrajectory
@@ -74,6 +75,10 @@ class Config:
     """Where the artifacts are; results go to its subfolder `results`."""
     seed: int = 1_000_003
     """Seed of the held-out problems; unlike any training seed."""
+    prior: SCMPrior = field(default_factory=SCMPrior)
+    """Distribution of the held-out problems, save their sizes; left at its default, it is what
+    acbo.eqx was trained on.
+    """
     methods: tuple[str, ...] = METHODS
     """Who plays; parent_scale and acbo always must."""
     sizes: tuple[int, ...] = (5, 8)
@@ -101,6 +106,7 @@ class Config:
 
     def __post_init__(self):
         settings.check(self)
+        settings.check(ParentScaleConfig(self.num_obs, self.num_steps))
         if min(*self.sizes, self.transfer_size) < 2:
             raise ValueError(
                 f"sizes {self.sizes} and transfer_size = {self.transfer_size} must "
@@ -358,7 +364,7 @@ def evaluate(run: Run) -> EvaluationReport:
     largest: dict[str, Any] = {}
     for size in (*config.sizes, config.transfer_size):
         task = f"d={size}"
-        prior = SCMPrior(max_vars=max(trained, size), min_size=size, max_size=size)
+        prior = replace(config.prior, max_vars=max(trained, size), min_size=size, max_size=size)
         scenario = OptimizationScenario(
             task, prior, config.num_obs, config.per_variable, config.num_steps
         )
@@ -392,6 +398,7 @@ def main(config: Config) -> Path:
     for path in inputs:
         if not path.exists():
             raise ArtifactError(path, "missing")
+    config = replace(config, prior=inherit(config.prior, read_header(inputs[-1])))
     surrogate = load_surrogate(inputs[0])[0]
     systems = {"acbo": TrainedACBOSystem.load(inputs[-1])}
     for path in inputs[1 : 2 + cloned]:

@@ -23,7 +23,8 @@ MAKEFLAGS += -j2
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/artifacts/cache
 
 # What each stage computes with, beside its own script (where its settings are).
-DATA := lib/scm.py lib/scm_prior.py lib/problems.py lib/buffer.py lib/posterior.py lib/linalg.py
+COMMON := lib/settings.py lib/artifacts.py lib/scm.py lib/scm_prior.py lib/buffer.py
+DATA := $(COMMON) lib/problems.py lib/posterior.py lib/linalg.py
 EXPERT := $(DATA) $(wildcard lib/expert*.py) lib/extraction.py lib/trajectories.py
 NETWORK := $(DATA) lib/surrogate.py lib/evidence.py lib/pairs.py lib/sums.py lib/regression.py lib/training.py
 POLICY := $(NETWORK) lib/policy.py lib/rewards.py lib/grpo.py lib/imitation.py lib/expert_gp.py
@@ -40,7 +41,7 @@ artifacts/%/cold/policy.eqx: 03_warmstart_acquisition.py artifacts/%/surrogate.e
 	$(RUN) $< $* --folder $(@D) --imitation.no-use-behavioral-cloning
 artifacts/%/acbo.eqx: 04_train_e2e.py artifacts/%/policy.eqx artifacts/%/surrogate.eqx $(POLICY) lib/system.py | .venv/runtime
 	$(RUN) $< $*
-artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(TABLES) | .venv/runtime
+artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(EXPERT) $(POLICY) $(TABLES) lib/system.py | .venv/runtime
 	$(RUN) $< $*
 # The ratio of the warm to the cold start needs both; `hour` does without.
 WITH_TWIN := $(foreach preset,smoke small paper,artifacts/$(preset)/results/metrics.json)

@@ -31,7 +31,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib import expert_gp, expert_posterior
-from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
+from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
 from lib.scm import (
     AbstractSCM,
@@ -226,20 +226,14 @@ def check_expert_input(
     """Raise `ValueError` if the expert cannot work on `scm` from `buffer`; of a synthetic model,
     also what `check_scm` raises. Nothing may be traced.
 
-    Refused are fewer observational rows than `MIN_OBSERVATIONS`, or than `config.num_obs` at the
-    front of the buffer; numbers in filled rows that are not finite; a target that is constant over
-    the observational rows; a range with low above high, or no candidate; no room for the
-    experiments. Variables other than the target may be constant over the observational rows: they
-    count with spread one, and the doubly robust prior never selects them as parents, so their
-    effect is taken to be constant.
+    Refused are fewer observational rows than `config.num_obs` at the front of the buffer; numbers
+    in filled rows that are not finite; a target that is constant over the observational rows; a
+    range with low above high, or no candidate; no room for the experiments. Variables other than
+    the target may be constant over the observational rows: they count with spread one, and the
+    doubly robust prior never selects them as parents, so their effect is taken to be constant.
     """
     names = [*scm.names, *(f"place {i}" for i in range(len(scm.names), scm.low.shape[0]))]
     values, filled = np.asarray(buffer.values), np.asarray(buffer.valid)
-    if config.num_obs < MIN_OBSERVATIONS:
-        raise ValueError(
-            f"num_obs = {config.num_obs}: the expert needs at least "
-            f"{MIN_OBSERVATIONS} observational rows: add observations"
-        )
     num_rows, capacity = max(int(filled.sum()), config.num_obs), len(filled)
     if capacity < num_rows + config.num_steps:
         raise ValueError(

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.buffer import ExperienceBuffer
+from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.expert_prior import doubly_robust_prior
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.scm import AbstractSCM
@@ -67,6 +67,11 @@ class ParentScaleConfig:
                 raise ValueError(
                     f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(known)}"
                 )
+        if self.num_obs < MIN_OBSERVATIONS:
+            raise ValueError(
+                f"num_obs = {self.num_obs}: the expert needs at least {MIN_OBSERVATIONS} "
+                "observational rows"
+            )
 
     @property
     def num_values(self) -> int:

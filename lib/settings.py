@@ -24,6 +24,7 @@ DEFAULT_PRESET = "small"
 LARGEST_SEED = 2**32 - 1
 # and what is 0 by default
 MAY_BE_ZERO = ("per_variable", "max_interventions", "warmup_steps", "demos_per_step")
+MAY_BE_EMPTY = ("literature", "exploration_sizes", "band_sizes", "rivals", "shift_sizes")
 
 
 def stage_key(seed: int, *names: str) -> jax.Array:
@@ -44,11 +45,13 @@ def check(config: Any) -> None:
     meant; also of settings within `config`.
 
     Counts are at least 1 (0 in `MAY_BE_ZERO` and where 0 is the default) and fit 32 bits, seeds are
-    whole numbers of 32 bits, and no number is negative, infinite or NaN. What depends on several
-    settings is checked by the class itself.
+    whole numbers of 32 bits, no number is negative, infinite or NaN, and no list is empty save in
+    `MAY_BE_EMPTY`. What depends on several settings is checked by the class itself.
     """
     for field in fields(config):
         value = getattr(config, field.name)
+        if value == () and field.name not in MAY_BE_EMPTY:
+            raise ValueError(f"{field.name}: give at least one")
         for one in value if isinstance(value, tuple) else (value,):
             if is_dataclass(one):
                 check(one)

@@ -28,10 +28,10 @@ import tyro
 
 from lib import metrics, settings
 from lib.accuracy import Arrays
-from lib.artifacts import read_header
+from lib.artifacts import code_digest, read_header
 from lib.methods import OptimizationScenario
 from lib.problems import Problem
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, prior_in
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import load_surrogate
 from studies.enumeration import enumerated_effects, enumerated_posterior
@@ -68,9 +68,10 @@ LEAST_GAIN = 0.5  # deviations of the target: less is no problem of optimisation
 
 
 def train(config: Config) -> Path:
-    """The weights, trained if they are not there."""
-    path = config.folder / "surrogate.eqx"
-    if not path.exists():
+    """The weights: those that are there, if this code trained them for as many steps."""
+    path, wanted = config.folder / "surrogate.eqx", (code_digest(), config.steps)
+    header = read_header(path) if path.exists() else {"code": "", "step": 0}
+    if (header["code"], header["step"]) != wanted:
         flags = ("--folder", config.folder, "--steps", config.steps, *ENUMERATED.split())
         script = Path(__file__).parents[1] / "02_train_surrogate.py"
         subprocess.run([sys.executable, str(script), "small", *map(str, flags)], check=True)
@@ -79,9 +80,7 @@ def train(config: Config) -> Path:
 
 def trained_prior(path: Path) -> SCMPrior:
     """What the weights were trained on."""
-    found = read_header(path)["config"]["prior"].items()
-    chosen: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in found}
-    return SCMPrior(**chosen)
+    return SCMPrior(**prior_in(read_header(path)))
 
 
 def draw(size: int, num_obs: int, prior: SCMPrior, config: Config) -> tuple[SCMPrior, Problem]:

@@ -130,11 +130,13 @@ def measure(
 
 
 def draw_transfer(records: list[metrics.Record], config: Config, path: Path) -> None:
-    """Pooled parent F1 against the number of variables, with 95 % bands."""
+    """Mean parent F1, by which thresholds are chosen, against the number of variables, with 95 %
+    bands.
+    """
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     for name in ("acbo", *STRUCTURE_BASELINES):
-        chosen = {r.task: r for r in records if (r.method, r.metric) == (name, "pooled F1")}
+        chosen = {r.task: r for r in records if (r.method, r.metric) == (name, "parent F1")}
         rows = [chosen[f"d={size}"] for size in config.sizes]
         axes.plot(config.sizes, [r.value for r in rows], marker="o", label=name)
         axes.fill_between(config.sizes, [r.low for r in rows], [r.high for r in rows], alpha=0.15)

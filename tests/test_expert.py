@@ -54,6 +54,11 @@ def test_unknown_settings_list_the_choices(name, choices, monkeypatch):
         expert_posterior.ParentScaleConfig(**settings)
 
 
+def test_fewer_observations_than_the_expert_wants_are_refused():
+    with pytest.raises(ValueError, match="num_obs = 9.*at least 10"):
+        expert_posterior.ParentScaleConfig(num_obs=9, num_steps=1)
+
+
 def test_the_search_grid_has_one_more_value_between_any_two():
     assert expert_posterior.ParentScaleConfig(num_obs=10, num_steps=1, num_bins=6).num_values == 11
 

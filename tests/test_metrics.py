@@ -128,6 +128,12 @@ def test_best_threshold_beats_every_other():
     assert metrics.best_threshold(
         np.array([[0.2, 0.6]]), np.ones((1, 2), bool), np.ones((1, 2), bool)
     ) == pytest.approx(0.2)
+    # one variable, a parent, at .3; ten variables, the parent at .9, the others at .5. All said: F1
+    # 1 and 2 / 11; above .5: 0 and 1. All decisions together: 4 / 13 and 2 / 3
+    scores = np.array([[0.3] + [0.0] * 9, [0.9] + [0.5] * 9])
+    mask = np.array([[1] + [0] * 9, [1] * 10], bool)
+    truth = np.arange(10)[None].repeat(2, 0) == 0
+    assert metrics.best_threshold(scores, truth, mask) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="no true parent"):
         metrics.best_threshold(scores, np.zeros_like(truth), mask)
 

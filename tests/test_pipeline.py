@@ -24,13 +24,14 @@ from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
 from lib.policy import PolicyConfig
 from lib.problems import CampaignDesign, DataDesign, sample_problem
-from lib.scm_prior import FAMILIES, SCMPrior
+from lib.scm_prior import FAMILIES, SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
-from lib.system import TrainedACBOSystem, deploy_trained_system, load_surrogate
+from lib.system import TrainedACBOSystem, deploy_trained_system, load_policy, load_surrogate
 
 
 ROOT = Path(__file__).parent.parent
 PRIOR = SCMPrior(max_vars=3, max_size=3)
+OWN = replace(PRIOR, mechanisms=("mlp", "polynomial"), max_range=3.0)  # what stage 1 is told
 DESIGN = DataDesign(min_obs=20, max_obs=24, max_interventions=8)
 CAMPAIGN = CampaignDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
 SURROGATE = SurrogateConfig(
@@ -49,7 +50,7 @@ def configs(folder: Path) -> list:
     return [
         STAGES[0].Config(
             folder,
-            prior=PRIOR,
+            prior=OWN,
             num_models=6,
             num_obs=20,
             per_variable=1,
@@ -133,7 +134,8 @@ def test_the_first_stage_counts_what_it_kept_by_kind(finished):
         for count in ("models", "kept"):
             assert sum(label[count] for label in part.values()) == metrics[count], kind
     families, sizes = (set(metrics["yield"][kind]) for kind in ("family", "variables"))
-    assert families <= set(PRIOR.families) and sizes == {"3"}
+    assert families <= set(OWN.families) and sizes == {"3"}
+    assert set(metrics["yield"]["mechanism"]) <= set(OWN.mechanisms)
     log = read_log(finished / "logs" / "demos.jsonl")
     assert sum(record["failures"] for record in log) == metrics["failures"]
 
@@ -191,6 +193,29 @@ def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path)
     (tmp_path / "policy.eqx").write_bytes((finished / "policy.eqx").read_bytes())
     with pytest.raises(ArtifactError, match="surrogate.eqx.*02_train_surrogate.py"):
         STAGES[3].main(configs(tmp_path)[3])
+
+
+def test_a_prior_of_ones_own_reaches_the_evaluation(finished):
+    """Only stage 1 is told; a later stage that is told something else does that."""
+    for name in ("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx"):
+        found = read_header(finished / name)["config"]["prior"]
+        assert (found["mechanisms"], found["max_range"]) == (["mlp", "polynomial"], 3.0), name
+    other = replace(PRIOR, noises=("uniform",))
+    assert inherit(other, read_header(finished / "demos.npz")) == other
+    config = EVALUATE.Config(
+        finished,
+        methods=("random", "parent_scale", "acbo"),
+        sizes=(3,),
+        transfer_size=4,
+        num_problems=6,
+        expert_problems=2,
+        num_steps=1,
+        literature=(),
+    )
+    records = json.loads((EVALUATE.main(config) / "metrics.json").read_text())
+    tasks = {r["task"] for r in records if r["table"] == "optimisation"}
+    kinds = {task.partition("/")[2] for task in tasks} - {"", "regret above acbo's, paired"}
+    assert kinds and kinds <= set(OWN.mechanisms)
 
 
 def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
@@ -265,11 +290,12 @@ def test_suggest_refuses_an_impossible_number_of_experiments(tmp_path, remaining
         DEPLOY.Suggest(tmp_path / "experiments.csv", "yield", remaining=remaining)
 
 
-def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
+def test_a_file_starts_a_campaign(finished, tmp_path):
+    """Its experiments are no steps: in training a campaign starts at 0 with some in the buffer."""
     names, buffer, _ = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
     task = DEPLOY.observed_task(buffer, names.index("yield"))
     system = TrainedACBOSystem.load(finished / "acbo.eqx")
-    state = system.state(buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5), 2, 3)
+    state = system.state(buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5), 0, 3)
     variable, value = system.select_intervention(state)
     found = deploy_trained_system(system)(buffer, task, 3).experiment
     assert found[0] == variable and abs(found[1] - value) < 1e-5
@@ -280,6 +306,7 @@ def test_the_policy_is_told_how_many_experiments_were_made(finished, tmp_path):
     [
         (0, {"num_models": 0}, "num_models = 0 must be at least 1"),
         (0, {"num_models": 2}, "num_models = 2 cannot be split"),
+        (0, {"num_obs": 3}, "num_obs = 3: the expert needs at least 10"),
         (1, {"steps": 0}, "steps = 0 must be at least 1"),
         (1, {"steps": -1}, "steps = -1"),
         (1, {"learning_rate": float("nan")}, "learning_rate = nan"),
@@ -299,6 +326,7 @@ def test_settings_that_cannot_be_meant_are_refused(stage, changes, said):
     [
         *((EVALUATE.Config, one) for one in ({"num_problems": 0}, {"literature_seeds": 0})),
         *((EVALUATE.Config, one) for one in ({"sizes": (0,)}, {"transfer_size": 1})),
+        *((EVALUATE.Config, one) for one in ({"sizes": ()}, {"methods": ()}, {"num_obs": 9})),
         (EVALUATE.Config, {"seed": 2**32}),
         *((DEPLOY.Demo, one) for one in ({"seeds": 0}, {"steps": -1}, {"num_obs": 0})),
     ],
@@ -318,6 +346,17 @@ def test_training_takes_as_many_steps_as_it_was_told(finished):
     log = read_log(folder / "logs" / "surrogate.jsonl")
     assert [record["step"] for record in log] == [2, 4, 5]
     assert ["validation_set_nll" in record for record in log] == [False, True, True]
+
+
+def test_the_policy_holds_the_span_of_what_training_showed(finished):
+    """Of progress: 0 to 1 steps done and 1 to 2 left; of all features: no more than was seen."""
+    (policy, _), cloned = load_policy(finished / "policy.eqx"), finished / "bc_policy.eqx"
+    low, high = np.exp(3.0 * np.asarray(policy.span[:, 6:8])) - 1.0
+    np.testing.assert_allclose([low, high], [[1.0, 0.0], [2.0, 1.0]], atol=1e-5)
+    assert (policy.span[0] <= policy.span[1]).all() and (jnp.abs(policy.span) <= 10.0).all()
+    acbo = TrainedACBOSystem.load(finished / "acbo.eqx").policy
+    for other in (load_policy(cloned)[0], acbo):
+        np.testing.assert_allclose(other.span, policy.span, atol=1e-5)
 
 
 def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
@@ -397,6 +436,9 @@ def test_studies_refuse_counts_that_cannot_be_meant(study):
     config = importlib.import_module(f"studies.{study}").Config
     counts = [f.name for f in fields(config) if f.type is int and not f.name.endswith("seed")]
     assert counts
+    for name in {"systems", "sizes"} & {f.name for f in fields(config)}:
+        with pytest.raises(ValueError, match=f"{name}: give at least one"):
+            config(**{name: ()})
     for name in counts:
         with pytest.raises(ValueError, match=name):
             config(**{name: -1})

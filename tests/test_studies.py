@@ -60,3 +60,24 @@ def test_a_study_at_toy_size(study, tmp_path, monkeypatch):
     assert "commit `" in (folder / f"{table}.md").read_text()  # says how it was made
     for r in records:
         assert r["low"] is None or r["low"] <= r["value"] <= r["high"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("run", ["--seeds", "0"], "--seeds must be at least 1"),
+        ("run", ["--asks", "-1"], "--asks at least 0"),
+        ("run", ["--systems", "chain", "nowhere"], "nowhere: choose from chain"),
+        ("run", ["--systems"], "none named"),
+        ("run", ["--system", "nowhere.eqx"], "nowhere.eqx: no such file"),
+        ("cases", ["--folder", "nowhere"], "nowhere: no such folder"),
+        ("cases", ["--folder", ".", "--system", "nowhere.eqx"], "nowhere.eqx: no such file"),
+    ],
+)
+def test_the_field_refuses_what_cannot_be_meant(script, arguments, said, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "studies" / "field")
+    module = importlib.import_module(script)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert said in capsys.readouterr().err

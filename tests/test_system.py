@@ -285,6 +285,12 @@ def test_public_methods_are_compiled_once(system, problem, monkeypatch):
     again = system.predict_posterior(buffer.grow(5), 2)
     system.predict_posterior(buffer, 1)
     assert len(traced) <= 1  # none where an earlier test needed the same program
+    system.surrogate.predict_effects(buffer.grow(3), 1)
+    assert len(traced) <= 1
+    for rows in (buffer, buffer.grow(5)):
+        state = system.state(rows, problem[0].task, step=2)
+    assert len(traced) <= 2
+    assert int(state.step) == 2 and state.buffer.size == buffer.size
     np.testing.assert_allclose(first.probs, again.probs, atol=1e-6)
     direct = eqx.filter_jit(lambda surrogate, buffer: surrogate(buffer, 2))(
         system.surrogate, buffer
@@ -293,7 +299,11 @@ def test_public_methods_are_compiled_once(system, problem, monkeypatch):
 
 
 def test_shipped_weights_say_what_they_said():
-    """On ten data sets, as tests/cases/guard.npz has it."""
-    with np.load(guard.STORED) as file:
-        for name, value in guard.shipped().items():
-            np.testing.assert_allclose(value, file[name], atol=3e-4, err_msg=name)
+    """On ten data sets, as tests/cases/shipped.npz has it, written on one processor: another adds
+    up in another order, which six blocks in float32 turned into 2e-5.
+    """
+    with np.load(Path(guard.__file__).with_name("shipped.npz")) as file:
+        stored = {name: file[name] for name in file.files if not name.startswith("in/")}
+    stored |= {"probs": np.exp(stored["log_probs"]), "policy": np.exp(stored["policy"])}
+    for name, value in guard.shipped().items():
+        np.testing.assert_allclose(value, stored[name], atol=3e-4, err_msg=name)

@@ -238,9 +238,6 @@ def of_ranges(change):
 
 
 UNUSABLE = {  # what the message says: the change
-    r"num_obs = 9.*at least 10.*add observations": lambda s, b: (
-        *(s, b, ParentScaleConfig(num_obs=9, num_steps=STEPS)),
-    ),
     "row 4 of the buffer is free or interventional.*num_obs = 30": lambda s, b: (
         *(s, flag(b, 4), CONFIG),
     ),

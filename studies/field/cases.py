@@ -282,6 +282,8 @@ def main():
     args = parser.parse_args()
     if not args.folder.is_dir():
         parser.error(f"{args.folder}: no such folder: give the folder of the files with --folder")
+    if args.system and not Path(args.system).is_file():
+        parser.error(f"{args.system}: no such file: give a trained system with --system")
     deploy, first, counts, start = project(), None, Counter(), time.time()
     print("| file | objective | verdict | answer or error | says | criterion |\n|" + " --- |" * 6)
     for case in CASES:

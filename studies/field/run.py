@@ -202,7 +202,16 @@ def main():
     parser.add_argument("--system", help="trained system; the default of suggest if left out")
     parser.add_argument("--module", default=str(HERE / "systems.py"), help="file with SYSTEMS")
     args = parser.parse_args()
+    for path in filter(None, (args.system, args.module)):
+        if not Path(path).is_file():
+            parser.error(f"{path}: no such file")
     module = module_of("field_systems", args.module)
+    unknown = sorted(set(args.systems or ()) - set(module.SYSTEMS))
+    if unknown or args.systems == []:
+        known = ", ".join(module.SYSTEMS)
+        parser.error(f"--systems: {', '.join(unknown) or 'none named'}: choose from {known}")
+    if args.seeds < 1 or args.asks < 0:
+        parser.error("--seeds must be at least 1, --asks at least 0")
     deploy, everything = project(), []
     for name in args.systems or module.SYSTEMS:
         results, refused = [], 0

@@ -1,24 +1,29 @@
-"""What the code gives on fixed inputs, stored: a change that is to change nothing is held to it.
+"""What two commits give on fixed inputs: a change that is to change nothing is held to it.
 
-    python tests/cases/guard.py            agreement with guard.npz, by name; status 1 beyond 1e-5
-    python tests/cases/guard.py shipped gradients campaigns answer stages     some of its parts only
-    python tests/cases/guard.py --store    store what today's code gives (say in the commit why)
+    .venv/bin/python tests/cases/guard.py --against main                this tree against a commit
+    .venv/bin/python tests/cases/guard.py --against main answer stages  some of its parts only
 
-Stored are: posterior, effects and policy of the shipped weights on the ten data sets of
-shipped.npz; losses, norms of the gradients and what two steps leave of toy runs of stages 1 to 4;
-rewards of a group; an expert's run; a campaign of every method; an answer of `suggest`.
-Numbers of training agree to 1e-4: other programs round otherwise, and a step divides by such
-numbers. So do those of an answer, which are rounded: a last digit turns. A minute or two.
+Both run here, one after the other, the commit from a worktree of its own, because another
+processor or another version of XLA rounds otherwise: numbers kept from elsewhere would be no test.
+Status 1 beyond 1e-5. Compared are: posterior, effects and policy of the shipped weights on the ten
+data sets of shipped.npz; losses, norms of the gradients and what two steps leave of toy runs of
+stages 1 to 4; rewards of a group; an expert's run; a campaign of every method; an answer of
+`suggest`. Numbers of training agree to 1e-4: other programs round otherwise, and a step divides by
+such numbers. So do those of an answer, which are rounded: a last digit turns. Some eight minutes
+for each of the two from an empty cache; no part of the checks that every commit has to pass.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,23 +253,38 @@ def part_of(name: str) -> str:
     return next((part for part, starts in PREFIXES.items() if name.startswith(starts)), "shipped")
 
 
-def main() -> int:
-    parts = [part for part in sys.argv[1:] if part in PARTS] or list(PARTS)
+def store(parts: list[str]) -> Path:
+    """Compute `parts` in this tree and write them beside this file."""
     found = {}
     for part in parts:
         found |= {name: np.asarray(value) for name, value in PARTS[part]().items()}
-    if "--store" in sys.argv:
-        np.savez_compressed(STORED, **found)
-        print(f"stored {len(found)} arrays in {STORED.name}")
-        return 0
-    with np.load(STORED) as file:
-        stored = {name: file[name] for name in file.files if part_of(name) in parts}
+    np.savez_compressed(STORED, **found)
+    return STORED
+
+
+def of_commit(commit: str, parts: list[str]) -> dict[str, np.ndarray]:
+    """What the guard of `commit` gives, by its own code."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        git = ("git", "-C", str(ROOT), "worktree")
+        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
+        try:
+            there = tree / "tests" / "cases" / "guard.py"
+            subprocess.run([sys.executable, str(there), "--store", *parts], check=True, cwd=tree)
+            with np.load(there.with_suffix(".npz")) as file:
+                return {n: file[n] for n in file.files if part_of(n) in parts}
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def compare(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> int:
+    """Print the largest differences; how many lie beyond their tolerance."""
     worst = []
-    for name in sorted(stored.keys() | found.keys()):
-        if name not in stored or name not in found:
-            worst.append((np.inf, 0.0, name + (" is gone" if name in stored else " is new")))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in before or name not in now:
+            worst.append((np.inf, 0.0, name + (" is gone" if name in before else " is new")))
             continue
-        a, b = stored[name].astype(float), found[name].astype(float)
+        a, b = before[name].astype(float), now[name].astype(float)
         same = a.shape == b.shape and np.array_equal(np.isfinite(a), np.isfinite(b))
         finite = np.isfinite(a)
         scale = 1.0 + np.abs(a[finite])
@@ -275,7 +295,25 @@ def main() -> int:
         print(f"{error:.1e}  {name}" + ("" if error <= allowed else "  BEYOND"))
     bad = sum(error > allowed for error, allowed, _ in worst)
     print(f"{len(worst)} compared, {bad} beyond their tolerance")
-    return bool(bad)
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if left out")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--against", metavar="COMMIT", help="compare with this commit")
+    what.add_argument("--store", action="store_true", help=f"write {STORED.name} only")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    parts = args.parts or list(PARTS)
+    before = {} if args.store else of_commit(args.against, parts)
+    with np.load(store(parts)) as file:
+        now = dict(file)
+    return 0 if args.store else int(compare(before, now) > 0)
 
 
 if __name__ == "__main__":
