@@ -1,16 +1,16 @@
-"""Stage 1: sample causal models, run the expert on each, validate, filter, split and augment what
-it did.
+"""Stage 1: sample causal models, run the expert on each, and make demonstrations of its runs:
+validated, filtered, split and augmented.
 
 - Reads   nothing
 - Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
-- Time    `small` about 2 minutes on 2 busy CPU cores.
+- Time    `small` about 2 minutes on 2 busy CPU cores
 
     python 01_extract_demos.py small --num-models 64
 
-Every demonstration is a full run of PARENT_SCALE (lib/expert.py): the data it conditioned on,
-its posterior after every experiment and its whole acquisition surface. A demonstration is kept if
-it is consistent (its stored posterior follows from its stored data, replayed) and good enough by
-what the expert itself can see (length, final entropy); ground truth takes no part in the choice.
+Every demonstration is a full run of PARENT_SCALE (lib/expert.py): the data it conditioned on, its
+posterior after every experiment and its whole acquisition surface. A demonstration is kept if it is
+consistent (its stored posterior follows from its stored data, replayed) and good enough by what the
+expert itself can see (length, final entropy); ground truth takes no part in the choice.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -80,9 +80,7 @@ class Config:
     validation_split: float = 0.2
     """Share of models held out."""
     augmentation_factor: int = 2
-    """How many times as many training demonstrations after renaming variables and flipping
-    signs.
-    """
+    """Factor by which renaming variables and flipping signs multiplies the training part."""
 
     # --- bookkeeping ---
     batch: int = 16

@@ -3,8 +3,8 @@ effect from any data set.
 
 - Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 11 minutes on 2 busy CPU cores, `hour` 12,000 steps of .25 s, so about 55 by
-  estimate.
+- Time    `small` about 11 minutes on 2 busy CPU cores; `hour` took 125, in 29 of which it paused
+          (7,501 s and 1,725 s, reference/surrogate/hour/training.jsonl)
 
     python 02_train_surrogate.py small --steps 2000
 
@@ -13,11 +13,11 @@ program.
 
 Deviations from phase4_training_infrastructure.md, section 2:
 1. besides the expert's posterior (KL on its demonstrations) the network is taught the true parents
-   by NLL on fresh draws of the simulator: the expert
-   sees only the target's regression on a set, so imitating it alone would cap the student at its
-   teacher. And the expert is listened to early on only (`expert_until`): all demonstrations start
-   from equally many rows, and a network that hears it to the end learns to recognise such data and
-   to answer as the expert does there, worse than it knows;
+   by NLL on fresh draws of the simulator: the expert sees only the target's regression on a set, so
+   imitating it alone would cap the student at its teacher. And the expert is listened to early on
+   only (`expert_until`): all demonstrations start from equally many rows, and a network that hears
+   it to the end learns to recognise such data and to answer as the expert does there, worse than it
+   knows;
 2. the same trunk learns the whole effect surface E[Y | do(X_i = v)], which the simulator knows
    exactly;
 3. there are no epochs: simulated data never repeat, so that early stopping (`patience`) is for runs
@@ -158,7 +158,7 @@ PRESETS = {
     ),
     "small": ("about 11 minutes on 2 busy CPU cores", TrainingConfig()),
     "hour": (
-        "larger, about 55 minutes on 2 CPU cores",
+        "larger, about 100 minutes on 2 CPU cores",
         TrainingConfig(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=20, max_size=20),
@@ -212,9 +212,7 @@ class SurrogateModelResult:
     steps: int
     """Gradient steps taken."""
     speedup_estimate: float
-    """The expert's seconds per posterior over the surrogate's, on one problem, after
-    compilation.
-    """
+    """The expert's seconds per posterior over the surrogate's: one problem, after compilation."""
 
 
 def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:

@@ -1,10 +1,10 @@
 """Stage 3: clone the expert's choices, then improve the policy by GRPO with verifiable rewards.
 
 - Reads   artifacts/<preset>/demos.npz (not with --imitation.no-use-behavioral-cloning),
-  surrogate.eqx
+          surrogate.eqx
 - Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone, if there is
-  one), curves.npz, and logs/policy.jsonl beside them
-- Time    `small` about 3 minutes on 2 busy CPU cores, and as long for the cold twin.
+          one), curves.npz, and logs/policy.jsonl beside them
+- Time    `small` about 6 minutes on 2 busy CPU cores, its cold twin beside it
 
     python 03_warmstart_acquisition.py small --iterations 200
     python 03_warmstart_acquisition.py small --folder artifacts/small/cold \\
@@ -360,8 +360,8 @@ def train_acquisition(
     *,
     config: AcquisitionConfig | None = None,
 ) -> AcquisitionPolicyNetwork:
-    """The loop of multi_stage_training.md, stage 2: `num_steps` GRPO iterations; demonstrations
-    are cloned first, if there are any.
+    """The loop of multi_stage_training.md, stage 2: `num_steps` GRPO iterations; demonstrations are
+    cloned first, if there are any.
     """
     config = config or AcquisitionConfig()
     return train_acquisition_with_expert_warmstart(

@@ -2,18 +2,17 @@
 noise-free E[Y | do].
 
 - Reads   artifacts/<preset>/surrogate.eqx, policy.eqx, bc_policy.eqx (if something was cloned),
-  curves.npz, acbo.eqx
+          curves.npz, acbo.eqx
 - Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as
-  .png,
-        raw/*.npz (per-problem results, so a stopped run goes on)
-- Time    `small` about 8 minutes on 2 busy CPU cores.
+          .png, raw/*.npz (per-problem results, so a stopped run goes on)
+- Time    `small` about 8 minutes on 2 busy CPU cores
 
     python 05_evaluate.py small --num-problems 1000
 
 Protocol. Every method starts from the same data (`num_obs` observational rows and `per_variable`
 interventions on each variable), experiments one row at a time, and after t experiments recommends
-one action; the noise of experiment t is the same for all methods. Simple regret is E[Y |
-do(recommended)] minus the optimum, as a share of E[Y] minus the optimum: 0 is optimal, 1 is doing
+one action; the noise of experiment t is the same for all methods. Simple regret is the distance of
+E[Y | do(recommended)] from the optimum, as a share of that of E[Y]: 0 is optimal, 1 is doing
 nothing. What each method recommends: random, the experiment with the best outcome; the regressions
 and the learned methods, the minimum of their predicted surface; the expert's family, the minimum of
 its Gaussian processes' means. The expert's family runs on fewer problems (its cost), the first of

@@ -1,9 +1,9 @@
 """Stage 6: the trained system at work, without the expert and without ground truth.
 
-    python 06_deploy.py suggest --data experiments.csv --target Y       the next experiment for your
-    own data
-    python 06_deploy.py demo --benchmark toy --seeds 3                  a full ask/tell campaign on
-    a known system
+The next experiment for data of your own, and a whole campaign on a system whose truth is known:
+
+    python 06_deploy.py suggest --data experiments.csv --target Y
+    python 06_deploy.py demo --benchmark toy --seeds 3
 
 Data: one row per experiment, one column per variable, and a column `intervened` that names the
 variable set by hand in that row (empty for an observation). Ranges (`--bounds`): a CSV with columns
@@ -68,9 +68,7 @@ class Suggest:
 
 @dataclass(frozen=True)
 class Demo:
-    """Play whole campaigns on a benchmark whose truth is known, and score the recommended
-    action.
-    """
+    """Play whole campaigns on a benchmark whose truth is known, and score what is recommended."""
 
     benchmark: Literal["toy", "epidemiology", "healthcare"] = "toy"
     """System to play on."""

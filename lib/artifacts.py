@@ -169,8 +169,8 @@ def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -
 def stored(
     path: Path, mark: str, compute: Callable[[], Mapping[str, Any]], **header: Any
 ) -> dict[str, np.ndarray]:
-    """The arrays of `compute()`, or what an earlier run with the same `mark` left at `path`,
-    so that what was stopped goes on where it was. `header` as `save_arrays` takes it.
+    """The arrays of `compute()`, or those that an earlier run with the same `mark` left at `path`:
+    what was stopped goes on where it was. `header` as `save_arrays` takes it.
     """
     made_by = {"fingerprint": mark}
     if path.exists() and read_header(path)["hyperparameters"] == made_by:
@@ -349,9 +349,7 @@ def checksum(header: Mapping[str, Any], payload: bytes) -> str:
 
 
 def serialise(path: Path, tree: Any) -> bytes:
-    """The leaves of `tree`, in order, as `.npy` blocks; `path` is for the message if one holds
-    NaN.
-    """
+    """The leaves of `tree`, in order, as `.npy` blocks; `path` is for the message of NaN in one."""
     refuse_nan(path, tree)
     stream = io.BytesIO()
     eqx.tree_serialise_leaves(stream, tree)

@@ -78,7 +78,7 @@ def additive_ridge_surface(
 
 
 def best_on_grid(surface: Float[Array, "vars bins"], task: Task) -> Choice:
-    """Candidate (there must be one) and value of the least entry of a surface over
+    """Candidate (there must be one) and value of the least entry of a surface, whose values are
     `value_grid(low, high, bins)`.
     """
     least = jnp.argmin(jnp.where(task.candidates[:, None], surface, jnp.inf))

@@ -12,11 +12,11 @@ Gaussian processes; their hyperparameters come from grids instead of a gradient 
 restores both for the do-effects); the acquisition is maximised on a grid and refined once; an
 outcome is one noisy sample by default, so the surrogate carries observation noise.
 
-Cost (studies/expert.py): with 10 variables, 200 observational rows, 30 experiments and the
-subsets of four variables as candidates, 3.8 GFLOP: 1.6 for the doubly robust prior, 1.4 for
-do-effects (in float64), .7 for the regressions on parent sets, .1 for the causal GPs and the
-acquisition. Two CPU cores take .34 s for it in a batch of 64, 6 % of what a large matrix product
-reaches there; 5 variables take .25 s.
+Cost (reference/time.md): with 10 variables, 200 observational rows, 30 experiments and the subsets
+of four variables as candidates, 3.8 GFLOP: 1.6 for the doubly robust prior, 1.4 for do-effects (in
+float64), .7 for the regressions on parent sets, .1 for the causal GPs and the acquisition. Two CPU
+cores take .34 s for it in a batch of 64, 6 % of what a large matrix product reaches there; 5
+variables take .25 s.
 """
 
 from collections.abc import Callable
@@ -55,9 +55,9 @@ class ExpertRun(eqx.Module):
     `surface` is the expected improvement, in units of Y, on `value_grid(low, high, num_bins)`, zero
     outside the exploration set. `variable`, `value`, `outcome` are the experiments; `recommended_*`
     the intervention of least posterior mean over all candidates. The rows of the experiments stand
-    in `buffer` directly behind those that were there: before step t the expert knew `num_initial +
-    t` rows. `failures` counts hyperparameters of Gaussian processes that were left out because
-    their Cholesky factor failed (the best of the others was taken).
+    in `buffer` directly behind those that were there: before step t the expert knew the first
+    `num_initial + t` rows. `failures` counts hyperparameters of Gaussian processes that were left
+    out because their Cholesky factor failed (the best of the others was taken).
     """
 
     sets: Bool[Array, "sets vars"]
@@ -81,9 +81,7 @@ class ExpertRun(eqx.Module):
 
 
 class Decision(NamedTuple):
-    """One look at the surrogate: surface, the next experiment and the recommendation, in raw
-    units.
-    """
+    """One look at the surrogate, in raw units: surface, next experiment and recommendation."""
 
     surface: Float[Array, "vars bins"]
     variable: Int[Array, ""]

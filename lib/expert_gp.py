@@ -27,8 +27,8 @@ STAR_NOISE_RATIOS = (3e-4, 3e-3, 0.03, 0.2, 1.0)
 
 
 class StarGP(NamedTuple):
-    """Hyperparameters of one zero-mean GP per parent set: kernel `amplitude * exp(-|x - x'|^2 / 2
-    lengthscale^2)` plus `noise` (a variance).
+    """Hyperparameters of one zero-mean GP per parent set, with the kernel
+    `amplitude * exp(-|x - x'|^2 / (2 lengthscale^2))` plus `noise` (a variance).
 
     `failures` counts the hyperparameters that were left out because their Cholesky factor failed.
     """
@@ -132,8 +132,8 @@ def fit_star_gp_published(
 # one set after the other: under `vmap` a condition would compute both of its branches
 @sequential_vmap
 def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
-    """Amplitude, lengthscale and noise of one set, from squared distances `squares[vars, samples,
-    samples]`.
+    """Amplitude, lengthscale and noise of one set, from squared distances
+    `squares[vars, samples, samples]`.
     """
     optimiser, start = optax.lbfgs(), jnp.zeros(3, y.dtype)
     distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
@@ -186,9 +186,12 @@ def star_effects(
     set to v in each row, the other parents keep theirs.
 
     The RBF kernel is a product over variables, so with A_rn the kernel between rows without
-    variable i and b_n(v) that of variable i alone, the row averages are sum_n mean_r(A_rn) alpha_n
-    b_n(v), and b' (K^-1 o A'A/R) b: no loop over values and rows. Constant in v for variables that
-    are not in the set. Sets that are not `live` get zeros, without any work.
+    variable i and b_n(v) that of variable i alone, the row averages are
+
+        sum_n mean_r(A_rn) alpha_n b_n(v)    and    b' (K^-1 o A'A/R) b
+
+    without a loop over values and rows. Constant in v for variables that are not in the set. Sets
+    that are not `live` get zeros, without any work.
     """
     # An amplitude far above the noise is common (a smooth function is nearly a straight line); in
     # float32 the difference `amplitude - explained` then has no correct digit.
@@ -207,8 +210,8 @@ def star_effects(
 def effects_of_one_set(
     alive, members, amplitude, lengthscale, noise, squares, to_grid, y
 ) -> StarEffects:
-    """Effects `[vars, bins]` of one set; `squares[vars, samples, samples]` and `to_grid[vars, bins,
-    samples]` are squared distances.
+    """Effects `[vars, bins]` of one set; `squares[vars, samples, samples]` and
+    `to_grid[vars, bins, samples]` are squared distances.
     """
     num_rows, scale = y.shape[0], -0.5 / lengthscale**2
 

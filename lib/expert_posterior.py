@@ -99,8 +99,8 @@ class ParentSetRegression(eqx.Module):
 
     @staticmethod
     def fit(sets, log_prior, linear, omega, phase, x, y, noise) -> "ParentSetRegression":
-        """Condition the weights, not the probabilities of the sets, on observational `x[samples,
-        vars]` and `y[samples]`, given `noise[sets]`.
+        """Condition the weights, not the probabilities of the sets, on observational
+        `x[samples, vars]` and `y[samples]`, given `noise[sets]`.
         """
         phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
         mean, covariance, _ = jax.vmap(regression)(

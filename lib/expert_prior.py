@@ -4,11 +4,13 @@ selection, in closed form.
 Quinzan, Soleymani, Jaillet, Rojas, Bauer, "DRCFS: Doubly Robust Causal Feature Selection" (ICML
 2023), as PARENT_SCALE uses it. There every nuisance is a three-layer network; here it is a ridge
 regression on [1, x, random Fourier features], so that all bootstraps, folds and left-out variables
-are one batch of linear systems. Three further differences: rows keep their fold across bootstraps,
-so a row that a bootstrap drew twice is never on both sides of a split; the regression without a
-variable uses the features of the full one with that variable's frequencies set to zero, which pairs
-the two and removes noise from their difference; and leaving a parent out must make the product of
-residuals larger, where the published test also accepts a significant fall.
+are one batch of linear systems. Three further differences:
+1. rows keep their fold across bootstraps, so a row that a bootstrap drew twice is never on both
+   sides of a split;
+2. the regression without a variable uses the features of the full one with that variable's
+   frequencies set to zero, which pairs the two and removes noise from their difference;
+3. leaving a parent out must make the product of residuals larger, where the published test also
+   accepts a significant fall.
 """
 
 import itertools

@@ -46,9 +46,10 @@ def import_trajectory(output: ParentScaleTrajectory, scm: SyntheticSCM) -> Exper
     - `intervention_set`, `intervention_values`: a tuple of one name, and of its value, per
       experiment
     - `current_y`: the outcome of every experiment
-    - `posterior_probabilities`: per experiment the belief before it, `{tuple or frozenset of names:
-      probability}`, then the belief after all; a set that is absent has probability zero. Without
-      the last one nothing is known about what the last experiment taught: it is then dropped.
+    - `posterior_probabilities`: per experiment the belief before it, a dictionary from a tuple or
+      frozenset of names to its probability, then the belief after all; a set that is absent has
+      probability zero. Without the last one nothing is known about what the last experiment taught:
+      it is then dropped.
     - `target`: a name
 
     The original records no other variables under an experiment. The rows of experiments are
@@ -252,9 +253,7 @@ def extract_multiple_trajectories(
     buffers: ExperienceBuffer,
     config: ParentScaleConfig,
 ) -> ExpertTrajectory:
-    """Run the expert on a batch of models from their first data, and extract every
-    demonstration.
-    """
+    """Run the expert on a batch of models from their first data, and extract each demonstration."""
     return jax.vmap(
         lambda k, s, b: extract_expert_trajectory(run_parent_scale(k, s, b, config), s, k)
     )(keys, scms, buffers)

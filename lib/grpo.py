@@ -90,9 +90,7 @@ class Simulator(NamedTuple):
     rewards: RewardConfig
 
     def start(self, buffer: ExperienceBuffer, num_steps: int) -> tuple[AcquisitionState, Summary]:
-        """The state before the first of `num_steps` experiments, and the sums that it is read
-        from.
-        """
+        """The state before the first of `num_steps` experiments, and the sums it is read from."""
         summary = Summary.of(buffer, self.scm.task, self.surrogate.config.num_bins)
         output = self.surrogate.predict(summary, self.scm.task)
         state = AcquisitionState(buffer, output, jnp.zeros((), int), jnp.asarray(num_steps))
@@ -184,10 +182,10 @@ def campaign_gains(
     problems: Problem,
     num_steps: int,
 ) -> tuple[Float[Array, " steps"], Float[Array, "2 features"]]:
-    """What the most probable experiments of the policy gain: share of the possible improvement
-    that the noise-free E[Y | do] of the recommended action has improved by after each experiment,
-    mean over the problems `[steps]`. The same key gives the same noise to every policy. And the
-    span of every feature that the policy saw on the way.
+    """What the policy's most probable experiments gain, `[steps]`: how much better the noise-free
+    E[Y | do] of the recommended action is after each experiment than before the first, as a share
+    of the possible improvement, mean over the problems. The same key gives every policy the same
+    noise. And the span of every feature that the policy saw on the way.
     """
 
     def play(key, problem):

@@ -69,8 +69,8 @@ class CloneMetrics(NamedTuple):
 def clone_loss(
     policy: AcquisitionPolicyNetwork, examples: AcquisitionTrainingExample, surface_weight: float
 ) -> tuple[Float[Array, ""], CloneMetrics]:
-    """Cross-entropy to the expert's choice and to its normalised acquisition surface, mean over
-    the examples (leading axis `batch`).
+    """Cross-entropy to the expert's choice and to its normalised acquisition surface, mean over the
+    examples (leading axis `batch`).
     """
 
     def per_state(example):

@@ -55,11 +55,11 @@ def toy(u: Values, do: Do) -> tuple[Array, ...]:
 
 
 def graph4(u: Values, do: Do) -> tuple[Array, ...]:
-    """X = eX; Z = 1.5 tanh(X) + eZ; T = cos(X) + exp(-X) + eT; Y = Z^2 + sin(T) + eY; all e ~ N(0,
-    1).
+    """X = eX; Z = 1.5 tanh(X) + eZ; T = cos(X) + exp(-X) + eT; Y = Z^2 + sin(T) + eY;
+    all e ~ N(0, 1).
 
-    Range T [-2, 8]; nothing else may be set. y* = 0.887 at do(T = -pi / 2), and the same at do(T =
-    3 pi / 2); without intervention E[Y] = 2.18. Source: CBO-U (`Graph4`).
+    Range T [-2, 8]; nothing else may be set. y* = 0.887 at do(T = -pi / 2), and the same at
+    do(T = 3 pi / 2); without intervention E[Y] = 2.18. Source: CBO-U (`Graph4`).
     """
     x = do("X", normal(u["X"]))
     z = do("Z", 1.5 * jnp.tanh(x) + normal(u["Z"]))
@@ -68,8 +68,8 @@ def graph4(u: Values, do: Do) -> tuple[Array, ...]:
 
 
 def epidemiology(u: Values, do: Do) -> tuple[Array, ...]:
-    """B ~ U(-1, 1); T ~ U(4, 8); L = logistic(T / 2 + B); R = 4 + L T; Y = 1/2 + cos(4 T) + sin(-L
-    + 2 R) + B + eY; eY ~ N(0, 1).
+    """B ~ U(-1, 1); T ~ U(4, 8); L = logistic(T / 2 + B); R = 4 + L T;
+    Y = 1/2 + cos(4 T) + sin(-L + 2 R) + B + eY; eY ~ N(0, 1).
 
     Ranges T [4, 8], R [5, 15]. y* = -1.438 at do(T = 5.495) over single interventions; jointly,
     do(T = 7.08, R = 5.98) reaches the -1.4995 of the literature. do(R) reaches -0.45, and without
@@ -87,9 +87,10 @@ def epidemiology(u: Values, do: Do) -> tuple[Array, ...]:
 def healthcare(u: Values, do: Do) -> tuple[Array, ...]:
     """Prostate-specific antigen Y under aspirin and statin; s is the logistic function.
 
-    Age ~ U(55, 75); BMI = 27 - 0.01 Age + N(0, var 0.7); Aspirin = s(-8 + 0.1 Age + 0.03 BMI);
-    Statin = s(-13 + 0.1 Age + 0.2 BMI); Cancer = s(2.2 - 0.05 Age + 0.01 BMI - 0.04 Statin + 0.02
-    Aspirin); Y = 6.8 + 0.04 Age + 0.15 BMI - 0.6 Statin + 0.55 Aspirin + Cancer + N(0, var 0.4).
+    Age ~ U(55, 75); BMI = 27 - 0.01 Age + N(0, var 0.7);
+    Aspirin = s(-8 + 0.1 Age + 0.03 BMI); Statin = s(-13 + 0.1 Age + 0.2 BMI);
+    Cancer = s(2.2 - 0.05 Age + 0.01 BMI - 0.04 Statin + 0.02 Aspirin);
+    Y = 6.8 + 0.04 Age + 0.15 BMI - 0.6 Statin + 0.55 Aspirin + Cancer + N(0, var 0.4).
 
     Ranges Aspirin [0, 1], Statin [0, 1]. y* = 13.249 at do(Statin = 1) over single interventions;
     jointly, do(Aspirin = 0, Statin = 1) reaches the 13.060 of the literature. do(Aspirin = 0)

@@ -212,9 +212,7 @@ class OptimizationScenario:
 
 
 def exploration_scenario(size: int, max_vars: int) -> OptimizationScenario:
-    """Problems where it pays to look around: few rows, wide ranges, responses with several
-    valleys.
-    """
+    """Where it pays to look around: few rows, wide ranges, responses with several valleys."""
     prior = multimodal(SCMPrior(max_vars=max_vars, min_size=size, max_size=size))
     return OptimizationScenario(f"exploration, d={size}", prior, num_obs=24, num_steps=20)
 

@@ -422,9 +422,7 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
 
 
 def cell(record: Record) -> str:
-    """`value [low, high]` to three significant digits; the value alone where there is no
-    interval.
-    """
+    """`value [low, high]` to three significant digits; the value alone without an interval."""
     value, low, high = (f"{v:.3g}" for v in (record.value, record.low, record.high))
     return value if np.isinf(record.low) and np.isinf(record.high) else f"{value} [{low}, {high}]"
 

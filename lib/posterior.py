@@ -1,6 +1,4 @@
-"""`ParentSetPosterior`: a distribution over the parent sets of one target. Entropies are in
-nats.
-"""
+"""`ParentSetPosterior`: a distribution over the parent sets of one target; entropies in nats."""
 
 import equinox as eqx
 import jax

@@ -197,9 +197,7 @@ class Problem(NamedTuple):
 def draw_problem(
     key: Key[Array, ""], prior: SCMPrior, design: CampaignDesign, num_bins: int
 ) -> Problem:
-    """A random problem at the start of a campaign, log-uniform in its number of observational
-    rows.
-    """
+    """A random problem at the start of a campaign, log-uniform in its observational rows."""
     scm_key, data_key, count_key = jr.split(key, 3)
     scm = sample_scm(scm_key, prior)
     count = jnp.exp(

@@ -79,9 +79,7 @@ class AdditiveRegression(eqx.Module):
         )
 
     def surface(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
-        """Mean prediction with X_i at `grid[i, b]` and all other variables as in the fitted
-        rows.
-        """
+        """Mean prediction with X_i at `grid[i, b]`, all other variables as in the fitted rows."""
         powers = powers_of(
             (grid - self.location[:, None]) / self.scale[:, None], self.weights.shape[1]
         )

@@ -68,13 +68,9 @@ class SCMPrior:
     max_lengthscale: float = 2.5
     """Longest lengthscale of a Fourier or MLP mechanism, in deviations of a parent."""
     min_range: float = 1.5
-    """Shortest distance from the observational mean to an end of a variable's range of
-    intervention.
-    """
+    """Shortest distance from the observational mean to an end of a range of intervention."""
     max_range: float = 4.0
-    """Longest distance from the observational mean to an end of a variable's range of
-    intervention.
-    """
+    """Longest distance from the observational mean to an end of a range of intervention."""
     min_effect: float = 0.5
     """Standard deviations by which some intervention must lower the target, so that there is
     something to gain; 0 admits every variable as target.

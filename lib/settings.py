@@ -83,8 +83,7 @@ def preset_arguments(arguments: Sequence[str] | None = None) -> list[str]:
 
 def use_compilation_cache(folder: Path) -> None:
     """Compile fast, and keep compiled programs under `folder` (or where JAX_COMPILATION_CACHE_DIR
-    says): a second run, and another stage with
-    the same program, skips compilation.
+    says): a second run, and another stage with the same program, skips compilation.
 
     On the CPU, XLA's older emitter of kernels compiles a campaign with its rewards in 13.8 s
     instead of 34.5 s (jax 0.10.2, one core, as the tests compile it), and its code is as fast (a

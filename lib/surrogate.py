@@ -65,9 +65,7 @@ class SurrogateConfig:
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-    """Apply a layer over the last axis of anything: one matrix product instead of a nest of
-    vmaps.
-    """
+    """A layer over the last axis of anything: one matrix product instead of a nest of vmaps."""
     bias = cast(Array, layer.bias)  # all layers have one
     return x @ layer.weight.T + jnp.reshape(bias, (1,) * (x.ndim - 1) + (-1,))
 
@@ -95,8 +93,9 @@ def rms_norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
 
 
 class Block(eqx.Module):
-    """Products of the pair matrix with itself, sum_k a[i, k] b[k, j], a[i, k] b[j, k] and a[k, i]
-    b[k, j] per channel, beside a feed-forward layer.
+    """Products of the pair matrix with itself beside a feed-forward layer; per channel
+
+        sum_k a[i, k] b[k, j],    sum_k a[i, k] b[j, k]    and    sum_k a[k, i] b[k, j].
 
     These are the triangle updates of AlphaFold 2 (Jumper et al. 2021, supplement, algorithms 11 and
     12), without gates, and in parallel with the feed-forward layer: one projection in, one out.
@@ -135,9 +134,9 @@ class SurrogateOutput(eqx.Module):
     """Everything the surrogate says about one data set, effects in the target's own units.
 
     `logits[components, vars]` and `log_weights[components]` are a mixture of product-Bernoullis
-    over parent sets; `effect_mean` and `effect_std` `[vars, bins]` describe E[Y | do(X_i = grid[i,
-    b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and `evidence[vars, bins,
-    features]` feed the policy.
+    over parent sets; `effect_mean` and `effect_std` `[vars, bins]` describe
+    E[Y | do(X_i = grid[i, b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and
+    `evidence[vars, bins, features]` feed the policy.
     """
 
     task: Task

@@ -356,9 +356,7 @@ class AcquisitionTrainingExample(NamedTuple):
 def extract_acquisition_training_data(
     trajectories: ExpertTrajectory, surrogate: ParentSetPredictionModel
 ) -> AcquisitionTrainingExample:
-    """States as the trained surrogate reads them, with the expert's choice and acquisition
-    surface.
-    """
+    """States as the trained surrogate reads them, the expert's choices and acquisition surfaces."""
     num_steps = trajectories.variable.shape[1]
 
     def one(inputs):

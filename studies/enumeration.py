@@ -102,8 +102,8 @@ def log_coefficient_prior(coefficients, noise, members, prior: SCMPrior) -> Floa
     standardisation removes, of unknown size.
 
     |w| uniform in [.5, 2] with either sign, log n uniform, and density 1 / s: the integral over s
-    runs between the values at which a w or n would
-    leave its range, and is a power of s. -inf where there are none.
+    runs between the values at which a w or n would leave its range, and is a power of s. -inf where
+    there are none.
     """
     size = members.sum()
     magnitude = jnp.where(members, jnp.abs(coefficients), 1.0)

@@ -95,9 +95,7 @@ def draw(size: int, num_obs: int, prior: SCMPrior, config: Config) -> tuple[SCMP
 def measure_posterior(
     model: ParentSetPredictionModel, size: int, prior: SCMPrior, config: Config
 ) -> list[metrics.Record]:
-    """Against the posterior by enumeration, under the very prior that the weights were trained
-    on.
-    """
+    """Against the posterior by enumeration, under the prior that the weights were trained on."""
     prior, problems = draw(size, config.num_obs, prior, config)
     found = jax.device_get(compare_with_enumeration(model, problems, prior))
     ours, exact = found["ours"], found["exact"]
@@ -181,9 +179,7 @@ def measure_first_experiment(
 def predicted_effects(
     model: ParentSetPredictionModel, problems: Problem, prior: SCMPrior
 ) -> dict[str, jax.Array]:
-    """Mean effects `[batch, vars, bins]` of the surrogate, and under the posterior over all
-    graphs.
-    """
+    """Mean effects `[batch, vars, bins]` of the surrogate, and under the posterior over graphs."""
 
     def one(problem):
         buffer, task = problem.buffer, problem.scm.task

@@ -5,8 +5,8 @@ From the repository root (a good minute on a CPU):
     python studies/field/cases.py --folder FOLDER --system pretrained/acbo.eqx
 
 Reads: `06_deploy.py` and `lib` of the current folder, a trained system, and the folder of files,
-whose README.md says what each of them is. Writes nothing: prints a Markdown table, the criteria
-and the counts. A file may be asked about twice, to minimise and to maximise.
+whose README.md says what each of them is. Writes nothing: prints a Markdown table, the criteria and
+the counts. A file may be asked about twice, to minimise and to maximise.
 
 right     meets the criterion of its file: a function below, which its docstring states in words.
           Criteria come from the known truth (for most reports: yield = 30 + 5 catalyst

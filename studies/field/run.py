@@ -6,8 +6,8 @@ From the repository root (seconds per seed and system on a CPU, once everything 
     python studies/field/run.py --seeds 3 --asks 20 --systems chain plant_quiet_0.2
 
 Reads: `06_deploy.py` and `lib` of the current folder, a trained system, and `systems.py` beside
-this file, whose equations are the truth. Writes nothing: prints a line per system and the mean
-over systems.
+this file, whose equations are the truth. Writes nothing: prints a line per system and the mean over
+systems.
 
 Figures of the first answer, each a mean over seeds (`-`: not defined for this system):
 
