@@ -1,43 +1,66 @@
-"""The tables of README.md and reference/*.md against the stored results they were made from.
+"""README.md and reference/*.md against the stored results and the files that they are about.
 
-A table says in a comment before it where its numbers are: `<!-- stored: PATH[, PATH...] -->`, from
-reference/. Pages are written by hand: a figure that was mistyped, or left over from an older run,
-is only found by reading both. Labels are compared by their words, without what is in parentheses;
-`NAMES` has those that differ. A cell must be, rounded to the decimals that it shows, a stored value
-with its interval: one whose row, column, part and file have all words of the cell's labels that are
-stored at all, and no more others than need be.
+What shows figures, a table or a paragraph with decimals, says in a comment before it where they are
+stored, as paths from reference/, or why they are not: `<!-- stored: PATH[, PATH...] -->`,
+`<!-- not stored: WHY -->`. The comment of a paragraph goes on with the labels of its decimals in
+order, `: LABEL; LABEL`, "-" for one that is not stored. A page without any stored result has
+`<!-- not stored: WHY -->` as its first line. Pages are written by hand: a figure that was mistyped,
+or left over from an older run, is only found by reading both. Labels are compared by their words,
+without what is in parentheses; `NAMES` has those that differ. A figure must be, rounded to the
+decimals that it shows, a stored value with its interval: one whose row, column, part and file have
+all words of the figure's labels that are stored at all, and no more others than need be.
 """
 
+import importlib
 import json
 import re
 from collections import namedtuple
 from pathlib import Path
 
+import jax
 import pytest
+
+from lib.system import TrainedACBOSystem
 
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "reference"
-PAGES = sorted(REFERENCE.glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(REFERENCE.glob("*.md"))]
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)"
 CELL = re.compile(rf"{NUMBER}(?: \[{NUMBER}, {NUMBER}\])?(?: ± {NUMBER})?")
-NAMES = {"the policy": "grpo_policy", "expert": "parent_scale", "known graph": "cbo_known_graph"}
+FIGURE = re.compile(r"[-+\d.,e±[\] ]*\d[-+\d.,e±[\] ]*")
+DECIMAL = re.compile(r"(?<![\w.,/-])[-+]?\d*\.\d+(?: \[[-+.\d]+, [-+.\d]+\])?")
+NOT_TEXT = re.compile(r"`[^`]*`|\]\([^)]*\)|(?:arXiv|Python) [\d.]+")
+NAMES = {
+    "the policy": "grpo_policy",
+    "expert": "parent_scale",
+    "known graph": "cbo_known_graph",
+    "seconds": "s",
+}
+PROSE = ["label", "figure"]  # the header of a paragraph's decimals as a table
 Table = namedtuple("Table", "comment part header rows")  # part: the heading or bold line above it
 
 
 def tables_of(text: str) -> list[Table]:
-    tables, comment, part, inside = [], "", "", False
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
-        if line.startswith("|") and not inside:
-            tables.append(Table(comment, part, cells, []))
-            comment = ""
-        elif line.startswith("|") and set(line) - set("|-: "):
-            tables[-1].rows.append(cells)
-        elif line and not line.startswith("|"):
-            comment = line[4:-3].strip() if line.startswith("<!--") else ""
-            part = line.strip("#* ") if re.fullmatch(r"#+ .*|\*\*.*\*\*", line) else part
-        inside = line.startswith("|")
+    """The tables of a page, and its paragraphs with decimals as tables of label and figure."""
+    tables, comment, part = [], "", ""
+    for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL).strip()):
+        if block.startswith("<!--"):
+            comment = " ".join(block[4:-3].split())
+            continue
+        if block.startswith("|"):
+            rows = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in block.splitlines()]
+            header, _, *rows = [[cell.strip() for cell in row] for row in rows]
+            tables.append(Table(comment, part, header, rows))
+        elif re.fullmatch(r"#+ .*|\*\*.*\*\*", block):
+            part = block.strip("#* ")
+        elif figures := DECIMAL.findall(NOT_TEXT.sub("", " ".join(block.split()))):
+            stored, _, labels = comment.removeprefix("stored:").strip().partition(": ")
+            named = list(zip(labels.split("; "), figures, strict=False))
+            if comment.startswith("stored:"):
+                comment = f"stored: {stored}" * (len(labels.split("; ")) == len(figures))
+            tables.append(Table(comment, part, PROSE, [list(n) for n in named if n[0] != "-"]))
+        comment = ""
     return tables
 
 
@@ -56,10 +79,19 @@ def stored_in(path: str) -> list[tuple[set[str], tuple]]:
         named = words(path).union(*(words(r[k]) for k in ("table", "task", "method", "metric")))
         found.append((named, (r["value"], r["low"], r["high"], None)))
         found.append((named | {"n"}, (r["n"], None, None, None)))
+    # what shipped/cases_<system>.md and shipped/field_<system>.txt end with
+    system, last = Path(path).stem.partition("_")[2], text.strip().splitlines()[-1]
+    counts = re.findall(r"(\d+) (right|refused|wrong|s)\b", last) if "cases" in path else []
+    means = re.findall(r"(\w+) (-?[\d.]+)", last) if path.endswith(".txt") else []
+    for value, title in (*counts, *(mean[::-1] for mean in means)):
+        found.append(({system, title}, (value, None, None, None)))
     text = re.sub(r"(\d+)%(?= *\|)", lambda share: str(int(share[1]) / 100), text)
     for table in tables_of(text) if path.endswith(".md") else ():
-        for row in table.rows:
+        for row in table.rows if table.header != PROSE else ():
             place = [path, table.part, row[0], *(c for c in row[1:] if not CELL.fullmatch(c))]
+            place += [
+                f"d = {c}" for title, c in zip(table.header, row, strict=True) if title == "d"
+            ]
             for title, cell in zip(table.header[1:], row[1:], strict=True):
                 if match := CELL.fullmatch(cell):
                     found.append((words(title).union(*map(words, place)), match.groups()))
@@ -85,7 +117,7 @@ def differences(table: Table) -> list[str]:
 
     corner = wanted(table.header[0])
     for row in table.rows:
-        if not wanted(row[0]):
+        if not wanted(row[0]) and any(map(FIGURE.fullmatch, row[1:])):
             wrong.append(f"no stored row is called: {row[0]}")
         for title, cell in zip(table.header[1:], row[1:], strict=True):
             need, match = wanted(row[0]) | wanted(title) | corner, CELL.fullmatch(cell)
@@ -93,38 +125,102 @@ def differences(table: Table) -> list[str]:
             least = min((size for size, _ in near), default=0)
             nearest = [values for size, values in near if match and size == least]
             fits = any(all(map(agrees, match.groups(), values)) for values in nearest)
-            if re.fullmatch(r"[-+\d.,e±[\] ]+", cell) and not fits:
+            if FIGURE.fullmatch(cell) and not fits:
                 wrong.append(f"{row[0]} | {title}: {cell}")
     return wrong
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
-def test_tables_show_what_is_stored(page):
-    """Tables with intervals must say where their numbers are; README.md's not yet."""
-    for table in tables_of(page.read_text()):
+def problems(text: str) -> list[str]:
+    """Figures of a page that are not what is stored, and those that do not say where they are."""
+    without, stored = text.startswith("<!-- not stored:"), "<!-- stored:" in text
+    if without or not stored:
+        return ["whether anything is stored"] if without == stored else []
+    found = []
+    for table in tables_of(text):
         if table.comment.startswith("stored:"):
-            assert differences(table) == []
-        elif page in PAGES and not table.comment.startswith("not stored:"):
-            cells = [cell for row in table.rows for cell in row if CELL.fullmatch(cell)]
-            assert not any("[" in cell for cell in cells), table.header
+            found += differences(table)
+        elif not table.comment.startswith("not stored:"):
+            figures = [cell for row in table.rows for cell in row[1:] if FIGURE.fullmatch(cell)]
+            found += [f"no comment: {table.header}"] * (figures != [] or table.header == PROSE)
+    return found
 
 
-def test_altered_figures_are_reported():
-    """Every figure of a page with its last digit changed: the comparison is able to fail."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_show_what_is_stored(page):
+    assert problems(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_altered_figures_and_comments_that_are_gone_are_reported(page):
+    """Every figure with its last digit changed, and every comment left out: each is noticed."""
     other = {str(digit): str((digit + 5) % 10) for digit in range(10)}
-    tables = tables_of((REFERENCE / "protocol.md").read_text())
-    tables = [table for table in tables if table.comment.startswith("stored:")]
-    assert tables
-    for table in tables:
-        pattern = r"^([-+.\d]*)(\d)(?=$| \[)"
-        rows = [[re.sub(pattern, lambda m: m[1] + other[m[2]], c) for c in r] for r in table.rows]
-        figures = [cell for row in rows for cell in row[1:] if CELL.fullmatch(cell)]
-        found = differences(table._replace(rows=rows))
-        assert figures and [wrong.rpartition(": ")[2] for wrong in found] == figures
+    text = page.read_text()
+    for table in tables_of(text):
+        if table.comment.startswith("stored:"):
+            pattern = r"^([-+.\d]*)(\d)(?=$| \[)"
+            rows = [
+                [r[0], *(re.sub(pattern, lambda m: m[1] + other[m[2]], c) for c in r[1:])]
+                for r in table.rows
+            ]
+            figures = [cell for row in rows for cell in row[1:] if CELL.fullmatch(cell)]
+            found = differences(table._replace(rows=rows))
+            assert figures and [wrong.rpartition(": ")[2] for wrong in found] == figures
+    comments = re.findall(r"<!-- (?:not )?stored:.*?-->\s*", text, flags=re.DOTALL)
+    assert comments and all(problems(text.replace(comment, "", 1)) for comment in comments)
 
 
 def test_every_stored_file_is_in_the_index_and_every_link_leads_to_a_file():
     files = {p.relative_to(REFERENCE).as_posix() for p in REFERENCE.rglob("*") if p.is_file()}
-    links = {p.stem: set(re.findall(r"\]\(([^)#:]+)\)", p.read_text())) for p in PAGES}
+    links = {p.stem: set(re.findall(r"\]\(([^)#:]+)\)", p.read_text())) for p in PAGES[1:]}
     assert files - links["index"] == {"index.md"}
     assert set().union(*links.values()) <= files
+
+
+def test_readme_names_every_file_and_its_commands_exist():
+    """And at most 160 lines; a page's commands exist, or it says where they did."""
+    text = (ROOT / "README.md").read_text()
+    found = [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("studies/**/*.py")]
+    files = {p.relative_to(ROOT).as_posix() for p in found} - {"lib/__init__.py"}
+    named = set(re.findall(r"(?:(?:lib|studies)/)?[\w/]+\.py\b", text))
+    assert named == files and len(text.splitlines()) <= 160
+    assert all(name in text for name in ("Makefile", "pyproject.toml", "requirements-dev.txt"))
+    for page in PAGES:
+        commands = re.findall(r"(\S*)python\s+([\w/]+\.py)", page.read_text())
+        assert page in PAGES[1:] or {before.lstrip("`") for before, _ in commands} == {".venv/bin/"}
+        gone = {script for _, script in commands if not (ROOT / script).exists()}
+        assert not gone or "at commit `b6e223e`" in " ".join(page.read_text().split()), gone
+
+
+def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
+    text, given = (ROOT / "README.md").read_text(), {}
+    monkeypatch.chdir(ROOT)
+    snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
+    assert len(snippet.split("\n")) <= 7  # five, a blank one after the imports, an empty end
+    exec(snippet, given)
+    answer, names, units = given["answer"], given["names"], given["units"]
+    deploy = importlib.import_module("06_deploy")
+    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity"))
+    chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
+    assert names[chosen] == wanted["next_experiment"]["variable"]
+    assert units.written(chosen, value) == pytest.approx(wanted["next_experiment"]["value"])
+    for name in ("acbo", "acbo_small"):
+        system = TrainedACBOSystem.load(ROOT / "pretrained" / f"{name}.eqx")
+        for module in (system.surrogate, system.policy):
+            assert f"{sum(leaf.size for leaf in jax.tree.leaves(module)):,}" in text
+        sizes = system.surrogate.config
+        pattern = rf"{sizes.model_n_layers}\s(?:blocks )?of width {sizes.model_hidden_dim}\b"
+        assert re.search(pattern, text) and f"{sizes.num_products} channels" in text
+
+
+def test_expert_counts_are_sums_of_its_table():
+    """Seeds of ten per system that reach the known-graph optimum, of fifty per kind."""
+    text = (REFERENCE / "expert.md").read_text()
+    rows = next(t.rows for t in tables_of(text) if "expert, reaches it" in t.header)
+
+    def seeds(kind, column):
+        return round(sum(10 * float(row[column]) for row in rows if row[0].endswith(kind)))
+
+    linear = re.search(r"in (\d+) of 50 seeds, and", text)[1]
+    expert, known = re.search(r"in (\d+) of 50 seeds, the known graph in (\d+)", text).groups()
+    assert (int(linear), int(expert)) == (seeds("_linear", 7), seeds("_nonlinear", 7))
+    assert int(known) == seeds("_nonlinear", 8)
