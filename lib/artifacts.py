@@ -68,11 +68,12 @@ class About(TypedDict):
     metrics: Mapping[str, Any]
 
 
-def save_module(path: Path, module: eqx.Module, **about: Unpack[About]) -> None:
+def save_module(path: Path | str, module: eqx.Module, **about: Unpack[About]) -> None:
     """Write `module` to the `.eqx` file `path`.
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
+    path = Path(path)
     payload = serialise(path, module)
     header = make_header(about)
     header["checksum"] = checksum(header, payload)
@@ -80,7 +81,7 @@ def save_module(path: Path, module: eqx.Module, **about: Unpack[About]) -> None:
 
 
 def load_module(
-    path: Path, stage: str, build: Callable[[dict[str, Any]], Any]
+    path: Path | str, stage: str, build: Callable[[dict[str, Any]], Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The module in `path` and its header; `build(hyperparameters)` makes a module of the right
     shape, whose leaves are then replaced.
@@ -88,6 +89,7 @@ def load_module(
     Raises `ArtifactError` if the file is missing, truncated, edited, of another stage or schema, or
     has other shapes than `build` gives.
     """
+    path = Path(path)
     header, payload = split(path, stage)
     verify(path, header, payload, stage)
     try:
@@ -100,12 +102,13 @@ def load_module(
     return deserialise(path, payload, like, stage), header
 
 
-def save_arrays(path: Path, arrays: Mapping[str, Any], **about: Unpack[About]) -> None:
+def save_arrays(path: Path | str, arrays: Mapping[str, Any], **about: Unpack[About]) -> None:
     """Write named arrays to the `.npz` file `path`; errors as for `save_module`. The name `header`
     is taken.
     """
     if "header" in arrays:
         raise ValueError("'header' is the name of the header itself: call the array something else")
+    path = Path(path)
     host = {name: np.asarray(array) for name, array in arrays.items()}
     refuse_nan(path, host)
     header = make_header(about)
@@ -115,20 +118,22 @@ def save_arrays(path: Path, arrays: Mapping[str, Any], **about: Unpack[About]) -
     replace_file(path, stream.getvalue())
 
 
-def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_arrays(path: Path | str, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays in `path` by name, and its header. `ArtifactError` if the file is missing,
     truncated, edited, or of another stage or schema.
     """
+    path = Path(path)
     arrays = read_npz(path, stage)
     header = parse_header(path, str(arrays.pop("header", "")), stage)
     verify(path, header, array_checksum(arrays).encode(), stage)
     return arrays, header
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path | str) -> dict[str, Any]:
     """The header of an artifact of any stage and schema, without its payload. Raises
     `ArtifactError` if there is none.
     """
+    path = Path(path)
     if path.suffix == ".npz":
         return parse_header(path, str(read_npz(path, None, only="header").get("header", "")), None)
     return split(path, None)[0]
@@ -193,12 +198,8 @@ def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> No
     fold the step in). `ArtifactError` for NaN.
     """
     payload = serialise(path, tree)
-    header = {
-        "schema": SCHEMA,
-        "fingerprint": fingerprint,
-        "step": int(step),
-        "checksum": hashlib.sha256(payload).hexdigest(),
-    }
+    header = {"schema": SCHEMA, "fingerprint": fingerprint, "step": int(step)}
+    header["checksum"] = checksum(header, payload)
     replace_file(path, encode(header) + b"\n" + payload)
 
 
@@ -214,7 +215,7 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | Non
     header, payload = split(path, None)
     if header.get("fingerprint") != fingerprint:
         return None
-    if hashlib.sha256(payload).hexdigest() != header.get("checksum"):
+    if checksum(header, payload) != header.get("checksum"):
         raise ArtifactError(
             path,
             "the checkpoint is truncated or was edited; delete it to start "
@@ -310,7 +311,8 @@ def encode(content: dict[str, Any]) -> bytes:
 def parse_header(path: Path, text: str, stage: str | None) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except json.JSONDecodeError as error:
+        encode(header)  # nan and infinity, which Python reads, are no JSON
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise ArtifactError(
             path, "truncated, edited, or not an artifact: its header cannot be read", stage
         ) from error
@@ -401,8 +403,9 @@ def read_bytes(path: Path, stage: str | None) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise ArtifactError(path, "missing", stage) from None
-    except OSError as error:  # a directory, no permission, links that lead to each other
-        raise ArtifactError(path, f"cannot be read ({error.strerror})", stage) from None
+    except (OSError, ValueError) as error:  # a directory, a loop of links, a name with a NUL byte
+        problem = f"cannot be read ({getattr(error, 'strerror', error)})"
+        raise ArtifactError(path, problem, stage) from None
 
 
 def split(path: Path, stage: str | None) -> tuple[dict[str, Any], bytes]:
@@ -419,7 +422,10 @@ def read_npz(path: Path, stage: str | None, only: str | None = None) -> dict[str
     try:
         with np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if only in (None, name)}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError),
+        RuntimeError,  # an edited flag: "encrypted", or a compression that zipfile does not know
+    ) as error:
         raise ArtifactError(
             path, f"truncated or edited: not a complete .npz file ({error})", stage
         ) from error

@@ -262,6 +262,10 @@ def test_checkpoints(tmp_path):
     assert load_checkpoint(path, tree, "other") is None
     with pytest.raises(ArtifactError, match="wrong shapes"):
         load_checkpoint(path, tree["model"], "mine")
+    for step in (7, -3):
+        rewrite_header(shutil.copy(path, tmp_path / "step.ckpt"), step=step)
+        with pytest.raises(ArtifactError, match="delete it"):
+            load_checkpoint(tmp_path / "step.ckpt", tree, "mine")
     flip(path.rename(tmp_path / "run.eqx"))
     with pytest.raises(ArtifactError, match="delete it"):
         load_checkpoint(tmp_path / "run.eqx", tree, "mine")
@@ -340,10 +344,54 @@ def test_an_edited_header_is_found(tmp_path):
     load_module(path, "surrogate", build)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
-    loop, folder = tmp_path / "loop.eqx", tmp_path / "folder.eqx"
-    loop.symlink_to(loop)
-    folder.mkdir()
-    for path in (loop, folder):
-        with pytest.raises(ArtifactError, match=f"{path.name}: cannot be read"):
-            load_module(path, "surrogate", build)
+HEADERS = {
+    "NaN": '{"step": NaN}',
+    "infinity": '{"step": -Infinity}',
+    "beyond float64": '{"step": 1e999}',
+    "5,000 digits": '{"step": %s}' % ("1" * 5000),
+    "brackets": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_are_no_json_are_refused(tmp_path, case):
+    (tmp_path / "surrogate.eqx").write_text(HEADERS[case] + "\n")
+    np.savez(tmp_path / "demos.npz", header=np.asarray(HEADERS[case]))
+    for load in (
+        lambda: load_module(tmp_path / "surrogate.eqx", "surrogate", build),
+        lambda: load_arrays(tmp_path / "demos.npz", "demos"),
+        lambda: read_header(tmp_path / "demos.npz"),
+        lambda: load_checkpoint(tmp_path / "surrogate.eqx", {}, "mine"),
+    ):
+        with pytest.raises(ArtifactError, match="header cannot be read"):
+            load()
+
+
+def test_an_array_file_with_an_edited_flag_is_refused(tmp_path):
+    path = tmp_path / "demos.npz"
+    save_demos(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1  # "encrypted"
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="truncated or edited"):
+        load_arrays(path, "demos")
+
+
+@pytest.mark.parametrize("name", ["loop.eqx", "folder.eqx", "file/a.eqx", "a" * 300, "a\0.eqx"])
+def test_what_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "loop.eqx").symlink_to(tmp_path / "loop.eqx")
+    (tmp_path / "folder.eqx").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=f"{name}: cannot be read .[^.\n]+.: make it again"):
+        load_module(tmp_path / name, "surrogate", build)
+
+
+def test_paths_may_be_strings(tmp_path):
+    module, path = build({"width": 4}), str(tmp_path / "surrogate.eqx")
+    save(path, module)
+    assert eqx.tree_equal(load_module(path, "surrogate", build)[0], module)
+    assert read_header(path)["stage"] == "surrogate"
+    save_demos(path := str(tmp_path / "demos.npz"))
+    assert set(load_arrays(path, "demos")[0]) == set(ARRAYS) and read_header(path)["seed"] == 1
+    with pytest.raises(ArtifactError, match="no.eqx: missing"):
+        load_module(str(tmp_path / "no.eqx"), "surrogate", build)
