@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
@@ -28,7 +29,7 @@ from lib.policy import (
 )
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
-from lib.scm import AbstractSCM, Intervention, Task, experiment_key
+from lib.scm import AbstractSCM, Intervention, Task, check_index, experiment_key
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.training import Learner, filter_scan
 
@@ -84,7 +85,12 @@ def run_campaign(
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:
-    """The same data with the target's sign changed: maximising one is minimising the other."""
+    """The same data with the target's sign changed: maximising one is minimising the other.
+
+    Raises `ValueError` for a target that is not one of its variables, unless it is traced.
+    """
+    if not isinstance(target, Tracer):
+        check_index(target, buffer.values.shape[1], "target")
     sign = jnp.where(jnp.arange(buffer.values.shape[1]) == target, -1.0, 1.0)
     return ExperienceBuffer(buffer.values * sign[None], buffer.intervened, buffer.valid)
 
@@ -207,7 +213,7 @@ class TrainedACBOSystem(eqx.Module):
         online = OnlineConfig() if use_online_grpo else None
         return _play(self, key, scm, buffer.grow(n_steps), n_steps, online)
 
-    def save(self, path: Path, **header: Any) -> None:
+    def save(self, path: Path | str, **header: Any) -> None:
         """Write the artifact of stage 4; `header` as `save_module` takes it."""
         surrogate, policy = self.surrogate.config, self.policy.config
         shape = dict(
@@ -251,12 +257,12 @@ def policy_like(shape: dict) -> AcquisitionPolicyNetwork:
     return AcquisitionPolicyNetwork(config, shape["token_dim"], key=jr.key(0))
 
 
-def load_surrogate(path: Path) -> tuple[ParentSetPredictionModel, dict]:
+def load_surrogate(path: Path | str) -> tuple[ParentSetPredictionModel, dict]:
     """The surrogate of stage 2 and its header."""
     return load_module(path, "surrogate", surrogate_like)
 
 
-def load_policy(path: Path) -> tuple[AcquisitionPolicyNetwork, dict]:
+def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
     """A policy of stage 3 and its header."""
     return load_module(path, "policy", policy_like)
 

@@ -109,6 +109,7 @@ def test_artifacts_of_another_stage_are_refused(system, saved, tmp_path):
     assert eqx.tree_equal(surrogate, system.surrogate) and header["stage"] == "surrogate"
     with pytest.raises(ArtifactError, match="surrogate"):
         TrainedACBOSystem.load(path)
+    assert eqx.tree_equal(load_surrogate(str(path))[0], surrogate)
     with pytest.raises(ArtifactError, match="missing"):
         TrainedACBOSystem.load(tmp_path / "missing.eqx")
     save_module(
@@ -121,7 +122,10 @@ def test_artifacts_of_another_stage_are_refused(system, saved, tmp_path):
         },
         **common,
     )
-    assert eqx.tree_equal(load_policy(path)[0], system.policy)
+    for one in (path, str(path)):
+        assert eqx.tree_equal(load_policy(one)[0], system.policy)
+    system.save(str(tmp_path / "acbo.eqx"), config={}, seed=0, step=0, metrics={})
+    assert eqx.tree_equal(TrainedACBOSystem.load(str(tmp_path / "acbo.eqx")), system)
 
 
 def test_flipping_the_target_twice_changes_nothing(problem):
@@ -260,8 +264,11 @@ def test_a_full_buffer_is_refused(problem):
 
 def test_a_target_that_is_no_variable_is_refused(system, problem):
     for target in (99, -1):
-        with pytest.raises(ValueError, match=f"target {target} is not one of the 5 variables"):
-            system.predict_posterior(problem[1], target)
+        for use in (system.predict_posterior, flip_target):
+            with pytest.raises(ValueError, match=f"target {target} is not one of the 5 variables"):
+                use(problem[1], target)
+    traced = jax.jit(flip_target)(problem[1], 2)
+    assert eqx.tree_equal(traced, flip_target(problem[1], 2))
 
 
 def test_wrong_types_are_named(system, problem, saved):
