@@ -3,9 +3,10 @@ vmap and scan.
 """
 
 import csv
+import itertools
 import math
 from collections.abc import Sequence
-from decimal import Decimal
+from decimal import Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ from lib.scm import Intervention
 MIN_OBSERVATIONS = 10
 INTERVENED = "intervened"
 # a column whose deviation is a smaller share of its largest value than float64 can tell
-CONSTANT = 1e-12
+CONSTANT = 4 * np.finfo(float).eps
+FARTHEST_VALUE = 1e6  # deviations: beyond, a typing error or another unit
+MOST_DECIMALS = 400  # float64 has none behind
 
 
 class DataError(ValueError):
@@ -142,16 +145,24 @@ class ExperienceBuffer(eqx.Module):
         what it reads is the same again.
 
         With `units`, which `from_csv` gives, the values are deviations, and the file has the
-        columns' own units.
+        columns' own units and digits. Raises `ValueError` for names that cannot be read back, and
+        for values that are not finite.
         """
-        values = np.asarray(self.values) if units is None else units.raw(np.asarray(self.values))
+        values = np.asarray(self.values)
+        if problem := wrong_name((*names, INTERVENED)):
+            raise ValueError(f"{problem} ('{INTERVENED}' is the file's own)")
+        if len(names) != values.shape[1]:
+            raise ValueError(f"{len(names)} names for {values.shape[1]} variables: name each once")
+        if not np.isfinite(values[np.asarray(self.valid)]).all():
+            raise ValueError("a value is not finite: such a file could not be read back")
+        write = (lambda _, value: str(value)) if units is None else units.written
         temporary = Path(f"{path}.tmp")
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*names, INTERVENED])
             for i in np.flatnonzero(self.valid):
                 chosen = ";".join(names[j] for j in np.flatnonzero(self.intervened[i]))
-                writer.writerow([*map(str, values[i]), chosen])
+                writer.writerow([*itertools.starmap(write, enumerate(values[i])), chosen])
         temporary.rename(path)
 
     @staticmethod
@@ -201,20 +212,21 @@ class ExperienceBuffer(eqx.Module):
                 f"{MIN_OBSERVATIONS} are needed: add observations"
             )
         observed = values[~intervened.any(1)]
-        constant = [
-            n
-            for n, varies in zip(
-                variables, observed.std(0) > CONSTANT * np.abs(observed).max(0), strict=True
-            )
-            if not varies
-        ]
-        if constant:
+        constant = np.flatnonzero(deviation(observed) <= CONSTANT * np.abs(observed).max(0))
+        if constant.size:
             raise DataError(
-                f"{path}, column '{constant[0]}': zero variance over the observational rows: drop "
-                "the column or add rows in which it varies"
+                f"{path}, column '{variables[constant[0]]}': zero variance over the observational "
+                "rows: drop the column or add rows in which it varies"
             )
         digits = [max(decimals(row[names.index(name)]) for _, row in table) for name in variables]
         units = Units.of(observed, digits)
+        for r, i in np.argwhere(units.far(values)):
+            line, row = table[r]
+            raise DataError(
+                f"{path}, row {line}, column '{variables[i]}': '{row[names.index(variables[i])]}' "
+                f"is more than {FARTHEST_VALUE:,.0f} deviations from the others: correct a typing "
+                "error, or write it in the unit of the others"
+            )
         buffer = ExperienceBuffer(
             jnp.asarray(units.deviations(values)),
             jnp.asarray(intervened),
@@ -238,7 +250,7 @@ class Units(NamedTuple):
     @staticmethod
     def of(observed: np.ndarray, digits: Sequence[int]) -> "Units":
         """From observational rows `[samples, vars]`, none of whose columns is constant."""
-        spread = 2.0 ** np.round(np.log2(observed.std(0)))
+        spread = 2.0 ** np.round(np.log2(deviation(observed)))
         return Units(spread * np.round(observed.mean(0) / spread), spread, tuple(digits))
 
     def deviations(self, values: np.ndarray) -> np.ndarray:
@@ -249,11 +261,26 @@ class Units(NamedTuple):
         """`deviations[..., vars]` in the columns' own units, float64."""
         return self.shift + self.spread * np.asarray(deviations, float)
 
-    def written(self, variable: int, deviation: float, more: int = 0) -> float:
-        """One value in its column's unit and with its digits, or `more` of them."""
-        return round(
-            float(self.shift[variable] + self.spread[variable] * deviation),
-            self.digits[variable] + more,
+    def far(self, values: np.ndarray) -> np.ndarray:
+        """Which of `values[..., vars]`, in the columns' own units, are too far out for float32."""
+        return np.abs(values - self.shift) > FARTHEST_VALUE * self.spread
+
+    def written(self, variable: int, value: np.floating) -> str:
+        """One value, given as a finite float32 deviation, in its column's unit and with its digits,
+        or with as many more as it takes to read the same deviation again.
+        """
+        shift, spread = self.shift[variable], self.spread[variable]
+        raw, wide = float(shift + spread * float(value)), Context(prec=2 * MOST_DECIMALS)
+        texts = (
+            str(
+                wide.plus(Decimal(raw).quantize(Decimal((0, (1,), -digits)), context=wide))
+            )  # no -0
+            for digits in itertools.count(self.digits[variable])
+        )
+        return next(
+            text
+            for text in texts
+            if float(text) == raw or np.float32((float(text) - shift) / spread) == value
         )
 
 
@@ -265,13 +292,37 @@ class NamedBuffer(NamedTuple):
     units: Units
 
 
-def decimals(cell: str) -> int:
-    """How many decimals a number is written with, negative where its last digit stands for tens or
-    more.
+def deviation(values: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column of `values[samples, vars]`; squares of tiny numbers do not
+    vanish.
     """
-    exponent = Decimal(cell.strip()).as_tuple().exponent
-    assert isinstance(exponent, int)  # finite: `parse_number` has read it
-    return -exponent
+    centred = values - values.mean(0)
+    largest = np.abs(centred).max(0)
+    return largest * (centred / np.where(largest > 0, largest, 1.0)).std(0)
+
+
+def decimals(cell: str) -> int:
+    """How many decimals a number is written with, at most `MOST_DECIMALS`; negative where its last
+    digit stands for tens or more.
+    """
+    exponent = Decimal(cell.strip(), Context(traps=[])).as_tuple().exponent
+    # no int: an exponent of twenty digits, where float64 has read zero
+    return min(-exponent, MOST_DECIMALS) if isinstance(exponent, int) else 0
+
+
+def wrong_name(names: Sequence[str]) -> str | None:
+    """What is wrong with the first column name that a file cannot hold, and what to do."""
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            return f"column name '{name}' is empty or used twice: name every column once"
+        if ";" in name:
+            return (
+                f"column name '{name}' holds ';', which separates variables that were set "
+                "together: rename the column, or save the file as comma-separated text"
+            )
+        if name != name.strip().strip("\ufeff"):
+            return f"column name '{name}' begins or ends with a blank: remove it"
+    return None
 
 
 def parse_number(cell: str, path: Path, line: int, name: str) -> float:
@@ -283,7 +334,8 @@ def parse_number(cell: str, path: Path, line: int, name: str) -> float:
         raise DataError(f"{where}: '{cell}' is not a number: correct or remove the row") from None
     if not math.isfinite(number) or abs(number) > 1e30:  # no unit of anything
         raise DataError(
-            f"{where}: '{cell}' is not a finite number below 1e30: correct or remove the row"
+            f"{where}: '{cell}' is not a finite number below 1e30: correct a typing error, or use "
+            "another unit"
         )
     return number
 
@@ -298,19 +350,16 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give the path of a CSV file") from None
-    except (UnicodeDecodeError, csv.Error, IsADirectoryError, PermissionError) as error:
+    except (OSError, ValueError, csv.Error) as error:  # also no UTF-8, or a NUL byte in the name
+        problem = getattr(error, "strerror", error)
         raise DataError(
-            f"{path}: cannot be read as CSV ({error}): save it as comma-separated UTF-8 text"
+            f"{path}: cannot be read as CSV ({problem}): give a file of comma-separated UTF-8 text"
         ) from None
     if not rows:
         raise DataError(f"{path}: empty: the first row names the columns")
     names = [name.strip() for name in rows[0][1]]
-    duplicate = [name for i, name in enumerate(names) if name in names[:i] or not name]
-    if duplicate:
-        raise DataError(
-            f"{path}, row 1: column name '{duplicate[0]}' is empty or used twice: "
-            "name every column once"
-        )
+    if problem := wrong_name(names):
+        raise DataError(f"{path}, row 1, {problem}")
     for line, row in rows[1:]:
         if len(row) != len(names):
             raise DataError(

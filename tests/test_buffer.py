@@ -13,6 +13,7 @@ import pytest
 
 from lib.buffer import (
     MIN_OBSERVATIONS,
+    MOST_DECIMALS,
     DataError,
     ExperienceBuffer,
     decimals,
@@ -114,6 +115,8 @@ BAD = {
         [GOOD[0], *(f"{i},7," for i in range(12)), "1,8,a"],
         ["'b'", "zero variance"],
     ),
+    "name with a separator": (["a;b,b,intervened", *GOOD[1:]], ["row 1", "'a;b'", "rename"]),
+    "far out": (replaced(11, "1e30,5,a"), ["row 12", "'a'", "'1e30'", "typing error", "unit"]),
     "one variable": (["a,intervened", *(f"{i}," for i in range(12))], ["1 variable"]),
     "empty file": ([""], ["empty"]),
     "header only": (GOOD[:1], ["0 observational rows"]),
@@ -220,11 +223,94 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     np.testing.assert_allclose(units.raw(read.values), buffer.values, rtol=1e-6, atol=1e-7)
     read.to_csv(tmp_path / "again.csv", names, units)
     _, again, same = ExperienceBuffer.from_csv(tmp_path / "again.csv")
-    assert (
-        eqx.tree_equal(again, read)
-        and (same.shift == units.shift).all()
-        and (same.spread == units.spread).all()
-    )
+    assert eqx.tree_equal(again, read) and eqx.tree_equal(same, units)
+
+
+def test_a_file_is_written_as_it_was_read(tmp_path):
+    """The columns' own digits, where float32 seen in float64 would show noise."""
+    rng = np.random.default_rng(0)
+    lines = ["a,b,c,d,e,intervened"]
+    for t, x, y in zip(rng.integers(400, 800, 50), *rng.normal(size=(2, 50)), strict=True):
+        lines.append(f"{t / 10},{x:.3f},{2e4 + 1e3 * y:.0f},{2 + y % 7:.4f}E+25,{1e13 + t:.0f},")
+    lines[-1] = "0.0,0.000,-70000,0E+21,10000000000000,a;c"
+    names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "data.csv", lines))
+    buffer.to_csv(tmp_path / "again.csv", names, units)
+    for one, two in zip(lines, (tmp_path / "again.csv").read_text().splitlines(), strict=True):
+        assert one == two
+    # what was added later keeps the digits that it needs
+    more = buffer.grow(1).add_observation(buffer.values[0] + 1 / 3)
+    more.to_csv(tmp_path / "more.csv", names, units)
+    cells = (tmp_path / "more.csv").read_text().splitlines()[-1].split(",")[:-1]
+    found = units.deviations(np.array(cells, float))
+    np.testing.assert_array_equal(found[:4], more.values[-1, :4])
+    np.testing.assert_allclose(found[4], more.values[-1, 4], atol=1e-4)  # float64 has no more
+    with pytest.raises(ValueError, match="not finite"):
+        buffer.grow(1).add_observation(jnp.full(5, jnp.nan)).to_csv(tmp_path / "no.csv", names)
+
+
+def test_names_are_read_back_or_refused(tmp_path):
+    rows = jr.normal(jr.key(0), (MIN_OBSERVATIONS + 1, 3))
+    mask = jnp.zeros(rows.shape, bool).at[-1, :2].set(True)
+    buffer = ExperienceBuffer(rows, mask, jnp.ones(len(rows), bool))
+    for names in (
+        ("a,b", "a", 'say "b"'),
+        ('"', ",", "dose (mg)  per day"),
+        ("Ausbeute in µg", "温度", "e\u0301"),
+        ("two\nlines", "a\rb", "1e5"),
+    ):
+        buffer.to_csv(tmp_path / "data.csv", names)
+        assert ExperienceBuffer.from_csv(tmp_path / "data.csv").names == names
+        read = ExperienceBuffer.from_csv(tmp_path / "data.csv").buffer
+        assert (read.intervened == mask).all()
+    for names, problem in (
+        (("a;b", "a", "b"), "'a;b' holds ';'"),
+        (("a", "", "b"), "'' is empty"),
+        (("a", "b", "a"), "'a' is .* used twice"),
+        (("a", "b", "intervened"), "'intervened' is .* used twice"),
+        (("a", " b", "c"), "' b' begins"),
+        (("a", "b", "c\t"), "begins or ends"),
+        (("\ufeffa", "b", "c"), "begins"),
+        (("a", "b"), "2 names for 3 variables"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            buffer.to_csv(tmp_path / "refused.csv", names)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
+
+
+@pytest.mark.parametrize("name", ["loop", "file/a.csv", "a" * 300, "a\0b"])
+@pytest.mark.parametrize("read", [ExperienceBuffer.from_csv, lambda path: read_bounds(path, ())])
+def test_paths_that_lead_nowhere(tmp_path, name, read):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=f"{name}: cannot be read as CSV .[^.\n]+.: give a file"):
+        read(tmp_path / name)
+
+
+def test_columns_are_constant_only_where_float64_cannot_tell(tmp_path):
+    def read(cells):
+        lines = ["a,b,intervened", *(f"{cell},{i}," for i, cell in enumerate(cells))]
+        return ExperienceBuffer.from_csv(write(tmp_path / "data.csv", lines))
+
+    for scale, offset in ((1.0, 10**13), (1e-200, 0.0), (1e-312, 0.0), (1e28, 0.0)):
+        cells = [repr(offset + scale * i) for i in range(1, 13)]
+        _, buffer, units = read(cells)
+        np.testing.assert_allclose(np.diff(buffer.values[:, 0]), scale / units.spread[0], rtol=1e-5)
+    for cells in ([0.1] * 12, [1e16 + i % 3 for i in range(12)], [0] * 12, ["1e-400", "0"] * 6):
+        with pytest.raises(DataError, match="'a': zero variance"):
+            read(cells)
+
+
+def test_cells_far_from_their_column_are_refused(tmp_path):
+    """Where deviations in float32 would be infinite, and before: a million deviations."""
+    cells = [f"{1e-12 * (i % 4)}" for i in range(12)]  # deviation about 1.1e-12
+    for far, refused in (("1e30", True), ("-1e-5", True), ("1.5e-6", True), ("0.5e-6", False)):
+        lines = ["a,b,intervened", *(f"{cell},{i}," for i, cell in enumerate(cells)), f"{far},3,a"]
+        path = write(tmp_path / "data.csv", lines)
+        if refused:
+            with pytest.raises(DataError, match=f"row 14, column 'a': '{far}'.*1,000,000 dev"):
+                ExperienceBuffer.from_csv(path)
+        else:
+            assert np.isfinite(ExperienceBuffer.from_csv(path).buffer.values).all()
 
 
 def test_no_unit_is_too_small_and_no_offset_too_large(tmp_path):
@@ -254,3 +340,4 @@ def test_no_unit_is_too_small_and_no_offset_too_large(tmp_path):
         )
     assert read(1.0, 0.0, "units.csv")[2].digits[1] == 3
     assert [decimals(cell) for cell in ("1.50", "12", "6.000738e+10", " -3e-9 ")] == [2, 0, -4, 9]
+    assert [decimals(cell) for cell in ("1e-9999", f"0e{10**20}")] == [MOST_DECIMALS, 0]
