@@ -12,7 +12,9 @@ variable's observed range. Bad input ends with one line that says where it is an
 exit status 2.
 """
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +27,7 @@ import tyro
 from tabulate import tabulate
 
 from lib import settings
-from lib.buffer import DataError, ExperienceBuffer, Units, read_bounds
+from lib.buffer import FARTHEST_VALUE, DataError, ExperienceBuffer, Units, read_bounds
 from lib.literature import Benchmark
 from lib.problems import initial_buffer
 from lib.scm import Intervention, Task
@@ -36,7 +38,6 @@ from lib.system import DeploymentConfig, TrainedACBOSystem, deploy_trained_syste
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "pretrained" / "acbo.eqx"
 MAX_REMAINING = 1_000_000
-FARTHEST_RANGE = 1e6  # deviations: beyond, bounds and data have different units
 
 
 @dataclass(frozen=True)
@@ -94,26 +95,36 @@ def read_task(
 ) -> tuple[Task, np.ndarray, np.ndarray]:
     """The task in deviations, and the lows and highs `[vars]` of its ranges in the columns' units.
 
-    Raises `DataError` for a target that is no column, for bounds in another unit than the data, and
-    where nothing may be set.
+    Raises `DataError` for more columns than the system takes, for a target that is no column, for
+    bounds in another unit than the data, and where nothing may be set.
     """
+    if len(names) > (most := DeploymentConfig.buckets[-1]):
+        raise DataError(
+            f"{config.data}: {len(names)} variables, at most {most} are supported: leave out "
+            "columns that cannot matter"
+        )
     if config.target not in names:
         raise DataError(
             f"{config.data}: no column '{config.target}' to use as target; the "
             f"variables are {', '.join(names)}"
         )
     task = observed_task(buffer, names.index(config.target))
-    low, high = units.raw(task.low), units.raw(task.high)
+    low, high = (
+        np.array([float(units.written(i, x)) for i, x in enumerate(np.asarray(ends))])
+        for ends in (task.low, task.high)
+    )
     if config.bounds is not None:
         low, high = read_bounds(config.bounds, names)
-        ends = np.stack([units.deviations(low), units.deviations(high)])
-        far = np.where(low < high, np.abs(ends).max(0), 0.0)
-        if far.max() > FARTHEST_RANGE:
+        far = (low < high) & (units.far(low) | units.far(high))
+        if far.any():
             raise DataError(
-                f"{config.bounds}: the range of '{names[int(far.argmax())]}' ends {far.max():.0e} "
-                "deviations from what was observed: check its unit"
+                f"{config.bounds}: the range of '{names[int(far.argmax())]}' ends more than "
+                f"{FARTHEST_VALUE:,.0f} deviations from what was observed: check its unit"
             )
-        first, last = jnp.asarray(np.where(low < high, ends, 0.0))
+        first, last = (
+            jnp.asarray(units.deviations(np.where(low < high, ends, units.shift)))
+            for ends in (low, high)
+        )
         task = Task(task.target, first, last, task.var_mask)
     if not bool(task.candidates.any()):
         raise DataError(
@@ -124,35 +135,52 @@ def read_task(
 
 
 def suggest(config: Suggest) -> dict:
-    """Answer for one data set; prints it and returns it."""
+    """Answer for one data set; prints it and returns it. Raises `DataError` as `from_csv`,
+    `read_bounds` and `read_task` do, and where the answer is not finite.
+    """
     names, buffer, units = ExperienceBuffer.from_csv(config.data)
     task, low, high = read_task(config, names, buffer, units)
     system = TrainedACBOSystem.load(config.system)
     deployed = deploy_trained_system(system, DeploymentConfig(config.objective))
     said = jax.device_get(deployed(buffer, task, config.remaining))
 
+    numbers = said.experiment, said.action, said.marginals, said.grid, said.mean, said.std
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)):
+        raise DataError(
+            f"{config.data}: the answer is not finite: look for cells far from the others, and for "
+            "columns in different units"
+        )
+
     # --- back to the columns' own units and digits ---
     target = int(task.target)
+    shift, spread = units.shift, units.spread
+    # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
+    digits = [
+        min(d, 6 - math.floor(math.log10(s))) for d, s in zip(units.digits, spread, strict=True)
+    ]
 
     def effect(variable, value, mean="predicted") -> dict:
-        """do(variable = value) as a person reads it. Predictions get two digits more, or a narrow
-        band would be rounded away.
+        """do(variable = value) as a person reads it: the value with its column's digits, or more
+        where the range has none with so few, and what is predicted there. Predictions get two
+        digits more than their column, or a narrow band would be rounded away.
         """
-        i, value = int(variable), float(value)
-        b = int(np.abs(said.grid[i] - value).argmin())
-        written = min(max(units.written(i, value), float(low[i])), float(high[i]))
-        std = float(said.std[i, b]) * float(units.spread[target])
+        i = int(variable)
+        raw = float(np.clip(shift[i] + spread[i] * float(value), low[i], high[i]))
+        rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))  # + 0: no -0
+        written = next(one for one in rounded if low[i] <= one <= high[i])
+        at, grid = (written - shift[i]) / spread[i], said.grid[i]
+        y, std = (float(np.interp(at, grid, curve[i])) for curve in (said.mean, said.std))
         return {
             "variable": names[i],
             "value": written,
-            mean: units.written(target, float(said.mean[i, b]), more=2),
-            "std": round(std, units.digits[target] + 2),
+            mean: round(float(shift[target] + spread[target] * y), digits[target] + 2) + 0.0,
+            "std": round(float(spread[target] * std), digits[target] + 2),
         }
 
     sign = -1.0 if config.objective == "max" else 1.0
     settable = np.flatnonzero(np.asarray(task.candidates))
-    surface = sign * said.mean
-    by_effect = settable[np.argsort(surface[settable].min(1))]
+    best = (sign * said.mean).argmin(1)
+    effects = [effect(i, said.grid[i, best[i]], "mean") for i in settable]
     likely = np.argsort(-said.marginals[: len(names)])
     padding = [""] * (said.mean.shape[0] - len(names))
     sets = said.parent_sets.to_dict((*names, *padding))
@@ -163,19 +191,24 @@ def suggest(config: Suggest) -> dict:
         "recommended_action": effect(*said.action),
         "parents": {names[i]: float(said.marginals[i]) for i in likely if i != target},
         "parent_sets": [{"parents": sorted(s), "probability": p} for s, p in sets.items()],
-        "best_effects": [effect(i, said.grid[i, surface[i].argmin()], "mean") for i in by_effect],
+        "best_effects": sorted(effects, key=lambda one: sign * one["mean"]),
     }
-    print(json.dumps(answer) if config.json else as_text(answer))
+    print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 
 
 def as_text(answer: dict) -> str:
-    """The answer for a person."""
+    """The answer for a person, with the digits that the JSON has."""
+
+    def text(number: float) -> str:
+        return repr(number).removesuffix(".0")
+
     target, parents = answer["target"], answer["parents"].items()
     sets = ([f"{{{', '.join(s['parents'])}}}", s["probability"]] for s in answer["parent_sets"])
     effects = [
-        [e["variable"], f"{e['value']:.4g}", f"{e['mean']:.4g}", f"+- {1.645 * e['std']:.2g}"]
+        [e["variable"], text(e["value"]), text(e["mean"]), f"+- {text(float(f'{band:.2g}'))}"]
         for e in answer["best_effects"]
+        for band in (1.645 * e["std"],)
     ]
     tables = (
         ([f"parent of {target}?", "probability"], [[n, f"{p:.2f}"] for n, p in parents]),
@@ -188,8 +221,8 @@ def as_text(answer: dict) -> str:
         ("Best action so far:", "recommended_action"),
     ):
         one = answer[key]
-        setting = f"{what} set {one['variable']} = {one['value']:.4g}"
-        parts.append(f"{setting}   (predicted {target} {one['predicted']:.4g})")
+        setting = f"{what} set {one['variable']} = {text(one['value'])}"
+        parts.append(f"{setting}   (predicted {target} {text(one['predicted'])})")
     return "\n\n".join(parts)
 
 

@@ -24,7 +24,7 @@ INTERVENED = "intervened"
 # a column whose deviation is a smaller share of its largest value than float64 can tell
 CONSTANT = 4 * np.finfo(float).eps
 FARTHEST_VALUE = 1e6  # deviations: beyond, a typing error or another unit
-MOST_DECIMALS = 400  # float64 has none behind
+MOST_DECIMALS = 400  # more than float64 can tell
 
 
 class DataError(ValueError):
@@ -271,15 +271,14 @@ class Units(NamedTuple):
         """
         shift, spread = self.shift[variable], self.spread[variable]
         raw, wide = float(shift + spread * float(value)), Context(prec=2 * MOST_DECIMALS)
-        texts = (
-            str(
-                wide.plus(Decimal(raw).quantize(Decimal((0, (1,), -digits)), context=wide))
-            )  # no -0
-            for digits in itertools.count(self.digits[variable])
-        )
+
+        def rounded(digits: int) -> str:
+            number = Decimal(raw).quantize(Decimal((0, (1,), -digits)), context=wide)
+            return str(wide.plus(number))  # plus: 0, not -0
+
         return next(
             text
-            for text in texts
+            for text in map(rounded, itertools.count(self.digits[variable]))
             if float(text) == raw or np.float32((float(text) - shift) / spread) == value
         )
 

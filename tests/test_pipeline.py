@@ -17,16 +17,24 @@ import numpy as np
 import pytest
 
 import lib.training
+from lib import settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
 from lib.buffer import DataError
 from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
 from lib.policy import PolicyConfig
+from lib.posterior import ParentSetPosterior
 from lib.problems import CampaignDesign, DataDesign, sample_problem
 from lib.scm_prior import FAMILIES, SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
-from lib.system import TrainedACBOSystem, deploy_trained_system, load_policy, load_surrogate
+from lib.system import (
+    Answer,
+    TrainedACBOSystem,
+    deploy_trained_system,
+    load_policy,
+    load_surrogate,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -237,8 +245,8 @@ def experiments(path: Path, *, bad: str = "") -> Path:
     return path
 
 
-def suggest(data, target="yield", **settings):
-    return DEPLOY.suggest(DEPLOY.Suggest(data, target, **settings))
+def suggest(data, target="yield", **options):
+    return DEPLOY.suggest(DEPLOY.Suggest(data, target, **options))
 
 
 def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
@@ -262,6 +270,7 @@ def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
         ("x", "yield", "row 5, column 'yield': 'x' is not a number"),
         ("nan", "yield", "row 5, column 'yield'"),
         ("inf", "yield", "row 5"),
+        ("1e31", "yield", "row 5, column 'yield'.*another unit"),
         ("", "profit", "no column 'profit'.*dose, heat, yield"),
     ],
 )
@@ -282,6 +291,127 @@ def test_the_shipped_system_answers_from_any_folder(tmp_path, monkeypatch, capsy
     best = suggest(EXAMPLE, objective="max", bounds=BOUNDS)["recommended_action"]
     assert best["variable"] == "catalyst" and best["value"] > 7
     assert "Next experiment" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["data", "bounds", "system"])
+@pytest.mark.parametrize("name", ["loop", "file/a", "a" * 300, "a\0b", "missing"])
+def test_suggest_ends_in_one_line_where_a_path_leads_nowhere(tmp_path, capsys, option, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    paths = {"data": EXAMPLE, "bounds": BOUNDS} | {option: tmp_path / name}
+    with pytest.raises(SystemExit) as end, settings.errors_for_people():
+        suggest(target="yield", **paths)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"error: {tmp_path / name}: ")
+
+
+def test_suggest_takes_as_many_variables_as_the_system(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(12, 129)).round(2).astype(str)
+    lines = [[f"v{i}" for i in range(129)] + ["intervened"], *([*row, ""] for row in rows)]
+    (tmp_path / "wide.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    with pytest.raises(DataError, match="129 variables, at most 128"):
+        suggest(tmp_path / "wide.csv", "v0")
+
+
+def as_stub(monkeypatch, share, slope=1.0):
+    """A system that wants the first variable at `share` of its range, and says that the target's
+    deviation is `slope` times that of any variable.
+    """
+
+    def deployed(buffer, task, remaining):
+        low, high = (np.asarray(end)[:, None] for end in (task.low, task.high))
+        grid = (low + (high - low) * np.linspace(0, 1, 5, dtype=np.float32)).astype(np.float32)
+        choice = np.array(0), low[0, 0] + np.float32(share) * (high - low)[0, 0]
+        num_vars = len(grid)
+        sets = ParentSetPosterior(task.target, jnp.zeros((1, num_vars), bool), jnp.zeros(1))
+        said = (choice, choice, np.zeros(num_vars), sets, grid, slope * grid, 0.1 + abs(grid))
+        return Answer(*said)
+
+    monkeypatch.setattr(DEPLOY, "deploy_trained_system", lambda *_: deployed)
+
+
+def numbers_of(answer) -> list[float]:
+    actions = answer["next_experiment"], answer["recommended_action"], *answer["best_effects"]
+    return [one[k] for one in actions for k in ("value", "predicted", "mean") if k in one]
+
+
+def test_text_has_the_digits_of_the_json(tmp_path, monkeypatch, capsys):
+    """With four digits a speed of 23554 was "2.355e+04" and a yield of 1000058.3 "1e+06"."""
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{23554 + 100 * a:.0f},{b:.2f},{1e6 + a + b:.1f}," for a, b in rng.normal(size=(20, 2))
+    ]
+    (tmp_path / "data.csv").write_text("\n".join(["rpm,b,yield,intervened", *rows]) + "\n")
+    as_stub(monkeypatch, 0.4)
+    answer = suggest(tmp_path / "data.csv", json=True)
+    assert json.loads(capsys.readouterr().out) == answer
+    assert suggest(tmp_path / "data.csv") == answer
+    text = capsys.readouterr().out
+    assert "e+" not in text and ".0 " not in text
+    for number in numbers_of(answer):
+        assert number > 1e4 or abs(number) < 10
+        assert f" {number:.15g} " in text.replace(")", " ")
+
+
+def test_computed_columns_are_answered_without_the_noise_of_float32(tmp_path, monkeypatch):
+    rows = [f"{a!r},{b!r},{a + b!r}," for a, b in np.random.default_rng(0).random((20, 2)).tolist()]
+    (tmp_path / "data.csv").write_text("\n".join(["a,b,yield,intervened", *rows]) + "\n")
+    as_stub(monkeypatch, 0.5)
+    one = suggest(tmp_path / "data.csv")["next_experiment"]
+    assert len(str(one["value"])) <= 9 and len(str(one["predicted"])) <= 12
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_without_bounds_the_ends_of_a_range_have_the_columns_digits(monkeypatch, share):
+    rows = [line.split(",") for line in EXAMPLE.read_text().splitlines()[1:]]
+    column = [float(row[0]) for row in rows]
+    as_stub(monkeypatch, share)
+    value = suggest(EXAMPLE)["next_experiment"]["value"]
+    low, high = min(column), max(column)
+    assert value == round(low + share * (high - low), 1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "share", "value"),
+    [
+        ((0.2, 0.8), 0.0, 0.2),
+        ((0.2, 0.8), 0.05, 0.2),
+        ((0.2, 0.8), 0.5, 0.5),
+        ((0.2, 0.8), 1.0, 0.8),
+        ((0.21, 0.24), 0.3, 0.22),
+        ((-0.3, 1.2), 0.1, 0.0),
+        ((0.0, 1.0), 0.7, 1.0),
+        ((-0.3, 1.2), 0.9, 1.0),
+    ],
+)
+def test_a_prediction_is_of_the_setting_that_is_printed(
+    tmp_path, monkeypatch, capsys, bounds, share, value
+):
+    """`a` is 0 or 1: rounded to that inside the bounds, with more digits where they exclude it."""
+    rows = [f"{i % 2},{i % 5},{i % 2 + i % 3:.1f}," for i in range(16)]
+    data, ranges = tmp_path / "data.csv", tmp_path / "bounds.csv"
+    data.write_text("\n".join(["a,b,yield,intervened", *rows]) + "\n")
+    ranges.write_text("variable,low,high\na,{},{}\n".format(*bounds))
+    as_stub(monkeypatch, share, slope=2.0)
+    one = suggest(data, bounds=ranges)["next_experiment"]
+    _, _, units = DEPLOY.ExperienceBuffer.from_csv(data)
+    at = (value - units.shift[0]) / units.spread[0]
+    nodes = (np.linspace(*bounds, 5) - units.shift[0]) / units.spread[0]
+    std = np.interp(at, nodes, 0.1 + abs(nodes))
+    assert one["value"] == value and str(one["value"]) != "-0.0"
+    assert one["predicted"] == pytest.approx(units.shift[2] + units.spread[2] * 2 * at, abs=1e-3)
+    assert one["std"] == pytest.approx(units.spread[2] * std, abs=1e-3)
+    assert f"set a = {value:.15g} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_answer_that_is_not_finite_is_an_error(monkeypatch, capsys, as_json):
+    for share, slope in ((0.5, np.nan), (0.5, np.inf), (np.nan, 1.0)):
+        as_stub(monkeypatch, share, slope)
+        with pytest.raises(DataError, match="experiments.csv: the answer is not finite"):
+            suggest(EXAMPLE, json=as_json)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("remaining", [0, -5, 2**31, 10**20])
@@ -429,6 +559,17 @@ def test_large_numbers_are_answered_with_numbers(tmp_path):
     (tmp_path / "bounds.csv").write_text("variable,low,high\nb,-1e20,1e20\n")
     with pytest.raises(DataError, match="'b' ends .* deviations from what was observed"):
         suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv")
+
+
+def test_a_cell_may_lie_far_out_but_not_farther(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"{a:.3f},{b:.3f},{a + b:.3f}," for a, b in rng.normal(size=(20, 2))]
+    lines = ["a,b,y,intervened", *rows, "4e5,0,1,a", "0,-4e5,1,b"]
+    (tmp_path / "far.csv").write_text("\n".join(lines) + "\n")
+    assert np.isfinite(numbers_of(suggest(tmp_path / "far.csv", "y"))).all()
+    (tmp_path / "far.csv").write_text("\n".join([*lines, "4e6,0,1,a"]) + "\n")
+    with pytest.raises(DataError, match="row 24, column 'a': '4e6' is more than 1,000,000"):
+        suggest(tmp_path / "far.csv", "y")
 
 
 @pytest.mark.parametrize("study", ["expert", "fidelity", "policy", "surrogate"])
