@@ -412,7 +412,7 @@ def main(config: Config) -> Path:
     for task, regret in report.regret.items():
         size = task.removeprefix("d=")
         draw_regret(regret, results / f"regret_d{size}.png", f"{size} variables")
-    for table in ("success", "surrogate", "optimisation", "literature"):
+    for table in dict.fromkeys(record.table for record in report.records):
         print(f"\n## {table}\n\n{render(report.records, table)}")
     print(f"\nwritten to {results}")
     return results

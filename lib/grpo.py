@@ -11,7 +11,7 @@ Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbere
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import equinox as eqx
@@ -149,7 +149,7 @@ def collect_campaign(
     start = simulator.start(buffer, num_steps)
     (last, _), groups = jax.lax.scan(step, start, jnp.arange(num_steps))
     reward = jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan), groups.reward)
-    return replace(groups, reward=reward), last.buffer
+    return eqx.tree_at(lambda g: g.reward, groups, reward), last.buffer
 
 
 def collect_groups(

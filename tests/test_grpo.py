@@ -31,6 +31,9 @@ CONFIG = grpo.GRPOConfig(
 )
 
 
+collect = eqx.filter_jit(grpo.collect_campaign)
+
+
 class Twins(InterventionDistribution):
     """Only ever samples the centres of its two likeliest cells, so that a group holds the same
     action many times.
@@ -71,7 +74,6 @@ def surrogate():
 
 @pytest.fixture(scope="module")
 def campaign(problem, policy, surrogate):
-    collect = eqx.filter_jit(grpo.collect_campaign)
     scm, truth, buffer = problem
     return collect(
         jr.key(3),
@@ -88,8 +90,7 @@ def test_a_full_buffer_is_refused_or_marked(problem, policy, surrogate, campaign
     full = campaign[1]
     with pytest.raises(ValueError, match="too few for its rows and 3 experiments"):
         grpo.collect_campaign(jr.key(3), simulator, policy, full, STEPS, CONFIG)
-    traced = eqx.filter_jit(grpo.collect_campaign)
-    groups, _ = traced(jr.key(3), simulator, policy, full, STEPS, CONFIG)
+    groups, _ = collect(jr.key(3), simulator, policy, full, STEPS, CONFIG)
     assert jnp.isnan(groups.reward.total).all() and jnp.isfinite(campaign[0].reward.total).all()
 
 

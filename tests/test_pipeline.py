@@ -203,27 +203,23 @@ def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path)
         STAGES[3].main(configs(tmp_path)[3])
 
 
-def test_a_prior_of_ones_own_reaches_the_evaluation(finished):
+def test_a_prior_of_ones_own_reaches_the_evaluation(finished, monkeypatch):
     """Only stage 1 is told; a later stage that is told something else does that."""
     for name in ("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx"):
         found = read_header(finished / name)["config"]["prior"]
         assert (found["mechanisms"], found["max_range"]) == (["mlp", "polynomial"], 3.0), name
     other = replace(PRIOR, noises=("uniform",))
     assert inherit(other, read_header(finished / "demos.npz")) == other
-    config = EVALUATE.Config(
-        finished,
-        methods=("random", "parent_scale", "acbo"),
-        sizes=(3,),
-        transfer_size=4,
-        num_problems=6,
-        expert_problems=2,
-        num_steps=1,
-        literature=(),
-    )
-    records = json.loads((EVALUATE.main(config) / "metrics.json").read_text())
-    tasks = {r["task"] for r in records if r["table"] == "optimisation"}
-    kinds = {task.partition("/")[2] for task in tasks} - {"", "regret above acbo's, paired"}
-    assert kinds and kinds <= set(OWN.mechanisms)
+    seen = []
+
+    def scenario(task, prior, *design):
+        seen.append(prior)
+        raise InterruptedError
+
+    monkeypatch.setattr(EVALUATE, "OptimizationScenario", scenario)
+    with pytest.raises(InterruptedError):
+        EVALUATE.main(EVALUATE.Config(finished, sizes=(3,)))
+    assert seen == [OWN]
 
 
 def test_evaluation_names_the_artifact_that_is_missing(tmp_path):

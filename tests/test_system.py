@@ -3,6 +3,7 @@ are untrained: only the plumbing is tested.
 """
 
 import functools as ft
+from pathlib import Path
 
 import equinox as eqx
 import jax
