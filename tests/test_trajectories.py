@@ -531,18 +531,24 @@ def test_a_recorded_run_of_the_original_is_imported(name):
         ],
         "target": f"X{case['target']}",
     }
+    steps = len(case["chosen_var"])
+    if not steps:  # as documented
+        with pytest.raises(ValueError, match="at least one"):
+            extraction.extract_expert_trajectory(output, scm)
+        return
     one = extraction.extract_expert_trajectory(output, scm)
     assert all(check_trajectory(one, CONFIG))
-    assert one.variable.tolist() == case["chosen_var"].tolist() and one.buffer_before(
-        3
-    ).size == len(case["obs"])
+    assert one.variable.tolist() == case["chosen_var"].tolist()
+    assert one.buffer_before(min(3, steps)).size == len(case["obs"])
     for t, row in enumerate(published):
         found = one.posterior(t).to_dict(scm.names)
         assert found == pytest.approx(
             {frozenset(m): p for m, p in zip(members, row, strict=True) if p > 0}, abs=1e-5
         )
+    # float32: outcomes are rounded before they are subtracted, and may be large beside their fall
+    y = case["chosen_y"]
     np.testing.assert_allclose(
-        one.reward.sum(), case["chosen_y"][0] - case["chosen_y"].min(), rtol=1e-4
+        one.reward.sum(), y[0] - y.min(), rtol=1e-4, atol=1e-6 * np.abs(y).max()
     )
     # the model is the one that the rows are from
     mean = np.asarray(one.buffer.values[: len(case["obs"])]).mean(0)
