@@ -118,14 +118,13 @@ class Config:
             )
 
 
-# the same code as surrogate_ei
-SAME_CODE = ("surrogate_greedy", "surrogate_thompson")
 PRESETS = {
     "smoke": (
         "seconds, for CI",
         Config(
             Path("artifacts/smoke"),
-            methods=tuple(name for name in METHODS if name not in SAME_CODE),
+            # one of each kind: the tests play them all
+            methods=("random", "additive_ridge", "parent_scale", "surrogate_ei", *POLICIES),
             num_problems=16,
             expert_problems=4,
             num_steps=2,

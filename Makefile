@@ -47,8 +47,8 @@ artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(EXPERT) 
 WITH_TWIN := $(foreach preset,smoke small paper,artifacts/$(preset)/results/metrics.json)
 $(WITH_TWIN): artifacts/%/results/metrics.json: artifacts/%/cold/policy.eqx
 
-# Both cores; a file's tests stay together, for they share what they compile.
-TESTS := -m pytest -n 2 --dist loadfile
+# Both cores; a file's tests stay together, for they share what they compile. The order is conftest's.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/development
 	$(RUN) $(TESTS)

@@ -72,13 +72,13 @@ def configs(folder: Path) -> list:
             prior=PRIOR,
             design=DESIGN,
             model=SURROGATE,
-            steps=6,
+            steps=5,
             warmup_steps=1,
             buckets=(STAGES[1].Bucket(3, 2),),
             buffers_per_model=2,
             demos_per_step=2,
             chunk=2,
-            evaluate_every=4,
+            evaluate_every=3,
             checkpoint_every=2,
         ),
         STAGES[2].AcquisitionConfig(
@@ -119,7 +119,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-LOGGED = {"demos": [1, 2], "surrogate": [2, 4, 6], "policy": [1, 2, 3], "acbo": [1, 2, 3]}
+LOGGED = {"demos": [1, 2], "surrogate": [2, 4, 5], "policy": [1, 2, 3], "acbo": [1, 2, 3]}
 PRODUCTS = "demos.npz", "surrogate.eqx", "policy.eqx", "bc_policy.eqx", "curves.npz", "acbo.eqx"
 
 
@@ -464,13 +464,8 @@ def test_settings_of_evaluation_and_demo_that_cannot_be_meant_are_refused(config
 
 def test_training_takes_as_many_steps_as_it_was_told(finished):
     """Neither the number of steps nor the interval of evaluations is a multiple of a chunk."""
-    folder = finished.parent / "uneven"
-    folder.mkdir()
-    (folder / "demos.npz").write_bytes((finished / "demos.npz").read_bytes())
-    STAGES[1].main(replace(configs(folder)[1], steps=5, evaluate_every=3))
-    assert read_header(folder / "surrogate.eqx")["step"] == 5
-    log = read_log(folder / "logs" / "surrogate.jsonl")
-    assert [record["step"] for record in log] == [2, 4, 5]
+    assert read_header(finished / "surrogate.eqx")["step"] == 5
+    log = read_log(finished / "logs" / "surrogate.jsonl")
     assert ["validation_set_nll" in record for record in log] == [False, True, True]
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,8 @@ def test_a_study_at_toy_size(study, tmp_path, monkeypatch):
     ],
 )
 def test_the_field_refuses_what_cannot_be_meant(script, arguments, said, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "studies" / "field")
-    module = importlib.import_module(script)
+    path = SHIPPED.parents[1] / "studies" / "field" / f"{script}.py"
     monkeypatch.setattr("sys.argv", [script, *arguments])
     with pytest.raises(SystemExit):
-        module.main()
+        runpy.run_path(str(path), run_name="__main__")
     assert said in capsys.readouterr().err
