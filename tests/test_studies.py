@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 
-SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / "acbo.eqx"
+SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / "acbo_small.eqx"
 TOY = {
     "surrogate": dict(system=SHIPPED, sizes=(3, 4), shift_sizes=(), num_problems=8, num_obs=20),
     "policy": dict(
-        systems=(SHIPPED, SHIPPED.with_name("acbo_small.eqx")),
+        systems=(SHIPPED, SHIPPED),  # one program serves both
         sizes=(3,),
         exploration_sizes=(),
         rivals=("surrogate_ei", "random"),
