@@ -43,7 +43,7 @@ from lib.accuracy import (
     structure_scores,
     surrogate_records,
 )
-from lib.artifacts import ArtifactError, fingerprint, load_arrays, read_header, stored
+from lib.artifacts import fingerprint, load_arrays, read_header, stored
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
 from lib.methods import EXPERT_FAMILY, METHODS, POLICIES, OptimizationScenario, play
@@ -393,9 +393,6 @@ def main(config: Config) -> Path:
     cloned = read_header(policy_path)["config"]["imitation"]["use_behavioral_cloning"]
     names = ("surrogate.eqx", "policy.eqx", *["bc_policy.eqx"] * cloned, "curves.npz", "acbo.eqx")
     inputs = [config.folder / name for name in names]
-    for path in inputs:
-        if not path.exists():
-            raise ArtifactError(path, "missing")
     config = replace(config, prior=inherit(config.prior, read_header(inputs[-1])))
     surrogate = load_surrogate(inputs[0])[0]
     systems = {"acbo": TrainedACBOSystem.load(inputs[-1])}

@@ -47,11 +47,8 @@ artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(EXPERT) 
 WITH_TWIN := $(foreach preset,smoke small paper,artifacts/$(preset)/results/metrics.json)
 $(WITH_TWIN): artifacts/%/results/metrics.json: artifacts/%/cold/policy.eqx
 
-# One thread each where several processes share the cores: more would wait for one another. XLA
-# compiles other programs for one thread, so these have a cache of their own.
+# One thread of linear algebra where several processes share the cores: more wait for one another.
 smoke test check: export OPENBLAS_NUM_THREADS := 1
-smoke test check: export NPROC := 1
-smoke test check: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/artifacts/cache/one_thread
 
 # Both cores; a file's tests stay together, for they share what they compile. The order is conftest's.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
