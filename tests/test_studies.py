@@ -10,7 +10,7 @@ import pytest
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained" / "acbo_small.eqx"
 TOY = {
-    "surrogate": dict(system=SHIPPED, sizes=(3, 4), shift_sizes=(), num_problems=8, num_obs=20),
+    "surrogate": dict(system=SHIPPED, sizes=(3,), shift_sizes=(), num_problems=8, num_obs=20),
     "policy": dict(
         systems=(SHIPPED, SHIPPED),  # one program serves both
         sizes=(3,),
@@ -28,7 +28,7 @@ SMALL = "--model.model-hidden-dim 8 --model.model-n-layers 1 --chunk 1 --design.
 ROWS = {  # table, task, method
     "surrogate": {
         ("surrogate", "d=3", "f_test"),
-        ("surrogate", "d=4/beliefs and effects", "acbo"),
+        ("surrogate", "d=3/beliefs and effects", "acbo"),
         ("surrogate", "d=3/first experiment", "additive_ridge"),
     },
     "policy": {
