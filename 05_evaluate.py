@@ -46,7 +46,7 @@ from lib.accuracy import (
 from lib.artifacts import fingerprint, load_arrays, read_header, stored
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
-from lib.methods import EXPERT_FAMILY, METHODS, POLICIES, OptimizationScenario, play
+from lib.methods import EXPERT_FAMILY, METHODS, UNCHECKED, OptimizationScenario, play
 from lib.metrics import (
     Estimate,
     Record,
@@ -124,7 +124,14 @@ PRESETS = {
         Config(
             Path("artifacts/smoke"),
             # one of each kind: the tests play them all
-            methods=("random", "additive_ridge", "parent_scale", "surrogate_ei", *POLICIES),
+            methods=(
+                "random",
+                "additive_ridge",
+                "parent_scale",
+                "surrogate_ei",
+                *UNCHECKED,
+                "acbo",
+            ),
             num_problems=16,
             expert_problems=4,
             num_steps=2,
@@ -180,11 +187,11 @@ class Run(NamedTuple):
         return stored(path, self.fingerprint, lambda: compute(*args), **header)
 
     def play(self, name: str, keys, scms, buffers, num_obs: int, num_steps: int):
-        """Results of `lib.methods.play`, with the system that `name` is about: the learned policies
-        are one program.
+        """Results of `lib.methods.play`, with the system that `name` is about: the unchecked
+        policies are one program.
         """
         system = self.systems.get(name, self.systems["acbo"])
-        name = "acbo" if name in POLICIES else name
+        name = "acbo_unchecked" if name in UNCHECKED else name
         return play(name, system, keys, scms, buffers, num_obs=num_obs, num_steps=num_steps)
 
 

@@ -12,6 +12,7 @@ variable's observed range. Bad input ends with one line that says where it is an
 exit status 2.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from tabulate import tabulate
 
 from lib import settings
 from lib.buffer import FARTHEST_VALUE, DataError, ExperienceBuffer, Units, read_bounds
+from lib.check import CheckConfig
 from lib.literature import Benchmark
 from lib.problems import initial_buffer
 from lib.scm import Intervention, Task
@@ -38,6 +40,7 @@ from lib.system import DeploymentConfig, TrainedACBOSystem, deploy_trained_syste
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "pretrained" / "acbo.eqx"
 MAX_REMAINING = 1_000_000
+VERSION = "1"  # of the answer's format
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Suggest:
     """Experiments that you can still afford, this one included."""
     json: bool = False
     """Print one JSON object instead of text."""
+    worth: float = 0.02
+    """Gain from which one more experiment is worth it, in deviations of the target."""
 
     def __post_init__(self):
         if not 1 <= self.remaining <= MAX_REMAINING:
@@ -65,6 +70,8 @@ class Suggest:
                 f"--remaining {self.remaining}: give the experiments that you can "
                 f"still afford, 1 to {MAX_REMAINING}"
             )
+        if not (math.isfinite(self.worth) and self.worth >= 0):
+            raise DataError(f"--worth {self.worth}: give a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,7 @@ def suggest(config: Suggest) -> dict:
     system = TrainedACBOSystem.load(config.system)
     deployed = deploy_trained_system(system, DeploymentConfig(config.objective))
     said = jax.device_get(deployed(buffer, task, config.remaining))
-
-    numbers = said.experiment, said.action, said.marginals, said.grid, said.mean, said.std
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
         raise DataError(
             f"{config.data}: the answer is not finite: look for cells far from the others, and for "
             "columns in different units"
@@ -159,70 +164,166 @@ def suggest(config: Suggest) -> dict:
         min(d, 6 - math.floor(math.log10(s))) for d, s in zip(units.digits, spread, strict=True)
     ]
 
-    def effect(variable, value, mean="predicted") -> dict:
+    def outcomes(numbers) -> dict:
+        """Predictions get two digits more than their column, or a narrow band would be rounded
+        away.
+        """
+        raw = (float(shift[target] + spread[target] * y) for y in numbers)
+        rounded = (round(y, digits[target] + 2) + 0.0 for y in raw)  # + 0: no -0
+        return dict(zip(("predicted", "low", "high"), rounded, strict=True))
+
+    def effect(variable, value) -> dict:
         """do(variable = value) as a person reads it: the value with its column's digits, or more
-        where the range has none with so few, and what is predicted there. Predictions get two
-        digits more than their column, or a narrow band would be rounded away.
+        where the range has none with so few, and what is predicted there.
         """
         i = int(variable)
         raw = float(np.clip(shift[i] + spread[i] * float(value), low[i], high[i]))
-        rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))  # + 0: no -0
+        rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))
         written = next(one for one in rounded if low[i] <= one <= high[i])
-        at, grid = (written - shift[i]) / spread[i], said.grid[i]
-        y, std = (float(np.interp(at, grid, curve[i])) for curve in (said.mean, said.std))
-        return {
-            "variable": names[i],
-            "value": written,
-            mean: round(float(shift[target] + spread[target] * y), digits[target] + 2) + 0.0,
-            "std": round(float(spread[target] * std), digits[target] + 2),
-        }
+        at = (written - shift[i]) / spread[i]
+        curves = (np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high))
+        return {"settings": {names[i]: written}, **outcomes(curves)}
+
+    def cell(variable, value) -> tuple[int, int]:
+        """Where a setting lies on the grid."""
+        return int(variable), int(np.abs(said.grid[int(variable)] - value).argmin())
 
     sign = -1.0 if config.objective == "max" else 1.0
     settable = np.flatnonzero(np.asarray(task.candidates))
     best = (sign * said.mean).argmin(1)
-    effects = [effect(i, said.grid[i, best[i]], "mean") for i in settable]
+    effects = [effect(i, said.grid[i, best[i]]) for i in settable]
+    lowest = min(settable, key=lambda i: sign * said.mean[i, best[i]])
+    nothing = outcomes(said.nothing)
+    action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
+    # float32: a deviation of a target may be larger than it
+    gain = float(spread[target] * said.gain[cell(*said.experiment)])
+    most = float(spread[target] * said.gain.max())
+    chosen = effect(*said.experiment)
+    again = said.action[0] >= 0 and cell(*said.experiment) == cell(*said.action)
+    reason = (
+        "the best setting known: one more outcome tells whether it is"
+        if again
+        else "may turn out better than what is recommended now"
+    )
     likely = np.argsort(-said.marginals[: len(names)])
     padding = [""] * (said.mean.shape[0] - len(names))
     sets = said.parent_sets.to_dict((*names, *padding))
+    weights = {
+        "the surrogate's": float(said.weights[0][settable].mean()),
+        "no effect": float(said.weights[1][settable].mean()),
+    }
+    weights["the experiments'"] = 1.0 - sum(weights.values())
+    check = {
+        "experiments": int(said.experiments),
+        "in_band": int(said.in_band),
+        "widened_by": round(float(said.widened_by), 2),
+        "surface": max(weights, key=lambda name: weights[name]),
+        "surrogate_weight": round(weights["the surrogate's"], 3),
+    }
     answer = {
         "target": config.target,
         "objective": config.objective,
-        "next_experiment": effect(*said.experiment),
-        "recommended_action": effect(*said.action),
+        "nothing": nothing,
+        "recommended_action": action
+        | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
+        "next_experiment": chosen
+        | {"expected_gain": round(gain, digits[target] + 2), "reason": reason},
+        "stop": {
+            "expected_gain": round(most, digits[target] + 2),
+            "worth_it": most > config.worth * float(spread[target] * said.spread),
+        },
         "parents": {names[i]: float(said.marginals[i]) for i in likely if i != target},
         "parent_sets": [{"parents": sorted(s), "probability": p} for s, p in sets.items()],
-        "best_effects": sorted(effects, key=lambda one: sign * one["mean"]),
+        "best_effects": sorted(effects, key=lambda one: sign * one["predicted"]),
+        "check": check,
+        "notes": [],
+        "warnings": warnings_of(names, buffer, units, task, check),
+        "version": VERSION,
+        "system": config.system.name,
+        "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 
 
+def warnings_of(names, buffer, units, task, check) -> list[str]:
+    """What limits the answer, each in one sentence."""
+    observational, done = np.asarray(buffer.observational), check["experiments"]
+    observed = units.raw(np.asarray(buffer.values)[observational])
+    found = []
+    if len(buffer.valid) < 2 * len(names):
+        found.append(
+            f"{len(buffer.valid)} rows for {len(names)} columns: so few rows cannot tell which "
+            "column matters"
+        )
+    if not done:
+        found.append(
+            "no experiment to check against: what looks like an effect may have a common cause "
+            "that is not in the file"
+        )
+    elif check["in_band"] < 0.7 * done:
+        found.append(
+            f"{done - check['in_band']} of {done} experiments lay outside the 90 % band predicted "
+            "for them: be wary of what no experiment has shown yet"
+        )
+    for i in np.flatnonzero(np.asarray(task.candidates)):
+        ends = units.raw(np.stack([task.low, task.high]))[:, i]
+        reach = np.abs(ends - observed[:, i].mean()).max() / observed[:, i].std()
+        if reach > CheckConfig.far:
+            found.append(
+                f"'{names[i]}': its range reaches {reach:.0f} deviations from what was observed: "
+                "predictions there rest on the experiments alone"
+            )
+    return found
+
+
+def text(number: float) -> str:
+    """A number with the digits that it has."""
+    return repr(number).removesuffix(".0")
+
+
 def as_text(answer: dict) -> str:
     """The answer for a person, with the digits that the JSON has."""
-
-    def text(number: float) -> str:
-        return repr(number).removesuffix(".0")
-
-    target, parents = answer["target"], answer["parents"].items()
+    target, parents, stop = answer["target"], answer["parents"].items(), answer["stop"]
     sets = ([f"{{{', '.join(s['parents'])}}}", s["probability"]] for s in answer["parent_sets"])
-    effects = [
-        [e["variable"], text(e["value"]), text(e["mean"]), f"+- {text(float(f'{band:.2g}'))}"]
-        for e in answer["best_effects"]
-        for band in (1.645 * e["std"],)
+
+    def setting(one: dict) -> list[str]:
+        """Variable, value, and what is expected of it."""
+        ((name, value),) = one["settings"].items() or [("(nothing)", math.nan)]
+        chosen = [name, text(value) if one["settings"] else ""]
+        return [*chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+
+    def sentence(one: dict) -> str:
+        name, value, predicted, band = setting(one)
+        chosen = f"set {name} = {value}" if value else "set nothing"
+        return f"{chosen}   ({target} {predicted} expected, {band})"
+
+    rows = [
+        setting(one) for one in (*answer["best_effects"], {"settings": {}, **answer["nothing"]})
     ]
     tables = (
         ([f"parent of {target}?", "probability"], [[n, f"{p:.2f}"] for n, p in parents]),
         (["most probable parent sets", "probability"], [[n, f"{p:.2f}"] for n, p in sets]),
-        (["set", "to", f"expected {target}", "90 % band"], effects),
+        (["set", "to", f"expected {target}", "90 % band"], rows),
     )
     parts = [tabulate(rows, headers=header, disable_numparse=True) for header, rows in tables]
-    for what, key in (
-        ("Next experiment:   ", "next_experiment"),
-        ("Best action so far:", "recommended_action"),
-    ):
-        one = answer[key]
-        setting = f"{what} set {one['variable']} = {text(one['value'])}"
-        parts.append(f"{setting}   (predicted {target} {text(one['predicted'])})")
+    check, best, following = (answer[k] for k in ("check", "recommended_action", "next_experiment"))
+    parts += [
+        f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
+        f"predicted; {check['surface']} surface is believed most (surrogate "
+        f"{text(check['surrogate_weight'])}), bands {text(check['widened_by'])} times as wide.",
+        *(f"Note: {one}." for one in answer["notes"]),
+        *(f"Warning: {one}." for one in answer["warnings"]),
+        f"Next experiment:    {sentence(following)}\n{' ' * 20}{following['reason']}; expected "
+        f"gain {text(following['expected_gain'])}",
+        f"Best action so far: {sentence(best)}\n{' ' * 20}better than nothing with probability "
+        f"{text(best['probability_better_than_nothing'])}",
+    ]
+    if not stop["worth_it"]:
+        parts.append(
+            f"Stop: one more experiment is expected to gain {text(stop['expected_gain'])} at most; "
+            "the noise of an outcome is what is left."
+        )
     return "\n\n".join(parts)
 
 
@@ -257,10 +358,14 @@ def demo(config: Demo) -> list[float]:
             ]
             print(tabulate(rows, headers=["step", "set", "to", "outcome"]))
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
-        scores.append(float(scm.mean_outcome(Intervention.single(variable, value, num_vars))))
+        nothing, chosen = Intervention.none(num_vars), "to set nothing"
+        action = nothing if variable < 0 else Intervention.single(variable, value, num_vars)
+        if variable >= 0:
+            chosen = f"{scm.names[variable]} = {value:.3f}"
+        scores.append(float(scm.mean_outcome(action)))
         print(
-            f"seed {seed}: after {config.steps} experiments recommends {scm.names[variable]} = "
-            f"{value:.3f}, E[Y | do] = {scores[-1]:.3f}"
+            f"seed {seed}: after {config.steps} experiments recommends {chosen}, "
+            f"E[Y | do] = {scores[-1]:.3f}"
         )
     return scores
 

@@ -39,9 +39,9 @@ artifacts/%/policy.eqx: 03_warmstart_acquisition.py artifacts/%/surrogate.eqx ar
 artifacts/%/cold/policy.eqx: 03_warmstart_acquisition.py artifacts/%/surrogate.eqx $(POLICY) | .venv/runtime
 	mkdir -p $(@D) && cp artifacts/$*/surrogate.eqx $(@D)
 	$(RUN) $< $* --folder $(@D) --imitation.no-use-behavioral-cloning
-artifacts/%/acbo.eqx: 04_train_e2e.py artifacts/%/policy.eqx artifacts/%/surrogate.eqx $(POLICY) lib/system.py | .venv/runtime
+artifacts/%/acbo.eqx: 04_train_e2e.py artifacts/%/policy.eqx artifacts/%/surrogate.eqx $(POLICY) lib/system.py lib/check.py | .venv/runtime
 	$(RUN) $< $*
-artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(EXPERT) $(POLICY) $(TABLES) lib/system.py | .venv/runtime
+artifacts/%/results/metrics.json: 05_evaluate.py artifacts/%/acbo.eqx $(EXPERT) $(POLICY) $(TABLES) lib/system.py lib/check.py | .venv/runtime
 	$(RUN) $< $*
 # The ratio of the warm to the cold start needs both; `hour` does without.
 WITH_TWIN := $(foreach preset,smoke small paper,artifacts/$(preset)/results/metrics.json)

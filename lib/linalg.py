@@ -53,11 +53,18 @@ def positive_inverse(matrix: jax.Array) -> jax.Array:
     Plain array operations, which `vmap` turns into wide ones: the choice for many matrices of up to
     some 60 columns.
     """
+    return positive_inverse_and_log_det(matrix)[0]
 
-    def sweep(k, m):
+
+def positive_inverse_and_log_det(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`positive_inverse`, and the logarithm of the determinant."""
+
+    def sweep(k, swept):
+        m, log_det = swept
         pivot, column = m[k, k], m[:, k]
         row = m[k] / pivot
         m = (m - column[:, None] * row[None]).at[k].set(row).at[:, k].set(-column / pivot)
-        return m.at[k, k].set(1.0 / pivot)
+        return m.at[k, k].set(1.0 / pivot), log_det + jnp.log(pivot)
 
-    return jax.lax.fori_loop(0, matrix.shape[0], sweep, matrix)
+    start = matrix, jnp.zeros((), matrix.dtype)
+    return jax.lax.fori_loop(0, matrix.shape[0], sweep, start)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from lib import baselines
 from lib.accuracy import regret_records
 from lib.buffer import ExperienceBuffer
+from lib.check import BELIEFS, PROCESSES, check
 from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.metrics import normalised_regret
@@ -40,9 +41,11 @@ METHODS = (
     "surrogate_thompson",
     "bc_policy",
     "grpo_policy",
+    "acbo_unchecked",
+    "gaussian_processes",
     "acbo",
 )
-POLICIES = ("bc_policy", "grpo_policy", "acbo")
+UNCHECKED = ("bc_policy", "grpo_policy", "acbo_unchecked")  # one program, three artifacts
 EXPERT_FAMILY = ("parent_scale", "parent_scale_amortized", "cbo_known_graph", "bo")
 ON_SURFACE = ("surrogate_greedy", "surrogate_ei", "surrogate_thompson")
 
@@ -83,7 +86,9 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
 
     What each recommends: random, the experiment with the best outcome; the regressions and the
     learned methods, the minimum of their predicted surface; the expert's family, the minimum of its
-    Gaussian processes' means. Raises `ValueError` for an unknown name.
+    Gaussian processes' means. `acbo` is the checked system, `acbo_unchecked` believes its surrogate
+    as it is, as `bc_policy` and `grpo_policy` do, and `gaussian_processes` is the check's processes
+    around doing nothing alone. Raises `ValueError` for an unknown name.
     """
     # the one that teaches
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
@@ -114,6 +119,21 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
 
         return campaign(decide)
 
+    def processes(scm, key, buffer, step):
+        most = buffer.valid.shape[0] - num_obs
+        checked = check(system.surrogate, buffer, scm.task, most, PROCESSES)
+        return checked.choose(checked.gain), checked.recommended()
+
+    def of_system(beliefs):
+        return lambda key, scm, buffer: system.play(
+            key,
+            scm,
+            buffer,
+            num_steps,
+            beliefs=beliefs,
+            most=buffer.valid.shape[0] - num_obs,
+        )
+
     def known_graph(key, scm, buffer):
         return run_parent_scale(
             key, scm, buffer, expert, candidate_sets=(scm.parents[None], jnp.zeros(1))
@@ -130,7 +150,12 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         "surrogate_greedy": on_surface(lambda key, output: output.best()),
         "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
         "surrogate_thompson": on_surface(thompson_choice),
-    } | dict.fromkeys(POLICIES, lambda key, scm, buffer: system.play(key, scm, buffer, num_steps))
+        "bc_policy": of_system(None),
+        "grpo_policy": of_system(None),
+        "acbo_unchecked": of_system(None),
+        "gaussian_processes": campaign(processes),
+        "acbo": of_system(BELIEFS),
+    }
     if name not in methods:
         raise ValueError(f"unknown method '{name}': choose from {', '.join(methods)}")
     return methods[name]

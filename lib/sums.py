@@ -216,11 +216,16 @@ class Summary(NamedTuple):
     def add(
         self, values: Float[Array, " vars"], intervened: Bool[Array, " vars"], task: Task
     ) -> "Summary":
-        """With one more row, at one row's share of the cost of `of`.
+        """With one more row, at one row's share of the cost of `of`."""
+        return self.add_rows(
+            ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool)), task
+        )
+
+    def add_rows(self, buffer: ExperienceBuffer, task: Task) -> "Summary":
+        """With the rows of `buffer` beside its own.
 
         The units stay those of the first rows: after interventional rows the sums are those of the
         whole data set; observational ones would have moved the units a little.
         """
-        row = ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool))
-        more = sum_rows(Rows.of(row, self.frame, task.var_mask), self.frame, task)
+        more = sum_rows(Rows.of(buffer, self.frame, task.var_mask), self.frame, task)
         return Summary(self.frame, jax.tree.map(jnp.add, self.sums, more))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
 from lib.buffer import ExperienceBuffer
+from lib.check import BELIEFS, FIRST_BLOCK, CheckConfig, check
 from lib.expert_gp import expected_improvement, fit_causal_gp
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
@@ -45,7 +46,7 @@ class OptimizationResult(eqx.Module):
     variable: Int[Array, " steps"]
     value: Float[Array, " steps"]
     outcome: Float[Array, " steps"]
-    recommended_variable: Int[Array, " steps+1"]
+    recommended_variable: Int[Array, " steps+1"]  # -1: do nothing
     recommended_value: Float[Array, " steps+1"]
     buffer: ExperienceBuffer
 
@@ -185,16 +186,32 @@ class TrainedACBOSystem(eqx.Module):
         num_steps: int,
         *,
         online: OnlineConfig | None = None,
+        beliefs: CheckConfig | None = BELIEFS,
+        most: int | None = None,
     ) -> OptimizationResult:
-        """A campaign, jittable and vmappable; the buffer needs `num_steps` free places. With
-        `online`, the policy is tuned at every state.
+        """A campaign, jittable and vmappable; the buffer needs `num_steps` free places.
+
+        With `online`, the policy is tuned at every state. The surrogate is checked against the
+        experiments (`lib.check`), of which there are at most `most` in the end (as many as places,
+        if left out): the policy reads the averaged surface, and chooses among experiments that are
+        worth making. Without `beliefs` the surrogate is believed as it is.
         """
+        most = buffer.valid.shape[0] if most is None else most
+
+        def policy(key, state):
+            if online is None:
+                return self.policy(state)
+            return online_policy(key, self, state, online)
 
         def decide(key, buffer, step):
-            state = make_state(self.surrogate, buffer, scm.task, step, num_steps - step)
-            if online is None:
-                return self.policy(state).mode(), state.output.best()
-            return online_policy(key, self, state, online).mode(), state.output.best()
+            left = num_steps - step
+            if beliefs is None:
+                state = make_state(self.surrogate, buffer, scm.task, step, left)
+                return policy(key, state).mode(), state.output.best()
+            checked = check(self.surrogate, buffer, scm.task, most, beliefs)
+            state = AcquisitionState(buffer, checked.averaged, step, left)
+            experiment = checked.choose(policy(key, state).logits, beliefs.enough)
+            return experiment, checked.recommended(beliefs.pays)
 
         return run_campaign(key, scm, buffer, num_steps, decide)
 
@@ -278,12 +295,18 @@ class DeploymentConfig:
     """Make the target small or large."""
     buckets: tuple[int, ...] = (8, 16, 32, 64, 128)
     """Numbers of variables that data are padded to: one program each, whatever the data."""
+    beliefs: CheckConfig = BELIEFS
+    """How far the surrogate is believed."""
 
 
 class Answer(NamedTuple):
-    """What a deployed system says of a data set, in the units of its buffer: the next experiment,
-    the action that it recommends now, the belief about the target's parents, and mean and deviation
-    of E[Y | do(X_i = grid[i, b])].
+    """What a deployed system says of a data set, in the units of its buffer.
+
+    The next experiment; the action that it recommends now (variable -1: nothing is better than
+    doing nothing); the belief about the target's parents; mean and ends of the 90 % band of
+    E[Y | do(X_i = grid[i, b])], the probability that it is better than doing nothing, and what that
+    experiment is expected to gain; mean and ends of E[Y]; how many experiments were checked and how
+    many lay in their band; and the weights `[vars]` of the surrogate's surface and of no effect.
     """
 
     experiment: Choice
@@ -292,7 +315,16 @@ class Answer(NamedTuple):
     parent_sets: ParentSetPosterior
     grid: Float[Array, "vars bins"]
     mean: Float[Array, "vars bins"]
-    std: Float[Array, "vars bins"]
+    low: Float[Array, "vars bins"]
+    high: Float[Array, "vars bins"]
+    better: Float[Array, "vars bins"]
+    gain: Float[Array, "vars bins"]
+    nothing: tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
+    spread: Float[Array, ""]
+    experiments: Int[Array, ""]
+    in_band: Int[Array, ""]
+    widened_by: Float[Array, ""]
+    weights: tuple[Float[Array, " vars"], Float[Array, " vars"]]
 
 
 class DeployedACBOSystem(NamedTuple):
@@ -316,8 +348,17 @@ class DeployedACBOSystem(NamedTuple):
         flipped = buffer if sign > 0 else flip_target(buffer, task.target)
         bucket = next(b for b in self.config.buckets if b >= num_vars)
         wide = flipped.widen(bucket - num_vars).grow(-len(buffer.valid) % 128)
-        answer = _answer(self.system, wide, task.widen(bucket - num_vars), jnp.array(remaining))
-        return answer._replace(mean=sign * answer.mean)
+        done, most = int((buffer.intervened.sum(1) == 1).sum()), FIRST_BLOCK
+        while most < done:
+            most *= 4
+        task = task.widen(bucket - num_vars)
+        answer = _answer(self.system, wide, task, jnp.array(remaining), most, self.config.beliefs)
+        if sign > 0:
+            return answer
+        nothing, low, high = answer.nothing
+        return answer._replace(
+            mean=-answer.mean, low=-answer.high, high=-answer.low, nothing=(-nothing, -high, -low)
+        )
 
 
 def deploy_trained_system(
@@ -328,18 +369,31 @@ def deploy_trained_system(
 
 
 @eqx.filter_jit
-def _answer(system, buffer, task, remaining) -> Answer:
+def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
+    checked = check(system.surrogate, buffer, task, most, beliefs)
+    belief, output = checked.belief, checked.output
+    low, high = belief.quantile(0.05), belief.quantile(0.95)
+    wider = jnp.where(task.candidates[:, None], (high - low) / (3.29 * output.effect_std), jnp.nan)
+    band = 1.645 * belief.nothing_std
     # A campaign starts with the data that are there, in training as here: none of it is a step.
-    state = make_state(system.surrogate, buffer, task, 0, remaining)
-    output = state.output
+    state = AcquisitionState(buffer, checked.averaged, jnp.array(0), remaining)
     return Answer(
-        system.select_intervention(state),
-        output.best(),
-        output.marginals(),
-        state.posterior.top_k(5),
-        output.grid,
-        output.effect_mean,
-        output.effect_std,
+        experiment=checked.choose(system.policy(state).logits, beliefs.enough),
+        action=checked.recommended(beliefs.pays),
+        marginals=output.marginals(),
+        parent_sets=output.posterior().top_k(5),
+        grid=output.grid,
+        mean=belief.mean,
+        low=low,
+        high=high,
+        better=belief.better,
+        gain=checked.gain,
+        nothing=(belief.nothing, belief.nothing - band, belief.nothing + band),
+        spread=output.spread,
+        experiments=checked.done.valid.sum(),
+        in_band=checked.in_band.sum(),
+        widened_by=jnp.nanmedian(wider),
+        weights=(belief.surrogate, belief.flat),
     )
 
 

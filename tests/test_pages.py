@@ -203,10 +203,8 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
     deploy = importlib.import_module("06_deploy")
     wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity"))
     chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
-    assert names[chosen] == wanted["next_experiment"]["variable"]
-    assert float(units.written(chosen, np.float32(value))) == pytest.approx(
-        wanted["next_experiment"]["value"]
-    )
+    written = float(units.written(chosen, np.float32(value)))
+    assert wanted["next_experiment"]["settings"] == {names[chosen]: pytest.approx(written)}
     for name in ("acbo", "acbo_small"):
         system = TrainedACBOSystem.load(ROOT / "pretrained" / f"{name}.eqx")
         learned = eqx.tree_at(lambda policy: policy.span, system.policy, None)

@@ -21,9 +21,10 @@ from lib import settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
 from lib.buffer import DataError
+from lib.check import FIRST_BLOCK, check
 from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
-from lib.policy import PolicyConfig
+from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import CampaignDesign, DataDesign, sample_problem
 from lib.scm_prior import FAMILIES, SCMPrior, inherit
@@ -250,13 +251,14 @@ def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
     answer = suggest(data, objective="max", system=system, json=True)
     assert json.loads(capsys.readouterr().out) == answer
     chosen, ranges = answer["next_experiment"], {"dose": (0, 4), "heat": (0, 3.1)}
-    low, high = ranges[chosen["variable"]]
-    assert low - 1e-5 <= chosen["value"] <= high + 1e-5
+    ((name, value),) = chosen["settings"].items()
+    low, high = ranges[name]
+    assert low - 1e-5 <= value <= high + 1e-5
     assert set(answer["parents"]) == {"dose", "heat"}
     assert all(0 <= p <= 1 for p in answer["parents"].values())
     (tmp_path / "bounds.csv").write_text("variable,low,high\nheat,1,2\n")
     chosen = suggest(data, bounds=tmp_path / "bounds.csv", system=system)["next_experiment"]
-    assert chosen["variable"] == "heat" and 1 <= chosen["value"] <= 2
+    assert list(chosen["settings"]) == ["heat"] and 1 <= chosen["settings"]["heat"] <= 2
     assert "heat" in capsys.readouterr().out
 
 
@@ -285,7 +287,7 @@ def test_the_shipped_system_answers_from_any_folder(tmp_path, monkeypatch, capsy
     """The README's first command, without `--system`, from a folder that holds nothing."""
     monkeypatch.chdir(tmp_path)
     best = suggest(EXAMPLE, objective="max", bounds=BOUNDS)["recommended_action"]
-    assert best["variable"] == "catalyst" and best["value"] > 7
+    assert list(best["settings"]) == ["catalyst"] and best["settings"]["catalyst"] > 7
     assert "Next experiment" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -319,9 +321,12 @@ def as_stub(monkeypatch, share, slope=1.0):
         low, high = (np.asarray(end)[:, None] for end in (task.low, task.high))
         grid = (low + (high - low) * np.linspace(0, 1, 5, dtype=np.float32)).astype(np.float32)
         choice = np.array(0), low[0, 0] + np.float32(share) * (high - low)[0, 0]
-        num_vars = len(grid)
+        num_vars, mean, band = len(grid), slope * grid, 0.1 + abs(grid)
         sets = ParentSetPosterior(task.target, jnp.zeros((1, num_vars), bool), jnp.zeros(1))
-        said = (choice, choice, np.zeros(num_vars), sets, grid, slope * grid, 0.1 + abs(grid))
+        half = np.full_like(grid, 0.5)
+        nothing, one, weights = (0.0, -0.1, 0.1), np.float32(1.0), np.full(num_vars, 0.5)
+        surface = grid, mean, mean - band, mean + band, half, half, nothing, one
+        said = choice, choice, np.zeros(num_vars), sets, *surface, 2, 1, one, (weights, weights)
         return Answer(*said)
 
     monkeypatch.setattr(DEPLOY, "deploy_trained_system", lambda *_: deployed)
@@ -329,7 +334,7 @@ def as_stub(monkeypatch, share, slope=1.0):
 
 def numbers_of(answer) -> list[float]:
     actions = answer["next_experiment"], answer["recommended_action"], *answer["best_effects"]
-    return [one[k] for one in actions for k in ("value", "predicted", "mean") if k in one]
+    return [x for one in actions for x in (*one["settings"].values(), one["predicted"], one["low"])]
 
 
 def test_text_has_the_digits_of_the_json(tmp_path, monkeypatch, capsys):
@@ -355,7 +360,7 @@ def test_computed_columns_are_answered_without_the_noise_of_float32(tmp_path, mo
     (tmp_path / "data.csv").write_text("\n".join(["a,b,yield,intervened", *rows]) + "\n")
     as_stub(monkeypatch, 0.5)
     one = suggest(tmp_path / "data.csv")["next_experiment"]
-    assert len(str(one["value"])) <= 9 and len(str(one["predicted"])) <= 12
+    assert len(str(one["settings"]["a"])) <= 9 and len(str(one["predicted"])) <= 12
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -363,7 +368,7 @@ def test_without_bounds_the_ends_of_a_range_have_the_columns_digits(monkeypatch,
     rows = [line.split(",") for line in EXAMPLE.read_text().splitlines()[1:]]
     column = [float(row[0]) for row in rows]
     as_stub(monkeypatch, share)
-    value = suggest(EXAMPLE)["next_experiment"]["value"]
+    (value,) = suggest(EXAMPLE)["next_experiment"]["settings"].values()
     low, high = min(column), max(column)
     assert value == round(low + share * (high - low), 1)
 
@@ -394,10 +399,10 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     _, _, units = DEPLOY.ExperienceBuffer.from_csv(data)
     at = (value - units.shift[0]) / units.spread[0]
     nodes = (np.linspace(*bounds, 5) - units.shift[0]) / units.spread[0]
-    std = np.interp(at, nodes, 0.1 + abs(nodes))
-    assert one["value"] == value and str(one["value"]) != "-0.0"
+    low = np.interp(at, nodes, 2 * nodes - 0.1 - abs(nodes))
+    assert one["settings"] == {"a": value} and str(one["settings"]["a"]) != "-0.0"
     assert one["predicted"] == pytest.approx(units.shift[2] + units.spread[2] * 2 * at, abs=1e-3)
-    assert one["std"] == pytest.approx(units.spread[2] * std, abs=1e-3)
+    assert one["low"] == pytest.approx(units.shift[2] + units.spread[2] * low, abs=1e-3)
     assert f"set a = {value:.15g} " in capsys.readouterr().out
 
 
@@ -421,10 +426,18 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
     names, buffer, _ = DEPLOY.ExperienceBuffer.from_csv(experiments(tmp_path / "experiments.csv"))
     task = DEPLOY.observed_task(buffer, names.index("yield"))
     system = TrainedACBOSystem.load(finished / "acbo.eqx")
-    state = system.state(buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5), 0, 3)
-    variable, value = system.select_intervention(state)
-    found = deploy_trained_system(system)(buffer, task, 3).experiment
-    assert found[0] == variable and abs(found[1] - value) < 1e-5
+    wide, task_of = buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5)
+
+    @eqx.filter_jit
+    def decide(step):
+        checked = check(system.surrogate, wide, task_of, FIRST_BLOCK)
+        state = AcquisitionState(wide, checked.averaged, jnp.asarray(step), jnp.array(3))
+        return checked.choose(system.policy(state).logits), checked.recommended()
+
+    (variable, value), (action, _) = decide(0)
+    found = deploy_trained_system(system)(buffer, task, 3)
+    assert found.experiment[0] == variable and abs(found.experiment[1] - value) < 1e-5
+    assert found.action[0] == action
 
 
 @pytest.mark.parametrize(
@@ -530,13 +543,10 @@ def test_units_do_not_matter(tmp_path):
     other = suggest(converted(EXAMPLE, False), objective="max", bounds=converted(BOUNDS, True))
     for action in ("next_experiment", "recommended_action"):
         one, two = plain[action], other[action]
-        assert one["variable"] == two["variable"]
-        assert two["value"] == pytest.approx(
-            one["value"] * factor.get(one["variable"], 1.0), rel=0.01
-        )
-        assert two["predicted"] - 2.0**20 == pytest.approx(one["predicted"], abs=0.1) and two[
-            "std"
-        ] == pytest.approx(one["std"], abs=0.05)
+        wanted = {k: v * factor.get(k, 1.0) for k, v in one["settings"].items()}
+        assert two["settings"] == pytest.approx(wanted, rel=0.01)
+        for end in ("predicted", "low", "high"):
+            assert two[end] - 2.0**20 == pytest.approx(one[end], abs=0.1)
     assert other["parents"] == pytest.approx(plain["parents"], abs=0.02)
 
 
@@ -546,7 +556,7 @@ def test_large_numbers_are_answered_with_numbers(tmp_path):
     rows = [f"{1e25 * a:.6e},{b:.3f},{1e25 * (a + b):.6e}," for a, b in rng.normal(size=(20, 2))]
     (tmp_path / "large.csv").write_text("\n".join(["a,b,y,intervened", *rows]) + "\n")
     answer = suggest(tmp_path / "large.csv", "y")
-    assert all(np.isfinite([e["value"], e["mean"], e["std"]]).all() for e in answer["best_effects"])
+    assert np.isfinite(numbers_of(answer)).all()
     (tmp_path / "bounds.csv").write_text("variable,low,high\nb,-1e20,1e20\n")
     with pytest.raises(DataError, match="'b' ends .* deviations from what was observed"):
         suggest(tmp_path / "large.csv", "y", bounds=tmp_path / "bounds.csv")

@@ -28,6 +28,7 @@ With `--asks`, its own next experiments are run and fed back that many times:
 
 regret@t  regret of the recommendation after t experiments (5, 10 and 20).
 repeats   the most often that one and the same experiment was asked for.
+used      how many it asked for, before its `stop` said that nothing more is worth it.
 weight    the surrogate's weight in the check at the end (`-`: an answer without a check).
 
 Understands both formats of the answer: {variable, value, predicted, std}, and
@@ -111,7 +112,9 @@ def plain_effect(one):
 
 
 def ask(deploy, folder, system, rows, which, bounds, weights, remaining):
-    """One call of `suggest`: (recommended, next, best effects, the surrogate's weight)."""
+    """One call of `suggest`: (recommended, next, best effects, the surrogate's weight, whether one
+    more experiment is worth it).
+    """
     data, limits = folder / "data.csv", folder / "bounds.csv"
     write(data, system, rows, which)
     lines = [f"{k},{float(a)!r},{float(b)!r}\n" for k, (a, b) in bounds.items()]
@@ -131,7 +134,9 @@ def ask(deploy, folder, system, rows, which, bounds, weights, remaining):
     answer = json.loads(out.getvalue(), parse_constant=no_constant)
     effects = [plain_effect(e) for e in answer["best_effects"]]
     weight = (answer.get("check") or {}).get("surrogate_weight", np.nan)
-    return plain(answer["recommended_action"]), plain(answer["next_experiment"]), effects, weight
+    more = (answer.get("stop") or {}).get("worth_it", True)
+    action, following = plain(answer["recommended_action"]), plain(answer["next_experiment"])
+    return action, following, effects, weight, more
 
 
 def play(deploy, system, seed, asks, weights):
@@ -170,19 +175,23 @@ def play(deploy, system, seed, asks, weights):
     with tempfile.TemporaryDirectory() as folder:
         for t in range(asks + 1):
             left = max(asks - t, 1)
-            best_action, (experiment, _, _), effects, weight = ask(
+            best_action, (experiment, _, _), effects, weight, more = ask(
                 deploy, Path(folder), system, rows, which, bounds, weights, left
             )
             if found is None:
                 found = judged(*best_action, effects)
             path.append(regret(best_action[0]))
+            if not more:  # the campaign ends here
+                path += [path[-1]] * (asks - t)
+                break
             if t < asks and experiment:
                 asked[tuple(sorted((k, f"{float(v):.4g}") for k, v in experiment.items()))] += 1
                 rows = np.vstack([rows, system.sample(rng, 1, experiment)])
                 which.append(tuple(system.names.index(name) for name in experiment))
     found |= {f"regret@{t}": path[t] for t in (5, 10, 20) if t <= asks}
     if asks:
-        found |= {"repeats": max(asked.values(), default=0), "weight": weight}
+        repeats, used = max(asked.values(), default=0), sum(asked.values())
+        found |= {"repeats": repeats, "used": used, "weight": weight}
     return found
 
 

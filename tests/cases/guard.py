@@ -229,7 +229,8 @@ def answer() -> dict:
     numbers["suggest/parents"] = np.array([found["parents"][n] for n in names])
     for name in ("next_experiment", "recommended_action"):
         action = found[name]
-        numbers[f"suggest/{name}"] = np.array([action[k] for k in ("value", "predicted", "std")])
+        values = *action["settings"].values(), *(action[k] for k in ("predicted", "low", "high"))
+        numbers[f"suggest/{name}"] = np.array(values)
     return numbers
 
 
