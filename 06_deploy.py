@@ -41,6 +41,10 @@ HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "pretrained" / "acbo.eqx"
 MAX_REMAINING = 1_000_000
 VERSION = "1"  # of the answer's format
+REASONS = (  # for an experiment: of another setting than the one to recommend, or of that
+    "may turn out better than what is recommended now",
+    "the best setting known: one more outcome tells whether it is",
+)
 
 
 @dataclass(frozen=True)
@@ -195,30 +199,25 @@ def suggest(config: Suggest) -> dict:
     lowest = min(settable, key=lambda i: sign * said.mean[i, best[i]])
     nothing = outcomes(said.nothing)
     action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
-    # float32: a deviation of a target may be larger than it
-    gain = float(spread[target] * said.gain[cell(*said.experiment)])
-    most = float(spread[target] * said.gain.max())
-    chosen = effect(*said.experiment)
-    again = said.action[0] >= 0 and cell(*said.experiment) == cell(*said.action)
-    reason = (
-        "the best setting known: one more outcome tells whether it is"
-        if again
-        else "may turn out better than what is recommended now"
+    gain, most = (
+        float(spread[target] * g) for g in (said.gain[cell(*said.experiment)], said.gain.max())
     )
+    again = said.action[0] >= 0 and cell(*said.experiment) == cell(*said.action)
     likely = np.argsort(-said.marginals[: len(names)])
     padding = [""] * (said.mean.shape[0] - len(names))
     sets = said.parent_sets.to_dict((*names, *padding))
-    weights = {
-        "the surrogate's": float(said.weights[0][settable].mean()),
-        "no effect": float(said.weights[1][settable].mean()),
-    }
-    weights["the experiments'"] = 1.0 - sum(weights.values())
+    surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
+    surfaces = (
+        (surrogate, "the surrogate's"),
+        (flat, "the flat"),
+        (1 - surrogate - flat, "their own"),
+    )
     check = {
         "experiments": int(said.experiments),
         "in_band": int(said.in_band),
         "widened_by": round(float(said.widened_by), 2),
-        "surface": max(weights, key=lambda name: weights[name]),
-        "surrogate_weight": round(weights["the surrogate's"], 3),
+        "surface": max(surfaces)[1],
+        "surrogate_weight": round(surrogate, 3),
     }
     answer = {
         "target": config.target,
@@ -226,8 +225,8 @@ def suggest(config: Suggest) -> dict:
         "nothing": nothing,
         "recommended_action": action
         | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
-        "next_experiment": chosen
-        | {"expected_gain": round(gain, digits[target] + 2), "reason": reason},
+        "next_experiment": effect(*said.experiment)
+        | {"expected_gain": round(gain, digits[target] + 2), "reason": REASONS[bool(again)]},
         "stop": {
             "expected_gain": round(most, digits[target] + 2),
             "worth_it": most > config.worth * float(spread[target] * said.spread),

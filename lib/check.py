@@ -17,7 +17,7 @@ variable tells how far to trust the surrogate on the next. In one more world no 
 anything. One data set at a time; batch with `vmap`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -40,7 +40,7 @@ AMPLITUDES = (0.3, 1.0, 2.0)  # of a process, in units of what the outcomes span
 LENGTHSCALES = (0.25, 0.7)  # of a process, in widths of a range
 NOISES = np.array([0.05, 0.3, 1.0])  # variance of an outcome around its mean, in variances of Y
 RANK = 6  # functions that a process is made of
-REPEATS = 4  # of an experiment, when it is asked what it is worth
+REPEATS = 3  # of an experiment, when it is asked what it is worth
 FIRST_BLOCK = 16  # experiments that are predicted from the observational rows alone
 
 
@@ -57,7 +57,7 @@ class CheckConfig:
     """Of those shares."""
     untried: float = 10.0
     """By how much those shares are larger where no experiment was ever made."""
-    nothing: float = 0.1
+    nothing: float = 0.04
     """Of the world in which no variable moves the target."""
     flat: float = 0.5
     """Of no effect, where the surrogate is wrong about a variable."""
@@ -69,21 +69,26 @@ class CheckConfig:
     outliers: float = 0.05
     """Of an outcome that is anything, whatever the surface."""
     loose: float = 0.1
-    """Deviation of an outcome where no smooth surface fits them all, in units of what they span."""
+    """Deviation of an outcome where no smooth surface fits them all, in units of what they span;
+    added to three times the variance of Y."""
     anchor: float = 0.5
     """Deviation between doing nothing and setting a variable to its usual value, in deviations of
     the target, as processes have it."""
-    pays: float = 0.6
-    """Probability of being better than doing nothing from which a setting is recommended."""
-    enough: float = 0.5
+    pays: float = 4.0
+    """How many times its expected loss the expected gain of a setting over doing nothing must be,
+    for it to be recommended."""
+    enough: float = 0.9
     """Share of the most that an experiment is expected to gain, from which the policy may choose
     one."""
 
 
 BELIEFS = CheckConfig()
-# the Gaussian processes around doing nothing, alone
+# the Gaussian processes around doing nothing, without the surrogate; and the surrogate alone
 PROCESSES = CheckConfig(
     wrong=(1.0,), wrong_probs=(1.0,), nothing=0.0, flat=0.0, around_surrogate=0.0
+)
+UNCHECKED = replace(
+    PROCESSES, widths=(1.0, 0.0, 0.0, 0.0), wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0
 )
 
 
@@ -153,8 +158,18 @@ class Belief(NamedTuple):
         below = ndtr((self.nothing - self.means) / std).at[len(WIDTHS)].set(0.0)
         return (self.weights[..., None] * below).sum(0)
 
+    @property
+    def upside(self) -> Float[Array, "vars bins"]:
+        """E[max(E[Y] - E[Y | do], 0)]: what a setting is better than doing nothing, if it is."""
+        std = jnp.sqrt(self.stds**2 + self.nothing_std**2)
+        gain = expected_improvement(self.means, std, self.nothing).at[len(WIDTHS)].set(0.0)
+        return (self.weights[..., None] * gain).sum(0)
+
     def gain(
-        self, candidates: Bool[Array, " vars"], noise: Float[Array, ""]
+        self,
+        candidates: Bool[Array, " vars"],
+        noise: Float[Array, ""],
+        tried: Float[Array, "vars bins"],
     ) -> Float[Array, "vars bins"]:
         """What an experiment is expected to be worth, in the target's units: by how much the mean
         of the action to recommend falls (the knowledge gradient of Frazier, Powell and Dayanik
@@ -162,13 +177,16 @@ class Belief(NamedTuple):
         `noise` of one outcome.
 
         A cell pays by turning out lower than the action to recommend, that action's own cell by
-        turning out higher than what another variable, or nothing, is expected to do.
+        turning out higher than what another variable, or nothing, is expected to do. Where an
+        experiment was `tried`, no more is left to learn than the mean of its outcomes leaves, for
+        the surrogate does not know how to repeat one.
         """
         mean = jnp.where(candidates[:, None], self.mean, jnp.inf)
         i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
         best = jnp.minimum(mean[i, b], self.nothing)
         other = jnp.minimum(mean.at[i].set(jnp.inf).min(), self.nothing)
-        change = self.std**2 / jnp.sqrt(self.std**2 + noise / REPEATS)
+        variance = jnp.minimum(self.std**2, noise / jnp.maximum(tried, 1e-6))
+        change = variance / jnp.sqrt(variance + noise / REPEATS)
         gain = expected_improvement(self.mean, change, best)
         rises = expected_improvement(-mean[i, b], change[i, b], -other)
         gain = gain.at[i, b].set(jnp.where(mean[i, b] < self.nothing, rises, gain[i, b]))
@@ -209,7 +227,12 @@ class Checked(NamedTuple):
     @property
     def gain(self) -> Float[Array, "vars bins"]:
         """What an experiment is expected to be worth (`Belief.gain`)."""
-        return self.belief.gain(self.output.task.candidates, self.output.spread**2)
+        grid, done = self.output.grid, self.done
+        own = (jnp.arange(len(grid))[:, None] == done.variable[None]) & done.valid[None]
+        bin_width = jnp.maximum(grid[:, 1] - grid[:, 0], 1e-6)[:, None, None]
+        apart = (grid[..., None] - done.value[None, None]) / bin_width
+        tried = (own[:, None] * jnp.exp(-0.5 * apart**2)).sum(-1)
+        return self.belief.gain(self.output.task.candidates, self.output.spread**2, tried)
 
     @property
     def in_band(self) -> Bool[Array, " done"]:
@@ -219,14 +242,15 @@ class Checked(NamedTuple):
         return self.done.valid & (jnp.abs(self.done.outcome - mean) <= band)
 
     def recommended(self, pays: float = BELIEFS.pays) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """Variable and value of the lowest believed mean; variable -1, doing nothing, where that is
-        no lower, or better with a probability below `pays`.
+        """Variable and value of the lowest believed mean; variable -1, doing nothing, where its
+        expected gain over that is not `pays` times its expected loss.
         """
         candidates, mean = self.output.task.candidates[:, None], self.belief.mean
         mean = jnp.where(candidates, mean, jnp.inf)
         i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
-        better = (mean[i, b] < self.belief.nothing) & (self.belief.better[i, b] >= pays)
-        return jnp.where(better, i, -1), self.output.grid[i, b]
+        gain = self.belief.upside[i, b]
+        loss = gain + mean[i, b] - self.belief.nothing
+        return jnp.where((gain > loss) & (gain >= pays * loss), i, -1), self.output.grid[i, b]
 
     def choose(
         self, preference: Float[Array, "vars bins"], enough: float = BELIEFS.enough
@@ -344,7 +368,9 @@ def average(first, output, said, done, usual, reach, observed, config) -> Belief
     """
     num_vars, task = len(reach), output.task
     nothing, unit = output.shift, span(output, done)
-    noise = jnp.append(output.spread**2 * NOISES, output.spread**2 + (config.loose * unit) ** 2)
+    noise = jnp.append(
+        output.spread**2 * NOISES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
+    )
     broad = config.outliers, nothing, (3.0 * unit) ** 2
     of_variable = (jnp.arange(num_vars)[:, None] == done.variable[None]) & done.valid[None]
 

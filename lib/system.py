@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int, Key
 from lib.artifacts import load_module, save_module
 from lib.buffer import ExperienceBuffer
 from lib.check import BELIEFS, FIRST_BLOCK, CheckConfig, check
-from lib.expert_gp import expected_improvement, fit_causal_gp
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
     AcquisitionPolicyNetwork,
@@ -191,27 +190,24 @@ class TrainedACBOSystem(eqx.Module):
     ) -> OptimizationResult:
         """A campaign, jittable and vmappable; the buffer needs `num_steps` free places.
 
-        With `online`, the policy is tuned at every state. The surrogate is checked against the
-        experiments (`lib.check`), of which there are at most `most` in the end (as many as places,
-        if left out): the policy reads the averaged surface, and chooses among experiments that are
-        worth making. Without `beliefs` the surrogate is believed as it is.
+        The surrogate is checked against the experiments (`lib.check`), of which there are at most
+        `most` in the end (as many as places, if left out): the policy reads the averaged surface,
+        and chooses among experiments that are worth making. With `online`, it is tuned at every
+        state. Without `beliefs` the surrogate is believed as it is, and nothing is tuned.
         """
         most = buffer.valid.shape[0] if most is None else most
-
-        def policy(key, state):
-            if online is None:
-                return self.policy(state)
-            return online_policy(key, self, state, online)
 
         def decide(key, buffer, step):
             left = num_steps - step
             if beliefs is None:
                 state = make_state(self.surrogate, buffer, scm.task, step, left)
-                return policy(key, state).mode(), state.output.best()
+                return self.policy(state).mode(), state.output.best()
             checked = check(self.surrogate, buffer, scm.task, most, beliefs)
             state = AcquisitionState(buffer, checked.averaged, step, left)
-            experiment = checked.choose(policy(key, state).logits, beliefs.enough)
-            return experiment, checked.recommended(beliefs.pays)
+            policy = self.policy(state)
+            if online is not None:
+                policy = online_policy(key, self.policy, state, checked.gain, online)
+            return checked.choose(policy.logits, beliefs.enough), checked.recommended(beliefs.pays)
 
         return run_campaign(key, scm, buffer, num_steps, decide)
 
@@ -397,48 +393,24 @@ def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
     )
 
 
-# --- tuning while deployed: the group is scored on a fitted model, never on the system ---
-
-
-def effect_model(
-    surrogate: ParentSetPredictionModel, state: AcquisitionState
-) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
-    """Mean and deviation of E[Y | do] on the grid from a causal-prior GP per variable: prior from
-    the surrogate on the observational rows, data from the interventional ones.
-
-    The surrogate sees no intervention here, so no row counts twice. Outcomes are single rows: their
-    noise is fitted as a share of the variance of Y.
-    """
-    buffer, task = state.buffer, state.task
-    observed = ExperienceBuffer(buffer.values, buffer.intervened, buffer.observational)
-    prior = surrogate.predict(observed, task)
-    outcome = jnp.take(buffer.values, task.target, axis=1)
-    used = (buffer.intervened & buffer.valid[:, None] & task.candidates[None]).T
-    variance = jnp.full(outcome.shape, prior.spread**2)
-
-    def one_variable(grid, mean, deviation, points, used):
-        prior_mean, data = (grid, mean, deviation), (points, outcome, variance, used)
-        return fit_causal_gp(*prior_mean, *data, prior.spread**2, (0.05, 0.2, 0.8))(grid)
-
-    return jax.vmap(one_variable)(
-        prior.grid, prior.effect_mean, prior.effect_std, buffer.values.T, used
-    )
+# --- tuning while deployed: the group is scored by what is believed, never on the system ---
 
 
 def online_policy(
-    key: Key[Array, ""], system: TrainedACBOSystem, state: AcquisitionState, config: OnlineConfig
+    key: Key[Array, ""],
+    policy: AcquisitionPolicyNetwork,
+    state: AcquisitionState,
+    gain: Float[Array, "vars bins"],
+    config: OnlineConfig,
 ) -> InterventionDistribution:
-    """The policy's distribution at `state` after a few GRPO updates on groups whose reward is
-    expected improvement under `effect_model`.
+    """The policy's distribution at `state` after a few GRPO updates on groups whose reward is what
+    an experiment is expected to gain, in the target's deviations.
     """
-    mean, std = effect_model(system.surrogate, state)
-    best = jnp.where(state.task.candidates[:, None], mean, jnp.inf).min()
-    improvement = expected_improvement(mean, std, best) / state.output.spread
     optimiser = optax.adam(config.grpo.learning_rate)
 
     def score(variable, value):
-        gain = jnp.interp(value, state.output.grid[variable], improvement[variable])
-        return RewardComponents(gain, jnp.zeros_like(gain), jnp.zeros_like(gain), gain)
+        worth = jnp.interp(value, state.output.grid[variable], gain[variable]) / state.output.spread
+        return RewardComponents(worth, jnp.zeros_like(worth), jnp.zeros_like(worth), worth)
 
     def update(learner, key):
         distribution = learner.module(state)
@@ -446,8 +418,8 @@ def online_policy(
         log_prob = jax.vmap(distribution.log_prob)(variable, value)
         group = Groups(state, variable, value, log_prob, jax.vmap(score)(variable, value))
         batch = jax.tree.map(lambda leaf: leaf[None], group)
-        return grpo_step(learner, optimiser, system.policy, batch, config.grpo)
+        return grpo_step(learner, optimiser, policy, batch, config.grpo)
 
-    start = Learner.of(system.policy, optimiser)
+    start = Learner.of(policy, optimiser)
     learner, _ = filter_scan(update, start, jr.split(key, config.updates))
     return learner.module(state)

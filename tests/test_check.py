@@ -146,7 +146,7 @@ def test_the_surrogate_is_believed_as_far_as_its_variable_was_right():
 def test_one_outcome_moves_the_belief_by_what_its_noise_allows():
     """The same contradiction counts for less where outcomes are noisy."""
     clear, noisy = (checked(OPPOSITE, noise=n).belief.surrogate[0] for n in (1.0, 8.0))
-    assert clear < 1e-4 and noisy > 0.05
+    assert clear < 1e-2 and noisy > 0.05
 
 
 def test_beyond_what_was_trained_on_experiments_are_believed_sooner():
@@ -210,18 +210,23 @@ def test_quantiles_and_probabilities_are_of_the_mixture():
 
 
 def test_the_gain_of_an_experiment_is_what_it_may_change():
-    can = jnp.array([True, False])
+    can, tried = jnp.array([True, False]), jnp.zeros((2, 2))
     sure = mixture([[-1.0, -1.0]], [[0.01, 0.5]], [1.0])
-    gain = sure.gain(can, jnp.array(1.0))
+    gain = sure.gain(can, jnp.array(1.0), tried)
     assert gain.shape == (2, 2) and (gain[1] == 0).all()
     # cells are apart: the first is known and best, the second may be lower by its deviation
     assert gain[0, 0] < 1e-6 < gain[0, 1]
     change = 0.25 / np.sqrt(0.25 + 1 / checks.REPEATS)
     np.testing.assert_allclose(gain[0, 1], change * stats.norm.pdf(0), rtol=1e-3)
     # what only noise keeps from being known is worth less
-    assert sure.gain(can, jnp.array(100.0))[0, 1] < 0.2 * gain[0, 1]
+    assert sure.gain(can, jnp.array(100.0), tried)[0, 1] < 0.2 * gain[0, 1]
+    # and what forty outcomes have shown has an error of 1 / sqrt(40), whatever the surrogate says
+    change = 0.025 / np.sqrt(0.025 + 1 / checks.REPEATS)
+    np.testing.assert_allclose(
+        sure.gain(can, jnp.array(1.0), tried + 40)[0, 1], change * stats.norm.pdf(0), rtol=1e-3
+    )
     # where nothing pays, only what may fall below doing nothing does
-    worse = mixture([[1.0, 3.0]], [[0.5, 0.5]], [1.0]).gain(can, jnp.array(1.0))[0]
+    worse = mixture([[1.0, 3.0]], [[0.5, 0.5]], [1.0]).gain(can, jnp.array(1.0), tried)[0]
     assert worse[0] > 10 * worse[1] > 0
 
 
@@ -237,7 +242,7 @@ def test_an_experiment_that_has_taught_what_it_can_is_not_made_again():
     first = checked(TRUE)
     known = [(1, float(first.output.grid[1, 3]), 0.0)] * 9
     found = [
-        one.choose(wanted)
+        one.choose(wanted, enough=0.5)
         for one in (checked([], slope=(0.0, 0.0)), checked(known, slope=(0.0, 0.0)))
     ]
     assert found[0][0] == 1 and found[0][1] == first.output.grid[1, 3]

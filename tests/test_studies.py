@@ -21,6 +21,16 @@ TOY = {
         band_sizes=(3,),
         band_problems=4,
     ),
+    "check": dict(
+        system=SHIPPED,
+        sizes=(3,),
+        num_obs=(20,),
+        num_problems=3,
+        num_steps=1,
+        field_seeds=1,
+        systems=("chain_12_rows",),
+        parts=("no anchor",),
+    ),
     "expert": dict(systems=("toy",), seeds=2, num_obs=20, num_steps=2),
     "fidelity": dict(steps=1, num_problems=4, num_obs=12, few_obs=12),
 }
@@ -35,6 +45,11 @@ ROWS = {  # table, task, method
         ("optimisation", "d=3", "acbo_small"),
         ("optimisation", "d=3/regret above acbo's, paired", "surrogate_ei"),
         ("effects", "d=3", "acbo"),
+    },
+    "check": {
+        ("optimisation", "d=3, 20 rows", "gaussian_processes"),
+        ("optimisation", "d=3, 20 rows/above acbo_unchecked's, paired", "acbo"),
+        ("ablation", "outside, first answer", "no anchor"),
     },
     "expert": {
         ("literature", "toy", "cbo_known_graph"),
