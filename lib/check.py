@@ -194,7 +194,7 @@ class Belief(NamedTuple):
 
     def quantile(self, q: float) -> Float[Array, "vars bins"]:
         """Of the mixture, by bisection."""
-        low, high = (self.means - 8 * self.stds).min(0), (self.means + 8 * self.stds).max(0)
+        low, high = (self.means - 5 * self.stds).min(0), (self.means + 5 * self.stds).max(0)
 
         def halve(_, ends):
             low, high = ends
@@ -204,7 +204,7 @@ class Belief(NamedTuple):
             ) < q
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-        low, high = jax.lax.fori_loop(0, 30, halve, (low, high))
+        low, high = jax.lax.fori_loop(0, 16, halve, (low, high))
         return 0.5 * (low + high)
 
 
@@ -395,13 +395,15 @@ def average(first, output, said, done, usual, reach, observed, config) -> Belief
     world = jnp.log(worlds)[:, None] + jnp.where(task.candidates[None, None], evidence, 0.0).sum(-1)
     world = jnp.exp(world - logsumexp(world))
     weights = world[..., None, None] * jnp.exp(joint - evidence[..., None])
+    weights = weights.sum(0)  # [noises, vars, components]
 
-    # the surrogate's and the flat surface are the same whatever the noise; a process's is not
-    alike = len(WIDTHS) + 1
-    of_processes = jnp.moveaxis(weights[..., alike:].sum(0), 1, -1)  # [noises, processes, vars]
-    weights = jnp.concatenate(
-        [weights[..., :alike].sum((0, 1)).T, of_processes.reshape(-1, num_vars)]
-    )
+    # the surrogate's and the flat surface are the same whatever the noise; a process's is not, and
+    # becomes the normal with the moments of its mixture over the noise
+    share = 1e-30 + jnp.moveaxis(weights[..., len(WIDTHS) + 1 :], 1, -1)[..., None]
+    share = share / share.sum(0)[None]
+    mean = (share * means).sum(0)
+    std = jnp.sqrt((share * (stds**2 + (means - mean[None]) ** 2)).sum(0))
+    weights = weights.sum(0).T
     shape = output.grid.shape
     nothing_std = output.spread / jnp.sqrt(observed)
     return Belief(
@@ -410,14 +412,14 @@ def average(first, output, said, done, usual, reach, observed, config) -> Belief
             [
                 jnp.broadcast_to(output.effect_mean, (len(WIDTHS), *shape)),
                 jnp.broadcast_to(nothing, (1, *shape)),
-                means.reshape(-1, *shape),
+                mean,
             ]
         ),
         jnp.concatenate(
             [
                 WIDTHS[:, None, None] * output.effect_std[None],
                 jnp.broadcast_to(nothing_std, (1, *shape)),
-                stds.reshape(-1, *shape),
+                std,
             ]
         ),
         nothing,
