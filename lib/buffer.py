@@ -140,31 +140,6 @@ class ExperienceBuffer(eqx.Module):
             self.valid.at[index].set(True),
         )
 
-    def to_csv(self, path: Path, names: tuple[str, ...], units: "Units | None" = None) -> None:
-        """Write the filled rows in the format that `from_csv` reads, `a;b` where several were set:
-        what it reads is the same again.
-
-        With `units`, which `from_csv` gives, the values are deviations, and the file has the
-        columns' own units and digits. Raises `ValueError` for names that cannot be read back, and
-        for values that are not finite.
-        """
-        values = np.asarray(self.values)
-        if problem := wrong_name((*names, INTERVENED)):
-            raise ValueError(f"{problem} ('{INTERVENED}' is the file's own)")
-        if len(names) != values.shape[1]:
-            raise ValueError(f"{len(names)} names for {values.shape[1]} variables: name each once")
-        if not np.isfinite(values[np.asarray(self.valid)]).all():
-            raise ValueError("a value is not finite: such a file could not be read back")
-        write = (lambda _, value: str(value)) if units is None else units.written
-        temporary = Path(f"{path}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*names, INTERVENED])
-            for i in np.flatnonzero(self.valid):
-                chosen = ";".join(names[j] for j in np.flatnonzero(self.intervened[i]))
-                writer.writerow([*itertools.starmap(write, enumerate(values[i])), chosen])
-        temporary.rename(path)
-
     @staticmethod
     def from_csv(path: Path) -> "NamedBuffer":
         """Read experiments: a column per variable, a row per experiment; a column `intervened`
@@ -319,8 +294,6 @@ def wrong_name(names: Sequence[str]) -> str | None:
                 f"column name '{name}' holds ';', which separates variables that were set "
                 "together: rename the column, or save the file as comma-separated text"
             )
-        if name != name.strip().strip("\ufeff"):
-            return f"column name '{name}' begins or ends with a blank: remove it"
     return None
 
 

@@ -2,6 +2,7 @@
 column.
 """
 
+import csv
 import inspect
 
 import equinox as eqx
@@ -208,73 +209,57 @@ def test_a_short_row_is_refused():
         buffer.add_intervention(Intervention.single(0, 1.0, 2), jnp.ones(3))
 
 
-def test_what_is_written_is_read_back_the_same(tmp_path):
-    """All digits of float32, and every variable that was set."""
-    rows = jr.normal(jr.key(0), (MIN_OBSERVATIONS, 3))
-    both = Intervention(jnp.array([True, False, True]), jnp.array([0.1, 0.0, 1 / 3]))
-    buffer = (
-        ExperienceBuffer(rows, jnp.zeros(rows.shape, bool), jnp.ones(len(rows), bool))
-        .grow(1)
-        .add_intervention(both, jnp.array([0.1, 2.0, 1 / 3]))
-    )
-    buffer.to_csv(tmp_path / "data.csv", ("a", "b", "y"))
-    assert (tmp_path / "data.csv").read_text().splitlines()[-1].endswith(",a;y")
-    names, read, units = ExperienceBuffer.from_csv(tmp_path / "data.csv")
-    np.testing.assert_allclose(units.raw(read.values), buffer.values, rtol=1e-6, atol=1e-7)
-    read.to_csv(tmp_path / "again.csv", names, units)
-    _, again, same = ExperienceBuffer.from_csv(tmp_path / "again.csv")
-    assert eqx.tree_equal(again, read) and eqx.tree_equal(same, units)
-
-
-def test_a_file_is_written_as_it_was_read(tmp_path):
-    """The columns' own digits, where float32 seen in float64 would show noise."""
+def test_values_are_written_as_they_were_read(tmp_path):
+    """With the columns' own digits, where float32 seen in float64 would show noise; with more where
+    a value needs them.
+    """
     rng = np.random.default_rng(0)
     lines = ["a,b,c,d,e,intervened"]
     for t, x, y in zip(rng.integers(400, 800, 50), *rng.normal(size=(2, 50)), strict=True):
         lines.append(f"{t / 10},{x:.3f},{2e4 + 1e3 * y:.0f},{2 + y % 7:.4f}E+25,{1e13 + t:.0f},")
     lines[-1] = "0.0,0.000,-70000,0E+21,10000000000000,a;c"
-    names, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "data.csv", lines))
-    buffer.to_csv(tmp_path / "again.csv", names, units)
-    for one, two in zip(lines, (tmp_path / "again.csv").read_text().splitlines(), strict=True):
-        assert one == two
-    # what was added later keeps the digits that it needs
-    more = buffer.grow(1).add_observation(buffer.values[0] + 1 / 3)
-    more.to_csv(tmp_path / "more.csv", names, units)
-    cells = (tmp_path / "more.csv").read_text().splitlines()[-1].split(",")[:-1]
-    found = units.deviations(np.array(cells, float))
-    np.testing.assert_array_equal(found[:4], more.values[-1, :4])
-    np.testing.assert_allclose(found[4], more.values[-1, 4], atol=1e-4)  # float64 has no more
-    with pytest.raises(ValueError, match="not finite"):
-        buffer.grow(1).add_observation(jnp.full(5, jnp.nan)).to_csv(tmp_path / "no.csv", names)
+    _, buffer, units = ExperienceBuffer.from_csv(write(tmp_path / "data.csv", lines))
+    assert buffer.intervened[-1].tolist() == [True, False, True, False, False]
+
+    def written(row):
+        return [units.written(i, value) for i, value in enumerate(np.asarray(row))]
+
+    for line, row in zip(lines[1:], buffer.values, strict=True):
+        assert line.split(",")[:-1] == written(row)
+    more = buffer.values[0] + 1 / 3
+    found = units.deviations(np.array(written(more), float))
+    np.testing.assert_array_equal(found[:4], more[:4])
+    np.testing.assert_allclose(found[4], more[4], atol=1e-4)  # float64 has no more
 
 
-def test_names_are_read_back_or_refused(tmp_path):
+def test_names_are_read_or_refused(tmp_path):
     rows = jr.normal(jr.key(0), (MIN_OBSERVATIONS + 1, 3))
-    mask = jnp.zeros(rows.shape, bool).at[-1, :2].set(True)
-    buffer = ExperienceBuffer(rows, mask, jnp.ones(len(rows), bool))
+
+    def read(names):
+        with open(tmp_path / "data.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, "intervened"])
+            writer.writerows([*row, ""] for row in rows[:-1].tolist())
+            writer.writerow([*rows[-1].tolist(), ";".join(names[:2])])
+        return ExperienceBuffer.from_csv(tmp_path / "data.csv")
+
     for names in (
         ("a,b", "a", 'say "b"'),
         ('"', ",", "dose (mg)  per day"),
         ("Ausbeute in µg", "温度", "e\u0301"),
         ("two\nlines", "a\rb", "1e5"),
     ):
-        buffer.to_csv(tmp_path / "data.csv", names)
-        assert ExperienceBuffer.from_csv(tmp_path / "data.csv").names == names
-        read = ExperienceBuffer.from_csv(tmp_path / "data.csv").buffer
-        assert (read.intervened == mask).all()
+        found = read(names)
+        assert found.names == names
+        assert found.buffer.intervened[-1].tolist() == [True, True, False]
     for names, problem in (
         (("a;b", "a", "b"), "'a;b' holds ';'"),
         (("a", "", "b"), "'' is empty"),
         (("a", "b", "a"), "'a' is .* used twice"),
         (("a", "b", "intervened"), "'intervened' is .* used twice"),
-        (("a", " b", "c"), "' b' begins"),
-        (("a", "b", "c\t"), "begins or ends"),
-        (("\ufeffa", "b", "c"), "begins"),
-        (("a", "b"), "2 names for 3 variables"),
     ):
-        with pytest.raises(ValueError, match=problem):
-            buffer.to_csv(tmp_path / "refused.csv", names)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
+        with pytest.raises(DataError, match=problem):
+            read(names)
 
 
 @pytest.mark.parametrize("name", ["loop", "file/a.csv", "a" * 300, "a\0b"])
