@@ -14,10 +14,10 @@ interventions on each variable), experiments one row at a time, and after t expe
 one action; the noise of experiment t is the same for all methods. Simple regret is the distance of
 E[Y | do(recommended)] from the optimum, as a share of that of E[Y]: 0 is optimal, 1 is doing
 nothing. What each method recommends: random, the experiment with the best outcome; the regressions
-and the learned methods, the minimum of their predicted surface; the expert's family, the minimum of
-its Gaussian processes' means. The expert's family runs on fewer problems (its cost), the first of
-the same list. Thresholds of the structure baselines are chosen on separate validation problems, to
-their advantage.
+and the learned methods, the minimum of their predicted surface, or, checked, doing nothing; the
+expert's family, the minimum of its Gaussian processes' means. The expert's family runs on fewer
+problems (its cost), the first of the same list. Thresholds of the structure baselines are chosen on
+separate validation problems, to their advantage.
 """
 
 import resource

@@ -160,8 +160,16 @@ def suggest(config: Suggest) -> dict:
             "columns in different units"
         )
 
-    # --- back to the columns' own units and digits ---
-    target = int(task.target)
+    answer = in_own_units(config, names, buffer, units, task, (low, high), said)
+    print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
+    return answer
+
+
+def in_own_units(config, names, buffer, units, task, ends, said) -> dict:
+    """What the system `said`, in the columns' own units and digits; `ends` are those of the ranges,
+    low and high `[vars]`.
+    """
+    target, (low, high) = int(task.target), ends
     shift, spread = units.shift, units.spread
     # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
     digits = [
@@ -219,7 +227,7 @@ def suggest(config: Suggest) -> dict:
         "surface": max(surfaces)[1],
         "surrogate_weight": round(surrogate, 3),
     }
-    answer = {
+    return {
         "target": config.target,
         "objective": config.objective,
         "nothing": nothing,
@@ -241,8 +249,6 @@ def suggest(config: Suggest) -> dict:
         "system": config.system.name,
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
-    print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
-    return answer
 
 
 def warnings_of(names, buffer, units, task, check) -> list[str]:
@@ -271,7 +277,7 @@ def warnings_of(names, buffer, units, task, check) -> list[str]:
         if reach > CheckConfig.far:
             found.append(
                 f"'{names[i]}': its range reaches {reach:.0f} deviations from what was observed: "
-                "predictions there rest on the experiments alone"
+                "the surrogate was not trained on such and counts for less there"
             )
     return found
 
@@ -315,8 +321,9 @@ def as_text(answer: dict) -> str:
         *(f"Warning: {one}." for one in answer["warnings"]),
         f"Next experiment:    {sentence(following)}\n{' ' * 20}{following['reason']}; expected "
         f"gain {text(following['expected_gain'])}",
-        f"Best action so far: {sentence(best)}\n{' ' * 20}better than nothing with probability "
-        f"{text(best['probability_better_than_nothing'])}",
+        f"Best action so far: {sentence(best)}\n{' ' * 20}"
+        f"{'' if best['settings'] else 'no setting gains enough for what it risks; the best is '}"
+        f"better than nothing with probability {text(best['probability_better_than_nothing'])}",
     ]
     if not stop["worth_it"]:
         parts.append(

@@ -17,7 +17,7 @@ variable tells how far to trust the surrogate on the next. In one more world no 
 anything. One data set at a time; batch with `vmap`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import equinox as eqx
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp, ndtr
+from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
@@ -83,12 +84,9 @@ class CheckConfig:
 
 
 BELIEFS = CheckConfig()
-# the Gaussian processes around doing nothing, without the surrogate; and the surrogate alone
+# the Gaussian processes around doing nothing, without the surrogate
 PROCESSES = CheckConfig(
     wrong=(1.0,), wrong_probs=(1.0,), nothing=0.0, flat=0.0, around_surrogate=0.0
-)
-UNCHECKED = replace(
-    PROCESSES, widths=(1.0, 0.0, 0.0, 0.0), wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0
 )
 
 
@@ -116,6 +114,10 @@ class Experiments(NamedTuple):
         variable = jnp.argmax(buffer.intervened[row], 1)
         outcome = jnp.take(buffer.values, task.target, axis=1)[row]
         return Experiments(row, variable, buffer.values[row, variable], outcome, usable[row])
+
+    def by_variable(self, num_vars: int) -> Bool[Array, "vars done"]:
+        """Which of them set each variable."""
+        return (jnp.arange(num_vars)[:, None] == self.variable[None]) & self.valid[None]
 
 
 class Belief(NamedTuple):
@@ -227,10 +229,9 @@ class Checked(NamedTuple):
     @property
     def gain(self) -> Float[Array, "vars bins"]:
         """What an experiment is expected to be worth (`Belief.gain`)."""
-        grid, done = self.output.grid, self.done
-        own = (jnp.arange(len(grid))[:, None] == done.variable[None]) & done.valid[None]
+        grid, own = self.output.grid, self.done.by_variable(len(self.output.grid))
         bin_width = jnp.maximum(grid[:, 1] - grid[:, 0], 1e-6)[:, None, None]
-        apart = (grid[..., None] - done.value[None, None]) / bin_width
+        apart = (grid[..., None] - self.done.value[None, None]) / bin_width
         tried = (own[:, None] * jnp.exp(-0.5 * apart**2)).sum(-1)
         return self.belief.gain(self.output.task.candidates, self.output.spread**2, tried)
 
@@ -274,7 +275,7 @@ def check(
     """The surrogate's answer about `buffer`, averaged with what its first `most` experiments say.
 
     Experiments are predicted from the observational rows, and, from the 17th on, from the first 16,
-    32, 64, ... experiments beside them: some predictions at once, in place of one for each.
+    64, 256, ... experiments beside them: some predictions at once, in place of one for each.
     """
     done = Experiments.of(buffer, task, most)
     starts = [0, *(FIRST_BLOCK * 4**k for k in range(8) if FIRST_BLOCK * 4**k < most)]
@@ -316,11 +317,6 @@ def at(grid, surface, variable, value) -> Float[Array, ""]:
     return jnp.interp(value, grid[variable], surface[variable])
 
 
-def log_normal(y, mean, variance):
-    """Log density of a normal distribution."""
-    return -0.5 * (jnp.log(2 * jnp.pi * variance) + (y - mean) ** 2 / variance)
-
-
 def prior_weights(reach, tried, num_processes, config):
     """Prior of the components given a world `[worlds, vars, components]`, and of the worlds: shares
     of variables that the surrogate is wrong about, then the one in which none has an effect.
@@ -344,13 +340,13 @@ def prior_weights(reach, tried, num_processes, config):
     return prior, worlds
 
 
-def log_outcome(y, mean, variance, broad):
+def log_outcome(y, mean, std, broad):
     """Log density of an outcome that is now and then anything: `broad` is how often, and the mean
-    and variance then. So one outcome cannot say more against a surface than that.
+    and deviation then. So one outcome cannot say more against a surface than that.
     """
     share, middle, wide = broad
-    usual = np.log1p(-share) + log_normal(y, mean, variance)
-    return jnp.logaddexp(usual, jnp.log(share) + log_normal(y, middle, wide))
+    usual = np.log1p(-share) + norm.logpdf(y, mean, std)
+    return jnp.logaddexp(usual, jnp.log(share) + norm.logpdf(y, middle, wide))
 
 
 def span(output, done):
@@ -371,18 +367,19 @@ def average(first, output, said, done, usual, reach, observed, config) -> Belief
     noise = jnp.append(
         output.spread**2 * NOISES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
     )
-    broad = config.outliers, nothing, (3.0 * unit) ** 2
-    of_variable = (jnp.arange(num_vars)[:, None] == done.variable[None]) & done.valid[None]
+    broad = config.outliers, nothing, 3.0 * unit
+    own = done.by_variable(num_vars).astype(noise.dtype)
 
     def by_variable(log_density):  # [done, ...] to [vars, ...]
-        return jnp.tensordot(of_variable.astype(float), log_density, 1)
+        return jnp.tensordot(own, log_density, 1)
 
     outcome, mean, std = (x[:, None, None] for x in (done.outcome, *said))
-    variance = (WIDTHS[None, None] * std) ** 2 + noise[None, :, None]
-    surrogate_evidence = by_variable(log_outcome(outcome, mean, variance, broad))
-    flat_evidence = by_variable(log_outcome(outcome, nothing, noise[None, :, None], broad))
+    wide = jnp.sqrt((WIDTHS[None, None] * std) ** 2 + noise[None, :, None])
+    surrogate_evidence = by_variable(log_outcome(outcome, mean, wide, broad))
+    flat_std = jnp.sqrt(noise)[None, :, None]
+    flat_evidence = by_variable(log_outcome(outcome, nothing, flat_std, broad))
     process_evidence, means, stds = processes(
-        first, output, done, noise, unit, usual, config.anchor
+        first, output, done, own, noise, unit, usual, config.anchor
     )
     # [vars, noises, components]
     likelihood = jnp.concatenate([surrogate_evidence, flat_evidence, process_evidence], -1)
@@ -434,13 +431,17 @@ def basis(num_bins: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, ".
     (Rasmussen and Williams 2006, section 8.1; the rest of the variance is below 1e-3).
     """
     place = np.linspace(0.0, 1.0, num_bins)
-    apart = (place[:, None] - place[None])[None] / np.array(LENGTHSCALES)[:, None, None]
-    values, vectors = np.linalg.eigh(np.exp(-0.5 * apart**2))
+    values, vectors = np.linalg.eigh(np.exp(-0.5 * in_lengthscales(place, place) ** 2))
     roots, vectors = np.sqrt(values[:, None, -RANK:]), vectors[..., -RANK:]
     return (vectors * roots).astype(np.float32), (vectors / roots).astype(np.float32)
 
 
-def processes(first, output, done, noise, unit, usual, anchor):
+def in_lengthscales(a, b):
+    """Distances `[lengthscales, a, b]` of places, which are in widths of a range."""
+    return (a[:, None] - b[None])[None] / np.array(LENGTHSCALES)[:, None, None]
+
+
+def processes(first, output, done, own, noise, unit, usual, anchor):
     """The Gaussian processes: log evidence `[vars, noises, processes]`, and mean and deviation
     `[noises, processes, vars, bins]` of each. They differ in what they lie around (doing nothing,
     or the surrogate's observational answer `first`), in lengthscale and in amplitude.
@@ -455,13 +456,13 @@ def processes(first, output, done, noise, unit, usual, anchor):
     anchor_variance = (anchor * output.spread) ** 2
 
     def of_variable(grid, mean, deviation, usual, own):
+        """All of one variable, whose experiments are `own` `[done]` (zeros and ones)."""
         value, outcome = jnp.append(done.value, usual), jnp.append(done.outcome, nothing)
         width = jnp.where(grid[-1] > grid[0], grid[-1] - grid[0], 1.0)
-        place = (value - grid[0]) / width
-        apart = (place[:, None] - bins[None])[None] / np.array(LENGTHSCALES)[:, None, None]
-        reached = jnp.exp(-0.5 * apart**2) @ to_basis
+        reached = jnp.exp(-0.5 * in_lengthscales((value - grid[0]) / width, bins) ** 2) @ to_basis
 
         def process(surface, informed, reached, on_grid, amplitude, noise):
+            """One of them: evidence, and mean and deviation `[bins]`."""
             start = jnp.interp(value, grid, surface)
             made, told = (
                 jnp.concatenate([unit * amplitude * functions, informed * wrong[:, None]], axis=1)
@@ -473,7 +474,7 @@ def processes(first, output, done, noise, unit, usual, anchor):
             trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
             made, residual = trust[:, None] * made, trust * (outcome - start)
             evidence, move, std = regression(made, residual, own.sum() + 1, told, noise)
-            evidence -= log_normal(residual[-1], 0.0, (made[-1] ** 2).sum() + noise)
+            evidence -= norm.logpdf(residual[-1], 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
             return evidence, surface + move, std
 
         over = jax.vmap(process, (None,) * 5 + (0,))  # noises last
@@ -484,10 +485,7 @@ def processes(first, output, done, noise, unit, usual, anchor):
         informed, amplitudes = jnp.array([0.0, 1.0]), jnp.array(AMPLITUDES)
         return over(surfaces, informed, reached, jnp.asarray(on_grid), amplitudes, noise)
 
-    own = (jnp.arange(len(usual))[:, None] == done.variable[None]) & done.valid[None]
-    found = jax.vmap(of_variable)(
-        output.grid, first.effect_mean, first.effect_std, usual, own.astype(noise.dtype)
-    )
+    found = jax.vmap(of_variable)(output.grid, first.effect_mean, first.effect_std, usual, own)
     evidence, means, stds = (x.reshape(len(usual), -1, len(noise), *x.shape[5:]) for x in found)
     means, stds = (jnp.transpose(x, (2, 1, 0, 3)) for x in (means, stds))
     return evidence.swapaxes(1, 2), means, stds

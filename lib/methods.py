@@ -85,10 +85,11 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     ones use, `num_obs` what the expert's family needs.
 
     What each recommends: random, the experiment with the best outcome; the regressions and the
-    learned methods, the minimum of their predicted surface; the expert's family, the minimum of its
-    Gaussian processes' means. `acbo` is the checked system, `acbo_unchecked` believes its surrogate
-    as it is, as `bc_policy` and `grpo_policy` do, and `gaussian_processes` is the check's processes
-    around doing nothing alone. Raises `ValueError` for an unknown name.
+    learned methods, the minimum of their predicted surface, or, checked, doing nothing; the
+    expert's family, the minimum of its Gaussian processes' means. `acbo` is the checked system,
+    `acbo_unchecked` believes its surrogate as it is, as `bc_policy` and `grpo_policy` do, and
+    `gaussian_processes` is the check's processes around doing nothing alone. Raises `ValueError`
+    for an unknown name.
     """
     # the one that teaches
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
@@ -125,6 +126,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         return checked.choose(checked.gain), checked.recommended()
 
     def of_system(beliefs):
+        """The system's own campaign, which looks at no more experiments than there can be."""
         return lambda key, scm, buffer: system.play(
             key,
             scm,

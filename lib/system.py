@@ -334,10 +334,10 @@ class DeployedACBOSystem(NamedTuple):
         more variables than the largest bucket. To maximise, the target is mirrored: the system
         minimises.
         """
-        num_vars, most = buffer.values.shape[1], self.config.buckets[-1]
-        if num_vars > most:
+        num_vars, largest = buffer.values.shape[1], self.config.buckets[-1]
+        if num_vars > largest:
             raise ValueError(
-                f"{num_vars} variables: at most {most} are supported; leave out columns that "
+                f"{num_vars} variables: at most {largest} are supported; leave out columns that "
                 "cannot matter"
             )
         sign = -1.0 if self.config.objective == "max" else 1.0
@@ -345,7 +345,7 @@ class DeployedACBOSystem(NamedTuple):
         bucket = next(b for b in self.config.buckets if b >= num_vars)
         wide = flipped.widen(bucket - num_vars).grow(-len(buffer.valid) % 128)
         done, most = int((buffer.intervened.sum(1) == 1).sum()), FIRST_BLOCK
-        while most < done:
+        while most < done:  # one program for each block of the check's predictions
             most *= 4
         task = task.widen(bucket - num_vars)
         answer = _answer(self.system, wide, task, jnp.array(remaining), most, self.config.beliefs)

@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from lib import settings
-from lib.check import BELIEFS, PROCESSES, UNCHECKED, CheckConfig, check
+from lib.check import BELIEFS, PROCESSES, CheckConfig, check
 from lib.methods import OptimizationScenario, make_method
 from lib.metrics import (
     Record,
@@ -62,6 +62,10 @@ PARTS = {
     "the policy alone chooses": replace(BELIEFS, enough=0.0),
     "the gain alone chooses": replace(BELIEFS, enough=1.0),
 }
+# the surrogate alone, as the check has it: its bands are those of `acbo_unchecked`
+UNCHECKED = replace(
+    PROCESSES, widths=(1.0, 0.0, 0.0, 0.0), wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0
+)
 BEFORE = {"acbo_unchecked": UNCHECKED, "gaussian_processes": PROCESSES}
 
 
@@ -147,7 +151,7 @@ def inside_simulator(system, size, num_obs, players, config) -> list[Record]:
         figures |= {"bands": summarise(bands), "nothing": summarise(nothing.astype(float))}
         figures["worse"] = summarise((reached[:, -1] > baseline + 0.02 * spread).astype(float))
         records += cells("optimisation", kind.name, name, figures, len(keys))
-    for rival in regrets.keys() & {"acbo_unchecked", "surrogate_ei"}:
+    for rival in ("acbo_unchecked", "surrogate_ei"):
         for name in [name for name in regrets if name not in (rival, "surrogate_ei")]:
             figures = {
                 f"regret@{t}": paired_difference(regrets[name][:, t], regrets[rival][:, t])
