@@ -3,18 +3,17 @@ and of what the file's own experiments say without it.
 
 Hypotheses about the surface f_i(v) = E[Y | do(X_i = v)] of each variable:
 
-- the surrogate's, with its deviations, or with deviations 2, 4 or 8 times as wide;
+- the surrogate's, with its deviations;
 - flat: setting the variable does nothing;
-- a Gaussian process around doing nothing, or around what the surrogate says from the observational
-  rows alone (the discrepancy of Kennedy and O'Hagan 2001; the kernel around the surrogate is
-  CausalRBF of Aglietti et al. 2020, eq. 5).
+- a Gaussian process around doing nothing (what the surrogate is wrong by, as the discrepancy of
+  Kennedy and O'Hagan 2001, but of the whole surface).
 
-The surrogate's evidence is the density of each outcome given rows before it (prequential: Dawid
-1984), a process's its marginal likelihood. The surrogate may be wrong about some variables and
-right about others: given the share of variables that it is wrong about, and the noise of an
-outcome, variables are independent, and both are averaged over; so what was found out about one
-variable tells how far to trust the surrogate on the next. In one more world no variable does
-anything. One data set at a time; batch with `vmap`.
+The surrogate's evidence is the density of each outcome given the rows that are no experiments
+(prequential: Dawid 1984), a process's its marginal likelihood. The surrogate may be wrong about
+some variables and right about others: given the share of variables that it is wrong about, and the
+noise of an outcome, variables are independent, and both are averaged over; so what was found out
+about one variable tells how far to trust the surrogate on the next. In one more world no variable
+does anything. One data set at a time; batch with `vmap`.
 """
 
 from dataclasses import dataclass
@@ -32,26 +31,21 @@ from lib.buffer import ExperienceBuffer
 from lib.expert_gp import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
 from lib.scm import Task
-from lib.sums import Frame, Summary
+from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
 
-WIDTHS = np.array([1.0, 2.0, 4.0, 8.0])  # of the surrogate's deviations
-AMPLITUDES = (0.3, 1.0, 2.0)  # of a process, in units of what the outcomes span
-LENGTHSCALES = (0.25, 0.7)  # of a process, in widths of a range
+AMPLITUDES = (0.5, 2.0)  # of a process, in units of what the outcomes span
+LENGTHSCALE = 0.3  # of a process, in widths of a range
 NOISES = np.array([0.05, 0.3, 1.0])  # variance of an outcome around its mean, in variances of Y
-RANK = 6  # functions that a process is made of
+PLACES = np.linspace(0.0, 1.0, 6)  # in a range, at which a process is known if it is anywhere
 REPEATS = 3  # of an experiment, when it is asked what it is worth
-FIRST_BLOCK = 16  # experiments that are predicted from the observational rows alone
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Prior probabilities of the check. Measured on `studies/field`, see reference/check.md."""
 
-    widths: tuple[float, ...] = (0.95, 0.04, 0.008, 0.002)
-    """Of the surrogate's deviations being right, and 2, 4 and 8 times too small, where it is right
-    about the mean."""
     wrong: tuple[float, ...] = (0.005, 0.05, 0.5)
     """Possible shares of variables about which the surrogate is wrong."""
     wrong_probs: tuple[float, ...] = (0.75, 0.2, 0.05)
@@ -62,9 +56,7 @@ class CheckConfig:
     """Of the world in which no variable moves the target."""
     flat: float = 0.5
     """Of no effect, where the surrogate is wrong about a variable."""
-    around_surrogate: float = 0.5
-    """Of a process around the surrogate's observational answer, among the two processes."""
-    far: float = 5.0
+    far: float = 4.0
     """Deviations up to which a range is like those of training; beyond, the surrogate is right with
     probability falling as (far / range)^2."""
     outliers: float = 0.05
@@ -84,10 +76,8 @@ class CheckConfig:
 
 
 BELIEFS = CheckConfig()
-# the Gaussian processes around doing nothing, without the surrogate
-PROCESSES = CheckConfig(
-    wrong=(1.0,), wrong_probs=(1.0,), nothing=0.0, flat=0.0, around_surrogate=0.0
-)
+# the Gaussian processes without the surrogate
+PROCESSES = CheckConfig(wrong=(1.0,), wrong_probs=(1.0,), nothing=0.0, flat=0.0)
 
 
 class Experiments(NamedTuple):
@@ -122,8 +112,9 @@ class Experiments(NamedTuple):
 
 class Belief(NamedTuple):
     """The mixture on the grid: `weights[components, vars]`, which sum to one over components, and
-    normal components with `means` and `stds` `[components, vars, bins]`; the first four are the
-    surrogate's. `nothing` is the mean of the target where nothing is set, `nothing_std` its error.
+    normal components with `means` and `stds` `[components, vars, bins]`: the surrogate's surface,
+    no effect, and the processes. `nothing` is the mean of the target where nothing is set,
+    `nothing_std` its error.
     """
 
     weights: Float[Array, "components vars"]
@@ -144,28 +135,15 @@ class Belief(NamedTuple):
         return jnp.sqrt((self.weights[..., None] * square).sum(0))
 
     @property
-    def surrogate(self) -> Float[Array, " vars"]:
-        """Weight of the surrogate's surface, as it is or wider."""
-        return self.weights[: len(WIDTHS)].sum(0)
-
-    @property
-    def flat(self) -> Float[Array, " vars"]:
-        """Weight of no effect."""
-        return self.weights[len(WIDTHS)]
-
-    @property
-    def better(self) -> Float[Array, "vars bins"]:
-        """P(E[Y | do] is below E[Y]); a setting without effect is not."""
-        std = jnp.sqrt(self.stds**2 + self.nothing_std**2)
-        below = ndtr((self.nothing - self.means) / std).at[len(WIDTHS)].set(0.0)
-        return (self.weights[..., None] * below).sum(0)
-
-    @property
-    def upside(self) -> Float[Array, "vars bins"]:
-        """E[max(E[Y] - E[Y | do], 0)]: what a setting is better than doing nothing, if it is."""
-        std = jnp.sqrt(self.stds**2 + self.nothing_std**2)
-        gain = expected_improvement(self.means, std, self.nothing).at[len(WIDTHS)].set(0.0)
-        return (self.weights[..., None] * gain).sum(0)
+    def against_nothing(self) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+        """P(E[Y | do] < E[Y]) and E[max(E[Y] - E[Y | do], 0)]: whether a setting is better than
+        doing nothing, and by how much if it is. One without effect is not.
+        """
+        std = jnp.hypot(self.stds, self.nothing_std)
+        weights = self.weights.at[1].set(0.0)[..., None]
+        below = ndtr((self.nothing - self.means) / std)
+        gain = expected_improvement(self.means, std, self.nothing)
+        return (weights * below).sum(0), (weights * gain).sum(0)
 
     def gain(
         self,
@@ -249,7 +227,7 @@ class Checked(NamedTuple):
         candidates, mean = self.output.task.candidates[:, None], self.belief.mean
         mean = jnp.where(candidates, mean, jnp.inf)
         i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
-        gain = self.belief.upside[i, b]
+        gain = self.belief.against_nothing[1][i, b]
         loss = gain + mean[i, b] - self.belief.nothing
         return jnp.where((gain > loss) & (gain >= pays * loss), i, -1), self.output.grid[i, b]
 
@@ -274,50 +252,28 @@ def check(
 ) -> Checked:
     """The surrogate's answer about `buffer`, averaged with what its first `most` experiments say.
 
-    Experiments are predicted from the observational rows, and, from the 17th on, from the first 16,
-    64, 256, ... experiments beside them: some predictions at once, in place of one for each.
+    All of them are predicted from the rows that are none of them.
     """
-    done = Experiments.of(buffer, task, most)
-    starts = [0, *(FIRST_BLOCK * 4**k for k in range(8) if FIRST_BLOCK * 4**k < most)]
-    told = predictions(surrogate, buffer, task, done, [*starts, most])
-    first, output = (jax.tree.map(lambda leaf, i=i: leaf[i], told) for i in (0, -1))
-    when = np.searchsorted(starts, np.arange(len(done.row)), side="right") - 1
-    along = jax.vmap(at, (None, 0, 0, 0))
+    done, bins = Experiments.of(buffer, task, most), surrogate.config.num_bins
+    rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
+    before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
+    made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
+    both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add_rows(made, task))
+    told = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
+    first, output = (jax.tree.map(lambda leaf, i=i: leaf[i], told) for i in (0, 1))
     mean, std = (
-        along(output.grid, surface[when], done.variable, done.value)
-        for surface in (told.effect_mean, told.effect_std)
+        jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
+        for surface in (first.effect_mean, first.effect_std)
     )
-    frame = Frame.of(buffer, task, surrogate.config.num_bins)
+    frame = before.frame
     ends = jnp.abs(jnp.stack([task.low, task.high]) - frame.shift[None])
     observed = jnp.maximum(buffer.observational.sum(), 1)
     reach = ends.max(0) / frame.spread
-    belief = average(first, output, (mean, std), done, frame.shift, reach, observed, config)
+    belief = average(output, (mean, std), done, frame.shift, reach, observed, config)
     return Checked(output, belief, done, (mean, std))
 
 
-def predictions(surrogate, buffer, task, done, counts) -> SurrogateOutput:
-    """What the surrogate says (leading axis) when it knows so many of the experiments, and every
-    row that is none of them.
-    """
-    others = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
-    base = Summary.of(
-        eqx.tree_at(lambda b: b.valid, buffer, others), task, surrogate.config.num_bins
-    )
-
-    def predict(count):
-        known = done.valid & (jnp.arange(len(done.row)) < count)
-        rows = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], known)
-        return surrogate.predict(base.add_rows(rows, task), task)
-
-    return jax.vmap(predict)(jnp.array(counts))
-
-
-def at(grid, surface, variable, value) -> Float[Array, ""]:
-    """A surface `[vars, bins]` at one value of one variable."""
-    return jnp.interp(value, grid[variable], surface[variable])
-
-
-def prior_weights(reach, tried, num_processes, config):
+def prior_weights(reach, tried, config):
     """Prior of the components given a world `[worlds, vars, components]`, and of the worlds: shares
     of variables that the surrogate is wrong about, then the one in which none has an effect.
     """
@@ -326,15 +282,10 @@ def prior_weights(reach, tried, num_processes, config):
     wrong = jnp.where(tried, wrong, untried)
     near = jnp.minimum(1.0, (config.far / jnp.maximum(reach, 1e-6)) ** 2)
     right = ((1 - wrong)[:, None] * near[None])[..., None]
-    widths = jnp.array(config.widths) / sum(config.widths)
-    half = num_processes // 2  # around nothing, and around the surrogate
-    kinds = jnp.array([1 - config.around_surrogate, config.around_surrogate])
-    each = (1 - config.flat) * jnp.repeat(kinds / half, half)
-    otherwise = jnp.append(config.flat, each)
-    prior = jnp.concatenate(
-        [right * widths[None, None], (1 - right) * otherwise[None, None]], axis=-1
-    )
-    no_effect = jnp.arange(prior.shape[-1]) == len(WIDTHS)
+    each = (1 - config.flat) / len(AMPLITUDES)
+    otherwise = jnp.array([config.flat] + [each] * len(AMPLITUDES))
+    prior = jnp.concatenate([right, (1 - right) * otherwise[None, None]], axis=-1)
+    no_effect = jnp.arange(prior.shape[-1]) == 1
     prior = jnp.concatenate([prior, jnp.broadcast_to(no_effect[None, None], prior[:1].shape)])
     worlds = jnp.append((1 - config.nothing) * jnp.array(config.wrong_probs), config.nothing)
     return prior, worlds
@@ -349,43 +300,31 @@ def log_outcome(y, mean, std, broad):
     return jnp.logaddexp(usual, jnp.log(share) + norm.logpdf(y, middle, wide))
 
 
-def span(output, done):
-    """What outcomes span: root mean square of their distance from doing nothing, at least the
-    deviation of the target.
-    """
-    moved = jnp.where(done.valid, done.outcome - output.shift, 0.0)
-    mean_square = (moved**2).sum() / jnp.maximum(done.valid.sum(), 1)
-    return jnp.maximum(jnp.sqrt(mean_square), output.spread)
-
-
-def average(first, output, said, done, usual, reach, observed, config) -> Belief:
-    """The mixture, from the surrogate's answer to the observational rows and to all rows, what it
-    `said` (mean and deviation) of every experiment before it, and how far ranges reach.
+def average(output, said, done, usual, reach, observed, config) -> Belief:
+    """The mixture, from the surrogate's answer to all rows, what it `said` (mean and deviation) of
+    every experiment before it, the `usual` values of variables and how far their ranges reach.
     """
     num_vars, task = len(reach), output.task
-    nothing, unit = output.shift, span(output, done)
+    nothing, moved = output.shift, jnp.where(done.valid, done.outcome - output.shift, 0.0)
+    # what outcomes span: their root mean square, at least the deviation of the target
+    unit = jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1))
+    unit = jnp.maximum(unit, output.spread)
     noise = jnp.append(
         output.spread**2 * NOISES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
     )
     broad = config.outliers, nothing, 3.0 * unit
     own = done.by_variable(num_vars).astype(noise.dtype)
 
-    def by_variable(log_density):  # [done, ...] to [vars, ...]
-        return jnp.tensordot(own, log_density, 1)
-
-    outcome, mean, std = (x[:, None, None] for x in (done.outcome, *said))
-    wide = jnp.sqrt((WIDTHS[None, None] * std) ** 2 + noise[None, :, None])
-    surrogate_evidence = by_variable(log_outcome(outcome, mean, wide, broad))
-    flat_std = jnp.sqrt(noise)[None, :, None]
-    flat_evidence = by_variable(log_outcome(outcome, nothing, flat_std, broad))
-    process_evidence, means, stds = processes(
-        first, output, done, own, noise, unit, usual, config.anchor
-    )
+    # of the surrogate's surface and the flat one: [done, noises, 2]
+    mean = jnp.stack([said[0], jnp.full_like(said[0], nothing)], -1)[:, None]
+    std = jnp.stack([said[1], jnp.zeros_like(said[1])], -1)[:, None]
+    std = jnp.hypot(std, jnp.sqrt(noise)[None, :, None])
+    given = log_outcome(done.outcome[:, None, None], mean, std, broad)
+    process_evidence, means, stds = processes(output, done, own, noise, unit, usual, config.anchor)
     # [vars, noises, components]
-    likelihood = jnp.concatenate([surrogate_evidence, flat_evidence, process_evidence], -1)
+    likelihood = jnp.concatenate([jnp.tensordot(own, given, 1), process_evidence], -1)
 
-    prior, worlds = prior_weights(reach, done.valid.any(), means.shape[1], config)
-
+    prior, worlds = prior_weights(reach, done.valid.any(), config)
     # [worlds, noises, vars, components]
     joint = jnp.log(prior)[:, None] + jnp.moveaxis(likelihood, 1, 0)[None]
     evidence = logsumexp(joint, axis=-1)
@@ -396,99 +335,64 @@ def average(first, output, said, done, usual, reach, observed, config) -> Belief
 
     # the surrogate's and the flat surface are the same whatever the noise; a process's is not, and
     # becomes the normal with the moments of its mixture over the noise
-    share = 1e-30 + jnp.moveaxis(weights[..., len(WIDTHS) + 1 :], 1, -1)[..., None]
+    share = 1e-30 + jnp.moveaxis(weights[..., 2:], 1, -1)[..., None]
     share = share / share.sum(0)[None]
     mean = (share * means).sum(0)
     std = jnp.sqrt((share * (stds**2 + (means - mean[None]) ** 2)).sum(0))
     weights = weights.sum(0).T
-    shape = output.grid.shape
     nothing_std = output.spread / jnp.sqrt(observed)
-    return Belief(
-        weights,
-        jnp.concatenate(
-            [
-                jnp.broadcast_to(output.effect_mean, (len(WIDTHS), *shape)),
-                jnp.broadcast_to(nothing, (1, *shape)),
-                mean,
-            ]
-        ),
-        jnp.concatenate(
-            [
-                WIDTHS[:, None, None] * output.effect_std[None],
-                jnp.broadcast_to(nothing_std, (1, *shape)),
-                std,
-            ]
-        ),
-        nothing,
-        nothing_std,
-    )
+
+    def with_others(surrogate, flat, processes):
+        return jnp.stack([surrogate, jnp.full_like(surrogate, flat), *processes])
+
+    means = with_others(output.effect_mean, nothing, mean)
+    stds = with_others(output.effect_std, nothing_std, std)
+    return Belief(weights, means, stds, nothing, nothing_std)
 
 
-def basis(num_bins: int) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """Functions along a range whose sums with independent standard normal weights are Gaussian
-    processes of amplitude one: at `num_bins` values of it `[lengthscales, bins, rank]`, and the
-    matrix `[lengthscales, bins, rank]` that gives them anywhere from the kernel with those values
-    (Rasmussen and Williams 2006, section 8.1; the rest of the variance is below 1e-3).
+def functions(place: Float[Array, " places"]) -> Float[Array, "places functions"]:
+    """Functions along a range, at places in widths of it, whose sums with independent standard
+    normal weights are Gaussian processes of amplitude one with a squared exponential kernel: the
+    process as its values at `PLACES` give it (Rasmussen and Williams 2006, section 8.1; the rest of
+    the variance is below 1e-3).
     """
-    place = np.linspace(0.0, 1.0, num_bins)
-    values, vectors = np.linalg.eigh(np.exp(-0.5 * in_lengthscales(place, place) ** 2))
-    roots, vectors = np.sqrt(values[:, None, -RANK:]), vectors[..., -RANK:]
-    return (vectors * roots).astype(np.float32), (vectors / roots).astype(np.float32)
+
+    def kernel(a, to):
+        return to.exp(-0.5 * ((a[:, None] - PLACES[None]) / LENGTHSCALE) ** 2)
+
+    return kernel(place, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(PLACES, np))).T
 
 
-def in_lengthscales(a, b):
-    """Distances `[lengthscales, a, b]` of places, which are in widths of a range."""
-    return (a[:, None] - b[None])[None] / np.array(LENGTHSCALES)[:, None, None]
-
-
-def processes(first, output, done, own, noise, unit, usual, anchor):
+def processes(output, done, own, noise, unit, usual, anchor):
     """The Gaussian processes: log evidence `[vars, noises, processes]`, and mean and deviation
-    `[noises, processes, vars, bins]` of each. They differ in what they lie around (doing nothing,
-    or the surrogate's observational answer `first`), in lengthscale and in amplitude.
+    `[noises, processes, vars, bins]` of each; they differ in amplitude.
 
-    Around the surrogate, its deviation is one more function beside those of `basis`: the kernel is
-    CausalRBF of Aglietti et al. 2020, eq. 5. To set a variable to its `usual` value is much like
-    doing nothing (deviation `anchor`): that is one more row, whose density is no evidence.
+    To set a variable to its `usual` value is much like doing nothing (deviation `anchor`): that is
+    one more row, whose density is no evidence.
     """
-    nothing, bins = output.shift, np.linspace(0.0, 1.0, output.grid.shape[1])
-    on_grid, to_basis = basis(len(bins))
+    nothing, on_grid = output.shift, functions(jnp.linspace(0.0, 1.0, output.grid.shape[1]))
     noise = noise + 100 * jnp.finfo(noise.dtype).eps * unit**2  # float32 tells no less apart
     anchor_variance = (anchor * output.spread) ** 2
+    moved = jnp.append(done.outcome - nothing, 0.0)
 
-    def of_variable(grid, mean, deviation, usual, own):
+    def of_variable(grid, usual, own):
         """All of one variable, whose experiments are `own` `[done]` (zeros and ones)."""
-        value, outcome = jnp.append(done.value, usual), jnp.append(done.outcome, nothing)
         width = jnp.where(grid[-1] > grid[0], grid[-1] - grid[0], 1.0)
-        reached = jnp.exp(-0.5 * in_lengthscales((value - grid[0]) / width, bins) ** 2) @ to_basis
+        reached = functions((jnp.append(done.value, usual) - grid[0]) / width)
 
-        def process(surface, informed, reached, on_grid, amplitude, noise):
+        def process(amplitude, noise):
             """One of them: evidence, and mean and deviation `[bins]`."""
-            start = jnp.interp(value, grid, surface)
-            made, told = (
-                jnp.concatenate([unit * amplitude * functions, informed * wrong[:, None]], axis=1)
-                for functions, wrong in (
-                    (reached, jnp.interp(value, grid, deviation)),
-                    (on_grid, deviation),
-                )
-            )
             trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
-            made, residual = trust[:, None] * made, trust * (outcome - start)
-            evidence, move, std = regression(made, residual, own.sum() + 1, told, noise)
-            evidence -= norm.logpdf(residual[-1], 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
-            return evidence, surface + move, std
+            made, told = (amplitude * unit * each for each in (trust[:, None] * reached, on_grid))
+            evidence, move, std = regression(made, trust * moved, own.sum() + 1, told, noise)
+            evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
+            return evidence, nothing + move, std
 
-        over = jax.vmap(process, (None,) * 5 + (0,))  # noises last
-        over = jax.vmap(over, (None,) * 4 + (0, None))  # amplitudes
-        over = jax.vmap(over, (None, None, 0, 0, None, None))  # lengthscales
-        over = jax.vmap(over, (0, 0) + (None,) * 4)  # what they lie around
-        surfaces = jnp.stack([jnp.broadcast_to(nothing, mean.shape), mean])
-        informed, amplitudes = jnp.array([0.0, 1.0]), jnp.array(AMPLITUDES)
-        return over(surfaces, informed, reached, jnp.asarray(on_grid), amplitudes, noise)
+        over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
+        return over(jnp.array(AMPLITUDES), noise)
 
-    found = jax.vmap(of_variable)(output.grid, first.effect_mean, first.effect_std, usual, own)
-    evidence, means, stds = (x.reshape(len(usual), -1, len(noise), *x.shape[5:]) for x in found)
-    means, stds = (jnp.transpose(x, (2, 1, 0, 3)) for x in (means, stds))
-    return evidence.swapaxes(1, 2), means, stds
+    evidence, means, stds = jax.vmap(of_variable)(output.grid, usual, own)
+    return evidence, *(jnp.transpose(x, (1, 2, 0, 3)) for x in (means, stds))
 
 
 def regression(made, outcome, count, told, noise):

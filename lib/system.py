@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
 from lib.buffer import ExperienceBuffer
-from lib.check import BELIEFS, FIRST_BLOCK, CheckConfig, check
+from lib.check import BELIEFS, CheckConfig, check
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
     AcquisitionPolicyNetwork,
@@ -302,7 +302,7 @@ class Answer(NamedTuple):
     doing nothing); the belief about the target's parents; mean and ends of the 90 % band of
     E[Y | do(X_i = grid[i, b])], the probability that it is better than doing nothing, and what that
     experiment is expected to gain; mean and ends of E[Y]; how many experiments were checked and how
-    many lay in their band; and the weights `[vars]` of the surrogate's surface and of no effect.
+    many lay in their band; and the weights `[2, vars]` of the surrogate's surface and of no effect.
     """
 
     experiment: Choice
@@ -320,7 +320,7 @@ class Answer(NamedTuple):
     experiments: Int[Array, ""]
     in_band: Int[Array, ""]
     widened_by: Float[Array, ""]
-    weights: tuple[Float[Array, " vars"], Float[Array, " vars"]]
+    weights: Float[Array, "2 vars"]
 
 
 class DeployedACBOSystem(NamedTuple):
@@ -344,8 +344,8 @@ class DeployedACBOSystem(NamedTuple):
         flipped = buffer if sign > 0 else flip_target(buffer, task.target)
         bucket = next(b for b in self.config.buckets if b >= num_vars)
         wide = flipped.widen(bucket - num_vars).grow(-len(buffer.valid) % 128)
-        done, most = int((buffer.intervened.sum(1) == 1).sum()), FIRST_BLOCK
-        while most < done:  # one program for each block of the check's predictions
+        done, most = int((buffer.intervened.sum(1) == 1).sum()), 16
+        while most < done:  # one program serves up to four times as many experiments
             most *= 4
         task = task.widen(bucket - num_vars)
         answer = _answer(self.system, wide, task, jnp.array(remaining), most, self.config.beliefs)
@@ -382,14 +382,14 @@ def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
         mean=belief.mean,
         low=low,
         high=high,
-        better=belief.better,
+        better=belief.against_nothing[0],
         gain=checked.gain,
         nothing=(belief.nothing, belief.nothing - band, belief.nothing + band),
         spread=output.spread,
         experiments=checked.done.valid.sum(),
         in_band=checked.in_band.sum(),
         widened_by=jnp.nanmedian(wider),
-        weights=(belief.surrogate, belief.flat),
+        weights=belief.weights[:2],
     )
 
 

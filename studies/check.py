@@ -50,9 +50,6 @@ from lib.system import TrainedACBOSystem, deploy_trained_system
 field = importlib.import_module("studies.field.run")
 SYSTEMS = field.module_of("field_systems", field.HERE / "systems.py").SYSTEMS
 PARTS = {
-    "no wider surrogate": replace(BELIEFS, widths=(1.0, 0.0, 0.0, 0.0)),
-    "no processes around nothing": replace(BELIEFS, around_surrogate=1.0),
-    "no processes around the surrogate": replace(BELIEFS, around_surrogate=0.0),
     "no flat effects": replace(BELIEFS, flat=0.0, nothing=0.0),
     "no world without effects": replace(BELIEFS, nothing=0.0),
     "ranges of any length": replace(BELIEFS, far=np.inf),
@@ -63,9 +60,7 @@ PARTS = {
     "the gain alone chooses": replace(BELIEFS, enough=1.0),
 }
 # the surrogate alone, as the check has it: its bands are those of `acbo_unchecked`
-UNCHECKED = replace(
-    PROCESSES, widths=(1.0, 0.0, 0.0, 0.0), wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0
-)
+UNCHECKED = replace(PROCESSES, wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0)
 BEFORE = {"acbo_unchecked": UNCHECKED, "gaussian_processes": PROCESSES}
 
 
@@ -162,15 +157,36 @@ def inside_simulator(system, size, num_obs, players, config) -> list[Record]:
     return records
 
 
+class Remembered:
+    """A system of `studies/field` that computes each of its truths once, whoever asks."""
+
+    def __init__(self, system):
+        self.system, self.known = system, {}
+
+    def __getattr__(self, name):
+        found = getattr(self.system, name)
+        if name not in ("data", "mean", "best"):
+            return found
+
+        def answer(*given):
+            key = name, repr(given)
+            if key not in self.known:
+                self.known[key] = found(*given)
+            return self.known[key]
+
+        return answer
+
+
 def outside(players, config) -> list[Record]:
     """The players' first answers on the systems of `studies/field`."""
     deploy, records = field.project(), []
+    systems = [Remembered(SYSTEMS[name]) for name in config.systems]
     for name, beliefs in tqdm(players.items(), desc="outside"):
         deploy.deploy_trained_system = lambda system, config, beliefs=beliefs: (
             deploy_trained_system(system, replace(config, beliefs=beliefs))
         )
         rows = []
-        for system in map(SYSTEMS.get, config.systems):
+        for system in systems:
             each = [
                 field.play(deploy, system, s, 0, config.system) for s in range(config.field_seeds)
             ]

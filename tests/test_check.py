@@ -82,13 +82,11 @@ def checked(experiments, slope=(1.0, 0.0), **settings):
 
 
 def test_processes_are_gaussian_processes():
-    """The functions of a process have its kernel, on the grid and between its values."""
-    on_grid, to_basis = checks.basis(BINS)
-    grid, between = np.linspace(0, 1, BINS), np.random.default_rng(0).uniform(-0.05, 1.05, 30)
-    for i, length in enumerate(checks.LENGTHSCALES):
-        kernel = np.exp(-0.5 * ((between[:, None] - grid) / length) ** 2)
-        functions = kernel @ to_basis[i]
-        np.testing.assert_allclose(functions @ on_grid[i].T, kernel, atol=5e-3)
+    """The functions of a process have its kernel, also a little outside its range."""
+    place = np.random.default_rng(0).uniform(-0.05, 1.05, 30)
+    found = checks.functions(jnp.asarray(place))
+    kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.LENGTHSCALE) ** 2)
+    np.testing.assert_allclose(found @ found.T, kernel, atol=2e-3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -117,7 +115,7 @@ def test_without_experiments_the_weights_are_the_prior():
     shares = [min(config.untried * share, 0.9) for share in config.wrong]
     wanted = (1 - config.nothing) * (1 - np.dot(shares, config.wrong_probs))
     np.testing.assert_allclose(belief.weights.sum(0), 1.0, atol=1e-5)
-    np.testing.assert_allclose(belief.surrogate[:2], wanted, atol=1e-4)
+    np.testing.assert_allclose(belief.weights[0][:2], wanted, atol=1e-4)
     assert belief.nothing == pytest.approx(0.0, abs=1e-5)
     assert belief.nothing_std == pytest.approx(NUM_OBS**-0.5, rel=1e-4)
 
@@ -131,26 +129,26 @@ OPPOSITE = [(0, v, -y) for _, v, y in TRUE]
 
 def test_the_surrogate_is_believed_as_far_as_its_variable_was_right():
     right, none, flat, opposite = (checked(e).belief for e in (TRUE, [], FLAT, OPPOSITE))
-    assert right.surrogate[0] > 0.97 > none.surrogate[0] > 0.3 > flat.surrogate[0]
-    assert flat.flat[0] > 0.5 and opposite.surrogate[0] < 0.01
+    assert right.weights[0][0] > 0.97 > none.weights[0][0] > 0.3 > flat.weights[0][0]
+    assert flat.weights[1][0] > 0.5 and opposite.weights[0][0] < 0.01
     # where experiments contradict it, they are believed, and the band holds what they show
     for belief, slope in ((right, -1.0), (flat, 0.0), (opposite, 1.0)):
         grid = np.linspace(-2, 2, BINS)
         low, high = belief.quantile(0.05)[0], belief.quantile(0.95)[0]
         assert ((low < slope * grid + 0.01) & (slope * grid - 0.01 < high)).mean() > 0.9
-        assert np.abs(belief.mean[0] - slope * grid).max() < 0.5
+        assert np.abs(belief.mean[0] - slope * grid).max() < 0.7
     # and on the other variable, on which nothing was tried, it is believed less than before
-    assert right.surrogate[1] > opposite.surrogate[1] + 0.05
+    assert right.weights[0][1] > opposite.weights[0][1] + 0.05
 
 
 def test_one_outcome_moves_the_belief_by_what_its_noise_allows():
     """The same contradiction counts for less where outcomes are noisy."""
-    clear, noisy = (checked(OPPOSITE, noise=n).belief.surrogate[0] for n in (1.0, 8.0))
+    clear, noisy = (checked(OPPOSITE, noise=n).belief.weights[0][0] for n in (1.0, 8.0))
     assert clear < 1e-2 and noisy > 0.05
 
 
 def test_beyond_what_was_trained_on_experiments_are_believed_sooner():
-    near, far = (checked([], reach=r).belief.surrogate[:2] for r in (4.0, 20.0))
+    near, far = (checked([], reach=r).belief.weights[0][:2] for r in (4.0, 20.0))
     assert (far < 0.2 * near).all()
 
 
@@ -158,7 +156,7 @@ def test_padding_and_the_order_of_experiments_change_nothing():
     plain = checked(TRUE).belief
     for other in (checked(TRUE, extra=5), checked(TRUE[::-1])):
         np.testing.assert_allclose(other.belief.mean[:2], plain.mean[:2], atol=1e-4)
-        np.testing.assert_allclose(other.belief.surrogate[:2], plain.surrogate[:2], atol=1e-4)
+        np.testing.assert_allclose(other.belief.weights[0][:2], plain.weights[0][:2], atol=1e-4)
 
 
 def test_rows_with_several_settings_or_outside_the_range_are_not_checked_against():
@@ -168,38 +166,35 @@ def test_rows_with_several_settings_or_outside_the_range_are_not_checked_against
     assert found.done.valid.sum() == len(TRUE) - 1
 
 
-def test_later_experiments_are_predicted_from_earlier_ones(getkey):
-    """The seventeenth from the first sixteen and all observations, by a real network."""
+def test_experiments_are_predicted_from_the_other_rows(getkey):
+    """By a real network; its answer about all rows is the one that is averaged."""
     sizes = SurrogateConfig(8, 1, 4, 2, BINS)
     surrogate = eqx.filter_jit(ParentSetPredictionModel)(sizes, key=getkey())
     experiments = [(k % 2, 0.2 * (k % 9) - 0.8, 0.1 * k) for k in range(18)]
     buffer, task = data(experiments)
     found = RUN(surrogate, buffer, task, 18)
     np.testing.assert_array_equal(found.done.row, NUM_OBS + np.arange(18))
-    for known, places in ((NUM_OBS, range(16)), (NUM_OBS + 16, (16, 17)), (NUM_OBS + 18, ())):
-        output = eqx.filter_jit(surrogate.predict)(buffer.first(known), task)
-        for k in places:
-            variable, value, _ = experiments[k]
-            wanted = np.interp(value, output.grid[variable], output.effect_mean[variable])
-            np.testing.assert_allclose(found.said[0][k], wanted, atol=1e-4)
-    np.testing.assert_allclose(found.output.effect_mean, output.effect_mean, atol=1e-4)
+    before, after = (eqx.filter_jit(surrogate.predict)(buffer.first(n), task) for n in (40, 58))
+    wanted = [np.interp(v, before.grid[i], before.effect_mean[i]) for i, v, _ in experiments]
+    np.testing.assert_allclose(found.said[0], wanted, atol=1e-4)
+    np.testing.assert_allclose(found.output.effect_mean, after.effect_mean, atol=1e-4)
 
 
 def mixture(means, stds, weights, nothing=0.0):
     """A belief about one variable (and one that cannot be set) on two cells."""
     means, stds = (jnp.asarray(x, jnp.float32)[:, None].repeat(2, 1) for x in (means, stds))
-    # behind five components of weight zero, of the surrogate and without effect
-    weights = jnp.concatenate([jnp.zeros(5), jnp.asarray(weights, jnp.float32)])[:, None].repeat(
+    # behind two components of weight zero, of the surrogate and without effect
+    weights = jnp.concatenate([jnp.zeros(2), jnp.asarray(weights, jnp.float32)])[:, None].repeat(
         2, 1
     )
-    means, stds = (jnp.concatenate([x[:1].repeat(5, 0), x]) for x in (means, stds))
+    means, stds = (jnp.concatenate([x[:1].repeat(2, 0), x]) for x in (means, stds))
     return Belief(weights, means, stds, jnp.array(nothing), jnp.array(0.0))
 
 
 def test_quantiles_and_probabilities_are_of_the_mixture():
     one = mixture([[1.0, 2.0]], [[0.5, 1.0]], [1.0])
     np.testing.assert_allclose(one.quantile(0.05)[0], [1 - 0.822, 2 - 1.645], atol=1e-3)
-    np.testing.assert_allclose(one.better[0], stats.norm.cdf([-2.0, -2.0]), atol=1e-5)
+    np.testing.assert_allclose(one.against_nothing[0][0], stats.norm.cdf([-2.0, -2.0]), atol=1e-5)
     two = mixture([[0.0, 0.0], [10.0, -10.0]], [[1.0, 1.0]] * 2, [0.97, 0.03])
     low, high = two.quantile(0.05)[0], two.quantile(0.95)[0]
     for end, q in ((low, 0.05), (high, 0.95)):

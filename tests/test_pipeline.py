@@ -21,7 +21,7 @@ from lib import settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
 from lib.buffer import DataError
-from lib.check import FIRST_BLOCK, check
+from lib.check import check
 from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
 from lib.policy import AcquisitionState, PolicyConfig
@@ -430,7 +430,7 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
 
     @eqx.filter_jit
     def decide(step):
-        checked = check(system.surrogate, wide, task_of, FIRST_BLOCK)
+        checked = check(system.surrogate, wide, task_of, 16)
         state = AcquisitionState(wide, checked.averaged, jnp.asarray(step), jnp.array(3))
         return checked.choose(system.policy(state).logits), checked.recommended()
 
