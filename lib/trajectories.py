@@ -50,10 +50,6 @@ class ExpertTrajectory(eqx.Module):
     outcome improved on the best outcome of earlier interventions (0 if it did not). `key_data` is
     the random key of the run, from which the belief can be replayed. `failures` is
     `ExpertRun.failures`.
-
-    `source` is "parent_scale" for a run of lib/expert.py. For one of the original code, see
-    `import_trajectory`, it is "imported": `key_data`, `surface` and `failures` are then unknown and
-    zero, and rows of `buffer` that are not valid are known only in part.
     """
 
     scm: SyntheticSCM
@@ -68,10 +64,9 @@ class ExpertTrajectory(eqx.Module):
     reward: Float[Array, " steps"]
     key_data: Array
     failures: Int[Array, ""]
-    source: str = eqx.field(static=True)
 
     def buffer_before(self, step: Int[Array, ""] | int) -> ExperienceBuffer:
-        """The rows that the expert knew before `step`, those that are recorded in full."""
+        """The rows that the expert knew before `step`."""
         return self.buffer.first(self.num_initial + step)
 
     def posterior(self, step: Int[Array, ""] | int) -> ParentSetPosterior:
@@ -120,9 +115,6 @@ def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) ->
     """Whether numbers are finite, beliefs sum to one, choices lie in range, experiments stand in
     the buffer as recorded, and the stored posterior follows from the stored data and key (replayed
     to a total variation of .01).
-
-    An imported run has no key: its posterior is not replayed, and experiments of which no full row
-    is known count as recorded.
     """
     scm, buffer, log_probs = trajectory.scm, trajectory.buffer, trajectory.log_probs
     variable, value, outcome = trajectory.variable, trajectory.value, trajectory.outcome
@@ -137,7 +129,6 @@ def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) ->
         & (value <= scm.high[variable] + margin)
     )
     rows = trajectory.num_initial + jnp.arange(variable.shape[0])
-    imported = trajectory.source == "imported"
 
     def stands(column, number):
         """Whether it is what the buffer has, to rounding."""
@@ -146,9 +137,7 @@ def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) ->
     recorded = buffer.intervened[rows, variable] & stands(variable, value)
     if config.outcome_samples == 1:
         recorded &= stands(scm.target, outcome)
-    recorded = jnp.where(buffer.valid[rows], recorded, imported).all()
-    if imported:
-        return Consistency(finite, normalised, in_range.all(), recorded, jnp.array(True))
+    recorded = (buffer.valid[rows] & recorded).all()
     key = jr.wrap_key_data(trajectory.key_data)
     again = replay_posterior(key, scm, buffer, trajectory.num_initial, config)
     distance = 0.5 * jnp.abs(jnp.exp(again) - jnp.exp(log_probs)).sum(-1).max()
@@ -298,11 +287,10 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
         return {
             name: jnp.asarray(arrays[f"{prefix}/{name}"])
             for name in kind.__dataclass_fields__
-            if name not in (*parts, "source")
+            if name not in parts
         }
 
     try:
-        source = str(arrays[f"{part}/source"])
         inner = {name: fields(kind, f"{part}/{name}") for name, kind in parts.items()}
         rest = fields(ExpertTrajectory, part)
     except KeyError as error:
@@ -310,7 +298,7 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
 
     def build(inner, rest):
         return ExpertTrajectory(
-            **{name: kind(**inner[name]) for name, kind in parts.items()}, **rest, source=source
+            **{name: kind(**inner[name]) for name, kind in parts.items()}, **rest
         )
 
     return jax.vmap(build)(inner, rest), header

@@ -1,8 +1,7 @@
 """Demonstrations: stored and loaded, checked against edits, split and augmented without leaks, and
 cut into examples that hold no later rows.
 
-Runs of the original code are imported from a dictionary made by hand, and from the recorded ones of
-`recorded.py`.
+Models and rewards are those of the original's recorded runs (`recorded.py`).
 """
 
 import types
@@ -19,6 +18,7 @@ from recorded import each_case, read_case
 import lib.extraction
 from lib import extraction
 from lib.artifacts import ArtifactError, save_arrays
+from lib.buffer import ExperienceBuffer
 from lib.expert import ExpertRun, check_expert_input, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.problems import sample_problem
@@ -31,6 +31,7 @@ from lib.trajectories import (
     extract_acquisition_training_data,
     extract_expert_demonstrations,
     extract_surrogate_training_data,
+    improvements,
     join,
     load_trajectories,
     take,
@@ -164,9 +165,7 @@ def test_failures_are_those_of_the_run(trajectories):
     )
     again = extraction.extract_expert_trajectory(run, one.scm, jr.wrap_key_data(one.key_data))
     assert eqx.tree_equal(again, edit(one, lambda t: t.failures, lambda _: jnp.array(7)))
-    assert trajectories.failures.shape == (BATCH,) and trajectories.source == "parent_scale"
-    with pytest.raises(ValueError, match="pass the key"):
-        extraction.extract_expert_trajectory(run, one.scm)
+    assert trajectories.failures.shape == (BATCH,)
 
 
 def test_a_demonstration_gets_room_and_steps(monkeypatch, trajectories):
@@ -303,210 +302,9 @@ def linear_model(adjacency, weights, topo, noise_scale, target, low, high):
     )
 
 
-WEIGHTS = np.array([[0, 0, 0.5], [2, 0, 0], [0, 0, 0]])  # X1 -> X0 -> X2
-HAND = linear_model(
-    WEIGHTS != 0, WEIGHTS, np.array([1, 0, 2]), np.ones(3), 2, [-2, -2, 0], [2, 2, 0]
-)
-ROWS = np.random.default_rng(0).normal(size=(12, 3))
-
-
-def by_hand(**changes):
-    """Three experiments; the original forgets sets (X0, X1 after the first, X1 later) as it goes
-    on.
-    """
-    return {
-        "D_O": {f"X{i}": ROWS[:, i] for i in range(3)},
-        "intervention_set": [("X0",), ("X1",), ("X0",)],
-        "intervention_values": [(1.0,), (-2.0,), (-2.0,)],
-        "current_y": [0.5, -1.25, -1.0],
-        "posterior_probabilities": [
-            {("X0",): 0.5, ("X1",): 0.25, ("X0", "X1"): 0.25},
-            {("X0",): 0.75, ("X1",): 0.25, ("X1", "X0"): 0.0},
-            {frozenset({"X0"}): 0.9, (): 0.1},
-            {("X0",): 1.0},
-        ],
-        "target": "X2",
-    } | changes
-
-
-def without(key):
-    return {name: value for name, value in by_hand().items() if name != key}
-
-
-def test_a_run_of_the_original_is_what_it_says():
-    one = extraction.extract_expert_trajectory(by_hand(), HAND)
-    assert one.source == "imported" and one.num_initial == 12 and one.failures == 0
-    assert (
-        one.variable.tolist() == [0, 1, 0]
-        and one.value.tolist() == [1, -2, -2]
-        and one.outcome.tolist() == [0.5, -1.25, -1.0]
-    )
-    assert one.reward.tolist() == [0.0, 1.75, 0.0]
-    assert one.sets.tolist() == [
-        [False] * 3,
-        [True, False, False],
-        [False, True, False],
-        [True, True, False],
-    ]
-    np.testing.assert_allclose(
-        np.exp(one.log_probs),
-        [[0, 0.5, 0.25, 0.25], [0, 0.75, 0.25, 0], [0.1, 0.9, 0, 0], [0, 1, 0, 0]],
-        atol=1e-6,
-    )
-    np.testing.assert_allclose(one.buffer.values[:12], ROWS, atol=1e-6)
-    assert one.buffer.values[12:].tolist() == [[1, 0, 0.5], [0, -2, -1.25], [-2, 0, -1.0]]
-    assert one.buffer.intervened[12:].tolist() == [
-        [True, False, False],
-        [False, True, False],
-        [True, False, False],
-    ]
-    assert one.buffer.valid.tolist() == [True] * 12 + [False] * 3
-    for t in range(4):  # the experiments' rows are known in part only
-        known = one.buffer_before(t)
-        assert known.size == 12 and not known.values[12:].any() and not known.intervened[12:].any()
-    assert one.surface.shape == (3, 3, 16) and not one.surface.any()
-    assert all(check_trajectory(one, CONFIG))
-    assert one.step(1).posterior.to_dict(HAND.names) == {
-        frozenset({"X0"}): 0.75,
-        frozenset({"X1"}): 0.25,
-    }
-
-
-def test_columns_may_be_columns_and_more_may_be_said():
-    columns = {name: column[:, None] for name, column in by_hand()["D_O"].items()}
-    more = by_hand(D_O=columns, current_y=[[0.5], [-1.25], [-1.0]], global_opt=[0.5, -1.25, -1.25])
-    one = extraction.extract_expert_trajectory(by_hand(), HAND)
-    assert eqx.tree_equal(extraction.extract_expert_trajectory(more, HAND), one)
-
-
-def test_an_imported_run_is_checked_but_not_replayed():
-    one = extraction.extract_expert_trajectory(by_hand(), HAND)
-    for check, changed in (
-        ("in_range", edit(one, lambda t: t.value, lambda a: a.at[1].set(FAR))),
-        ("normalised", edit(one, lambda t: t.log_probs, lambda a: a.at[1].add(0.1))),
-        ("finite", edit(one, lambda t: t.outcome, lambda a: a.at[0].set(jnp.inf))),
-    ):
-        assert [
-            name for name, holds in check_trajectory(changed, CONFIG)._asdict().items() if not holds
-        ] == [check]
-
-
-def test_without_the_last_belief_the_last_experiment_is_dropped():
-    given = by_hand()
-    short, whole = (
-        extraction.extract_expert_trajectory(
-            given | {"posterior_probabilities": given["posterior_probabilities"][:n]}, HAND
-        )
-        for n in (3, 4)
-    )
-    assert (
-        short.variable.shape == (2,)
-        and short.log_probs.shape[0] == 3
-        and short.buffer.valid.shape == (14,)
-    )
-    assert (short.outcome == whole.outcome[:2]).all() and (
-        short.buffer.values == whole.buffer.values[:14]
-    ).all()
-
-
-def beliefs(t, belief):
-    given = by_hand()["posterior_probabilities"]
-    return by_hand(posterior_probabilities=[*given[:t], belief, *given[t + 1 :]])
-
-
-def columns(**changes):
-    return by_hand(D_O=by_hand()["D_O"] | changes)
-
-
-AT_ODDS = {  # what the message says: the output
-    r"current_y.*: missing.*D_O, intervention_set": without("current_y"),
-    r"^target: 'X1', but the model's is 'X2'": by_hand(target="X1"),
-    r"^D_O: give a column for each of X0, X1, X2, and no other": columns(X7=ROWS[:, 0]),
-    r"^D_O: give a column": by_hand(D_O={"X2": ROWS[:, 0]}),
-    r"^D_O: give a column ": by_hand(D_O=ROWS),
-    r"^D_O\['X1'\]: give 12 numbers": columns(X1=ROWS[1:, 1]),
-    r"^D_O\['X0'\]: give 12 numbers": columns(X0=["low"] * 12),
-    r"^D_O\['X0'\]\[4\]: nan is not": columns(X0=np.where(np.arange(12) == 4, np.nan, 0.0)),
-    r"^intervention_set\[1\]: unknown variable.*'Z'": by_hand(
-        intervention_set=[("X0",), ("Z",), ("X0",)]
-    ),
-    r"^intervention_set\[0\]: 'X0' is not a tuple of names": by_hand(
-        intervention_set=["X0", ("X1",), ("X0",)]
-    ),
-    r"^intervention_set\[2\]: only experiments on one variable": by_hand(
-        intervention_set=[("X0",), ("X1",), ("X0", "X1")]
-    ),
-    r"^intervention_set\[0\]: .*not the target": by_hand(
-        intervention_set=[("X2",), ("X1",), ("X0",)]
-    ),
-    r"^intervention_values: 0 entries": by_hand(
-        intervention_set=[], intervention_values=[], current_y=[]
-    ),
-    r"^intervention_values: 2 entries, but intervention_set has 3": by_hand(
-        intervention_values=[(1.0,), (-2.0,)]
-    ),
-    r"^intervention_values\[1\]: give 1 numbers": by_hand(
-        intervention_values=[(1.0,), (-2.0, 1.0), (-2.0,)]
-    ),
-    r"^intervention_values\[2\]\[0\]: inf is not a finite": by_hand(
-        intervention_values=[(1.0,), (-2.0,), (np.inf,)]
-    ),
-    r"^current_y: 4 entries": by_hand(current_y=[0.5, -1.25, -1.0, -1.0]),
-    r"^current_y\[1\]: nan is not a finite": by_hand(current_y=[0.5, np.nan, -1.0]),
-    "^posterior_probabilities: 2 beliefs for 3 experiments": by_hand(
-        posterior_probabilities=[{("X0",): 1.0}] * 2
-    ),
-    r"^posterior_probabilities\[1\]: the probabilities sum to 0.75": beliefs(1, {("X0",): 0.75}),
-    r"^posterior_probabilities\[0\]\[\('X1',\)\]: .*negative": beliefs(
-        0, {("X0",): 1.25, ("X1",): -0.25}
-    ),
-    r"^posterior_probabilities\[2\]\[\('X0',\)\]\[0\]: nan": beliefs(2, {("X0",): np.nan}),
-    r"^posterior_probabilities\[3\].*given twice": beliefs(
-        3, {("X0", "X1"): 0.5, ("X1", "X0"): 0.5}
-    ),
-    r"^posterior_probabilities\[0\].*a set with the target": beliefs(0, {("X2",): 1.0}),
-    r"^posterior_probabilities\[0\]: unknown variable": beliefs(0, {("X0", "Z"): 1.0}),
-    r"^posterior_probabilities\[0\]: list: give a dictionary": beliefs(0, [0.5, 0.5]),
-}
-
-
-@pytest.mark.parametrize("message", AT_ODDS)
-def test_a_run_at_odds_with_itself_is_refused(message):
-    with pytest.raises(ValueError, match=message):
-        extraction.extract_expert_trajectory(AT_ODDS[message], HAND)
-
-
-def test_a_run_of_one_experiment_needs_the_belief_after_it_and_no_run_of_the_original_has_a_key():
-    cut = {
-        name: value[:1] if isinstance(value, list) else value for name, value in by_hand().items()
-    }
-    with pytest.raises(ValueError, match="1 beliefs for 1 experiments"):
-        extraction.extract_expert_trajectory(cut, HAND)
-    with pytest.raises(ValueError, match="leave the key out"):
-        extraction.extract_expert_trajectory(by_hand(), HAND, jr.key(0))
-
-
-def test_imported_runs_are_stored_and_augmented(tmp_path):
-    pair = (
-        extraction.extract_expert_trajectory(by_hand(current_y=[0.5, -1.25, y]), HAND)
-        for y in (-1.0, -2.0)
-    )
-    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pair)
-    save(tmp_path / "demos.npz", batch)
-    loaded, _ = load_trajectories(tmp_path / "demos.npz", "train")
-    assert eqx.tree_equal(loaded, batch)
-    both = augment_expert_demonstrations(loaded, 2, key=jr.key(5))
-    assert (
-        both.source == "imported"
-        and both.variable.shape == (4, 3)
-        and eqx.tree_equal(take(both, np.arange(2)), batch)
-    )
-    averaged = ParentScaleConfig(num_obs=12, num_steps=3, outcome_samples=1000)
-    assert validate_trajectory_consistency(both, averaged).all()
-
-
 @each_case("*_linear_*")
-def test_a_recorded_run_of_the_original_is_imported(name):
+def test_a_recorded_run_is_of_our_model_and_has_its_rewards(name):
+    """Rewards of recorded outcomes sum to their fall, and recorded rows are draws of the model."""
     case = read_case(name)
     d, low, high = len(case["topo"]), *case["search_range"].T
     scm = linear_model(
@@ -518,40 +316,17 @@ def test_a_recorded_run_of_the_original_is_imported(name):
         low,
         high,
     )
-    members = [tuple(f"X{i}" for i in np.flatnonzero(row)) for row in case["sets"]]
-    # after the initial interventions, then after every experiment
-    published = case["posterior_published"][2 * (d - 1) - 1 :]
-    output = {
-        "D_O": {f"X{i}": case["obs"][:, i, None] for i in range(d)},
-        "intervention_set": [(f"X{i}",) for i in case["chosen_var"]],
-        "intervention_values": [(v,) for v in case["chosen_value"]],
-        "current_y": list(case["chosen_y"]),
-        "posterior_probabilities": [
-            {m: p for m, p in zip(members, row, strict=True) if p > 0} for row in published
-        ],
-        "target": f"X{case['target']}",
-    }
-    steps = len(case["chosen_var"])
-    if not steps:  # as documented
-        with pytest.raises(ValueError, match="at least one"):
-            extraction.extract_expert_trajectory(output, scm)
-        return
-    one = extraction.extract_expert_trajectory(output, scm)
-    assert all(check_trajectory(one, CONFIG))
-    assert one.variable.tolist() == case["chosen_var"].tolist()
-    assert one.buffer_before(min(3, steps)).size == len(case["obs"])
-    for t, row in enumerate(published):
-        found = one.posterior(t).to_dict(scm.names)
-        assert found == pytest.approx(
-            {frozenset(m): p for m, p in zip(members, row, strict=True) if p > 0}, abs=1e-5
-        )
-    # float32: outcomes are rounded before they are subtracted, and may be large beside their fall
-    y = case["chosen_y"]
-    np.testing.assert_allclose(
-        one.reward.sum(), y[0] - y.min(), rtol=1e-4, atol=1e-6 * np.abs(y).max()
-    )
+    variable, y = jnp.asarray(case["chosen_var"]), case["chosen_y"]
+    if steps := len(y):
+        rows = jnp.zeros((steps, d)).at[:, scm.target].set(y)
+        set_by_hand = jnp.arange(d)[None] == variable[:, None]
+        buffer = ExperienceBuffer(rows, set_by_hand, jnp.ones(steps, bool))
+        reward = improvements(buffer, jnp.array(0), scm.target, rows[:, scm.target])
+        # float32: outcomes are rounded before they are subtracted, and may be large beside a fall
+        atol = 1e-6 * np.abs(y).max()
+        np.testing.assert_allclose(reward.sum(), y[0] - y.min(), rtol=1e-4, atol=atol)
     # the model is the one that the rows are from
-    mean = np.asarray(one.buffer.values[: len(case["obs"])]).mean(0)
+    mean = case["obs"].mean(0)
     drawn = scm.sample(jr.key(0), Intervention.none(d), 4000)
     assert (
         np.abs(mean - np.asarray(drawn).mean(0))
