@@ -203,8 +203,11 @@ def experiment_key(key: Key[Array, ""], step: Int[Array, ""] | int) -> Key[Array
 def value_grid(
     low: Float[Array, " vars"], high: Float[Array, " vars"], num_values: int
 ) -> Float[Array, "vars bins"]:
-    """`num_values` evenly spaced values per variable, both ends of its range included."""
-    return low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
+    """`num_values` evenly spaced values per variable, both ends of its range included, and none a
+    rounding beyond them.
+    """
+    values = low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
+    return jnp.clip(values, low[:, None], high[:, None])
 
 
 # Antithetic noise rows behind every noise-free mean: exact for linear mechanisms. Over 200 systems
