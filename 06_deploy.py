@@ -93,7 +93,7 @@ class Demo:
     per_variable: int = 2
     """Initial interventions on each variable that may be set."""
     online: bool = False
-    """Tune the policy by GRPO at every state, scored on a fitted causal Gaussian process."""
+    """Tune the policy by GRPO at every state, scored by what an experiment is expected to gain."""
     system: Path = SHIPPED
     """Trained system; the default is the one that comes with this script."""
 

@@ -8,12 +8,14 @@ Hypotheses about the surface f_i(v) = E[Y | do(X_i = v)] of each variable:
 - a Gaussian process around doing nothing (what the surrogate is wrong by, as the discrepancy of
   Kennedy and O'Hagan 2001, but of the whole surface).
 
-The surrogate's evidence is the density of each outcome given the rows that are no experiments
-(prequential: Dawid 1984), a process's its marginal likelihood. The surrogate may be wrong about
-some variables and right about others: given the share of variables that it is wrong about, and the
-noise of an outcome, variables are independent, and both are averaged over; so what was found out
-about one variable tells how far to trust the surrogate on the next. In one more world no variable
-does anything. One data set at a time; batch with `vmap`.
+The surrogate's evidence is the product of the densities of the outcomes, each predicted from the
+rows that are no experiments (not, as prequential evidence would have it, also from the experiments
+before it: that costs a pass of the network each, and in blocks of them gained nothing that was
+measured); a process's is its marginal likelihood. The surrogate may be wrong about some variables
+and right about others: given the share of variables that it is wrong about, and the noise of an
+outcome, variables are independent, and both are averaged over; so what was found out about one
+variable tells how far to trust the surrogate on the next. In one more world no variable does
+anything. One data set at a time; batch with `vmap`.
 """
 
 from dataclasses import dataclass
@@ -190,7 +192,7 @@ class Belief(NamedTuple):
 
 class Checked(NamedTuple):
     """What the surrogate says of a data set, and what is believed of it; `said` is the mean and
-    deviation `[done]` that it predicted for each experiment before it.
+    deviation `[done]` that it predicted for each experiment without knowing any.
     """
 
     output: SurrogateOutput
@@ -302,7 +304,7 @@ def log_outcome(y, mean, std, broad):
 
 def average(output, said, done, usual, reach, observed, config) -> Belief:
     """The mixture, from the surrogate's answer to all rows, what it `said` (mean and deviation) of
-    every experiment before it, the `usual` values of variables and how far their ranges reach.
+    every experiment knowing none, the `usual` values of variables and how far their ranges reach.
     """
     num_vars, task = len(reach), output.task
     nothing, moved = output.shift, jnp.where(done.valid, done.outcome - output.shift, 0.0)
