@@ -150,9 +150,8 @@ def optimise(
     """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` and
     `update(state, row, intervened) -> state` are the method.
 
-    Raises ValueError if the shape of the buffer leaves no room for `num_steps` experiments; if only
-    its filled rows leave too little, which a traced program cannot raise, every number in the
-    result is nan.
+    Raises `ValueError` if the buffer has no room for `num_steps` experiments; where only a traced
+    program can count its rows, every number in the result is nan.
     """
     capacity, num_vars = buffer.values.shape
     fits = buffer.has_room(config.num_steps, config.num_obs)
@@ -204,14 +203,14 @@ def optimise(
 def check_expert_input(
     scm: AbstractSCM, buffer: ExperienceBuffer, config: expert_posterior.ParentScaleConfig
 ) -> None:
-    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`; also what
-    `check_scm` raises. Nothing may be traced.
+    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`, or as `check_scm` does.
+    Nothing may be traced.
 
     Refused are fewer observational rows than `config.num_obs` at the front of the buffer; numbers
-    in filled rows that are not finite; a target that is constant over the observational rows;
-    no room for the experiments. Variables other than
-    the target may be constant over the observational rows: they count with spread one, and the
-    doubly robust prior never selects them as parents, so their effect is taken to be constant.
+    in filled rows that are not finite; a target that is constant over the observational rows; no
+    room for the experiments. Variables other than the target may be constant over the observational
+    rows: they count with spread one, and the doubly robust prior never selects them as parents, so
+    their effect is taken to be constant.
     """
     buffer.has_room(config.num_steps, config.num_obs)
     names, values, filled = scm.places, np.asarray(buffer.values), np.asarray(buffer.valid)
@@ -265,9 +264,9 @@ def run_parent_scale(
             check_expert_input(scm, buffer, config)
     prior_key, feature_key, _ = jr.split(key, 3)
     observed, later = config.split(buffer)
-    scale = config.scale(scm, observed)
-    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, scm, observed)
-    star, effects = config.do_effects(scm, observed, sets, log_prior)
+    scale = config.scale(scm.task, observed)
+    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, scm.task, observed)
+    star, effects = config.do_effects(scm.task, observed, sets, log_prior)
 
     def believe(state, buffer):
         log_probs = state.log_probs if predict is None else predict(buffer)
@@ -282,7 +281,7 @@ def run_parent_scale(
 
     state = None
     if predict is None:
-        state = config.initial_regression(feature_key, scm, observed, sets, log_prior)
+        state = config.initial_regression(feature_key, scm.task, observed, sets, log_prior)
         state, _ = expert_posterior.absorb_rows(state, scale, scm.target, later)
     run = optimise(key, scm, buffer, config, sets, state, believe, update)
     return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))

@@ -15,31 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.expert_gp import StarEffects, StarGP, fit_star_gp, star_effects
-from lib.expert_prior import doubly_robust_prior
+from lib.expert_prior import Scale, doubly_robust_prior
 from lib.linalg import inverse_and_log_det
 from lib.scm import AbstractSCM, Task, value_grid
 
 
 NOISE_FLOOR = 1e-5  # variance of an outcome, in units of the variance of Y; the published floor
-
-
-class Scale(NamedTuple):
-    """Shift and spread of every variable over the observational rows."""
-
-    shift: Float[Array, " vars"]
-    spread: Float[Array, " vars"]
-
-    @staticmethod
-    def of(rows: Float[Array, "samples vars"]) -> "Scale":
-        spread = rows.std(0)
-        return Scale(rows.mean(0), jnp.where(spread > 0, spread, 1.0))
-
-    def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-        return (rows - self.shift[None, :]) / self.spread[None, :]
-
-    def standardise(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
-        """Values of every variable."""
-        return self(grid.T).T
 
 
 class Features(NamedTuple):
@@ -247,28 +228,28 @@ class ParentScaleConfig:
         return buffer.values[: self.num_obs], later
 
     def prior_over_sets(
-        self, key: Key[Array, ""], scm: AbstractSCM, observed: Float[Array, "samples vars"]
+        self, key: Key[Array, ""], task: Task, observed: Float[Array, "samples vars"]
     ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
         """Candidate sets and their log-probabilities before any regression."""
         if self.prior == "uniform":
-            return uniform_prior(scm.task, self.max_set_size)
-        return doubly_robust_prior(key, observed, scm.task, self.num_bootstraps, self.num_features)
+            return uniform_prior(task, self.max_set_size)
+        return doubly_robust_prior(key, observed, task, self.num_bootstraps, self.num_features)
 
-    def scale(self, scm: AbstractSCM, observed: Float[Array, "samples vars"]) -> Scale:
+    def scale(self, task: Task, observed: Float[Array, "samples vars"]) -> Scale:
         """The units of the parent-set regression."""
         return Scale.of(observed)
 
     def initial_regression(
         self,
         key: Key[Array, ""],
-        scm: AbstractSCM,
+        task: Task,
         observed: Float[Array, "samples vars"],
         sets: Bool[Array, "sets vars"],
         log_prior: Float[Array, " sets"],
     ) -> ParentSetRegression:
         """The parent-set regression after the observational rows, with the features asked for."""
-        x = self.scale(scm, observed)(observed)
-        y, num_vars = jnp.take(x, scm.target, axis=1), x.shape[1]
+        x = self.scale(task, observed)(observed)
+        y, num_vars = jnp.take(x, task.target, axis=1), x.shape[1]
         num_features = num_vars if self.features == "linear" else max(self.num_features, num_vars)
         omega, phase = draw_features(key, sets.shape[0], num_vars, num_features)
 
@@ -295,7 +276,7 @@ class ParentScaleConfig:
 
     def do_effects(
         self,
-        scm: AbstractSCM,
+        task: Task,
         observed: Float[Array, "samples vars"],
         sets: Bool[Array, "sets vars"],
         log_prior: Float[Array, " sets"],
@@ -305,9 +286,9 @@ class ParentScaleConfig:
         """
         scale, live = Scale.of(observed), log_prior > -jnp.inf
         x = scale(observed)
-        y = jnp.take(x, scm.target, axis=1)
+        y = jnp.take(x, task.target, axis=1)
         star = fit_star_gp(x, y, sets, live)
-        grid = scale.standardise(value_grid(scm.low, scm.high, self.num_values))
+        grid = scale.standardise(value_grid(task.low, task.high, self.num_values))
         return star, star_effects(x, y, sets, star, grid, live)
 
 
@@ -348,8 +329,8 @@ def replay_posterior(
     """
     prior_key, feature_key, _ = jr.split(key, 3)
     observed, later = config.split(buffer)
-    candidates = config.prior_over_sets(prior_key, scm, observed)
-    state = config.initial_regression(feature_key, scm, observed, *candidates)
-    _, log_probs = absorb_rows(state, config.scale(scm, observed), scm.target, later)
+    candidates = config.prior_over_sets(prior_key, scm.task, observed)
+    state = config.initial_regression(feature_key, scm.task, observed, *candidates)
+    _, log_probs = absorb_rows(state, config.scale(scm.task, observed), scm.target, later)
     every = jnp.concatenate([state.log_probs[None], log_probs])
     return every[num_initial - config.num_obs + jnp.arange(config.num_steps + 1)]

@@ -32,6 +32,25 @@ FALSE_DISCOVERIES = 0.05  # their rate among the selected
 UNION_SIZE = 4  # variables whose subsets are all candidates
 
 
+class Scale(NamedTuple):
+    """Shift and spread of every variable over the observational rows."""
+
+    shift: Float[Array, " vars"]
+    spread: Float[Array, " vars"]
+
+    @staticmethod
+    def of(rows: Float[Array, "samples vars"]) -> "Scale":
+        spread = rows.std(0)
+        return Scale(rows.mean(0), jnp.where(spread > 0, spread, 1.0))
+
+    def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
+        return (rows - self.shift[None, :]) / self.spread[None, :]
+
+    def standardise(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
+        """Values of every variable."""
+        return self(grid.T).T
+
+
 def doubly_robust_prior(
     key: Key[Array, ""],
     rows: Float[Array, "samples vars"],
@@ -55,30 +74,17 @@ def doubly_robust_prior(
     return with_union(*set_frequencies(*selection[:2]), *selection)
 
 
-class Selection(NamedTuple):
-    """What bootstraps select, out of the variables that are `real`: not padding, not the target."""
-
-    selected: Bool[Array, "bootstraps vars"]
-    real: Bool[Array, " vars"]
-    p_values: Float[Array, "bootstraps vars"]
-
-
-def select(key, rows, task: Task, num_bootstraps, num_features) -> Selection:
-    """The parents of the target that each bootstrap of `rows` selects."""
-    real, standard = task.possible_parents, standardise(rows)
+def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, Array, Array]:
+    """The parents that each bootstrap of `rows` selects `[bootstraps, vars]`, out of which
+    variables `[vars]`, and the p-values behind it `[bootstraps, vars]`.
+    """
+    real, standard = task.possible_parents, Scale.of(rows)(rows)
     feature_key, bootstrap_key = jr.split(key)
     x, y = jnp.where(real[None, :], standard, 0.0), jnp.take(standard, task.target, axis=1)
     folds = num_bootstraps, NUM_FOLDS, num_features, PENALTY
     p_values = increase_p_values(*held_out_residuals(feature_key, x, y, bootstrap_key, *folds))
     selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, FALSE_DISCOVERIES))(p_values)
-    return Selection(selected, real, p_values)
-
-
-def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-    """Columns with mean zero and standard deviation one; constant columns become zero."""
-    centred = rows - rows.mean(0, keepdims=True)
-    deviation = centred.std(0, keepdims=True)
-    return centred / jnp.where(deviation > 0, deviation, 1.0)
+    return selected, real, p_values
 
 
 def held_out_residuals(

@@ -35,9 +35,8 @@ def initial_buffer(
     num_vars = scm.var_mask.shape[0]
     observed = scm.sample(obs_key, Intervention.none(num_vars), num_obs)
     variables = jnp.tile(jnp.arange(num_vars), per_variable)
-    values = scm.low[variables] + (scm.high - scm.low)[variables] * jr.uniform(
-        value_key, variables.shape
-    )
+    fraction = jr.uniform(value_key, variables.shape)
+    values = between(fraction, scm.low[variables], scm.high[variables])
     kept_obs = jnp.arange(num_obs) < (num_obs if valid_obs is None else valid_obs)
     kept = jnp.concatenate([kept_obs, scm.candidates[variables]])
     buffer = with_experiments(row_key, scm, observed, variables, values).only(kept)

@@ -27,8 +27,8 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
 from lib.expert_gp import StarEffects, StarGP, squared_distances, star_effects
-from lib.expert_posterior import ParentScaleConfig, ParentSetRegression, Scale
-from lib.expert_prior import select, set_frequencies
+from lib.expert_posterior import ParentScaleConfig, ParentSetRegression
+from lib.expert_prior import Scale, select, set_frequencies
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.scm import value_grid
 
@@ -52,28 +52,28 @@ class PublishedRegression(ParentSetRegression):
 class PublishedConfig(ParentScaleConfig):
     """Settings of the expert as published."""
 
-    def prior_over_sets(self, key, scm, observed):
+    def prior_over_sets(self, key, task, observed):
         if self.prior == "uniform":
-            return super().prior_over_sets(key, scm, observed)
-        return bootstrap_prior(key, observed, scm.task, self.num_bootstraps, self.num_features)
+            return super().prior_over_sets(key, task, observed)
+        return bootstrap_prior(key, observed, task, self.num_bootstraps, self.num_features)
 
-    def scale(self, scm, observed):
-        shift, spread = super().scale(scm, observed)
-        return Scale(shift.at[scm.target].set(0.0), spread.at[scm.target].set(1.0))
+    def scale(self, task, observed):
+        shift, spread = super().scale(task, observed)
+        return Scale(shift.at[task.target].set(0.0), spread.at[task.target].set(1.0))
 
-    def initial_regression(self, key, scm, observed, sets, log_prior):
-        x = self.scale(scm, observed)(observed)
+    def initial_regression(self, key, task, observed, sets, log_prior):
+        x = self.scale(task, observed)(observed)
         # Sets with the target have probability zero, but it may be too large for their regression.
-        without = sets.at[:, scm.target].set(False)
-        first = super().initial_regression(key, scm, observed, without, log_prior)
-        y, noise = jnp.take(x, scm.target, axis=1), jnp.ones_like(first.noise)
+        without = sets.at[:, task.target].set(False)
+        first = super().initial_regression(key, task, observed, without, log_prior)
+        y, noise = jnp.take(x, task.target, axis=1), jnp.ones_like(first.noise)
         return PublishedRegression.fit(first.features, log_prior, x, y, noise)
 
-    def do_effects(self, scm, observed, sets, log_prior):
-        live, grid = log_prior > -jnp.inf, value_grid(scm.low, scm.high, self.num_values)
+    def do_effects(self, task, observed, sets, log_prior):
+        live, grid = log_prior > -jnp.inf, value_grid(task.low, task.high, self.num_values)
         scale = Scale.of(observed)
         y, shift, spread = (
-            jnp.take(a, scm.target, axis=-1) for a in (observed, scale.shift, scale.spread)
+            jnp.take(a, task.target, axis=-1) for a in (observed, scale.shift, scale.spread)
         )
         star = fit_star_gp(observed, y, sets, live)
         mean, *variances = star_effects(observed, y, sets, star, grid, live)
