@@ -196,13 +196,8 @@ def test_a_group_of_one_is_refused():
         grpo.GRPOConfig(group_size=1)
 
 
-def test_actions_are_candidates_within_range_and_log_probs_are_the_policys(
-    problem, policy, campaign
-):
-    groups, scm = campaign[0], problem.scm
-    variable, value = groups.variable, groups.value
-    assert scm.candidates[variable].all()
-    assert (value >= scm.low[variable] - 1e-6).all() and (value <= scm.high[variable] + 1e-6).all()
+def test_log_probs_are_the_policys(policy, campaign):
+    groups = campaign[0]
     np.testing.assert_allclose(jit_log_probs(policy, groups), groups.log_prob, atol=1e-4)
 
 
