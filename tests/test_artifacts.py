@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import equinox as eqx
 import jax
@@ -261,11 +262,8 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path, write, error, said):
 
 def test_failed_write_keeps_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
-
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("lib.artifacts.os.replace", full_disk)
+    full = Mock(side_effect=OSError("no space left"))
+    monkeypatch.setattr("lib.artifacts.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         save(saved, seed=2)
     assert saved.read_bytes() == before
