@@ -224,8 +224,7 @@ def test_progress_and_predictions_matter(act):
     lower = eqx.tree_at(lambda s: s.output.effect_mean, state, mean)
     later = eqx.tree_at(lambda s: s.steps_left, state, jnp.array(1))
     for changed, difference in ((later, 1e-4), (lower, 1e-3)):
-        moved = (act(changed).logits - act(state).logits)[CANDIDATES]
-        assert jnp.abs(moved).max() > difference
+        assert jnp.abs((act(changed).logits - act(state).logits)[CANDIDATES]).max() > difference
 
 
 def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):

@@ -213,18 +213,6 @@ def test_mechanisms_and_noises_agree_with_numpy(mechanism, noise_kind):
     assert not rows[:, 4].any() and rows[:, :4].std(0).min() > 0.1
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_padding_changes_nothing(mechanism):
-    noise = jr.normal(jr.key(7), (16, 7))
-    rows = [
-        simulate(
-            hand_made(mechanism, "heteroscedastic", d), noise[:, :d], Intervention.single(0, 2.0, d)
-        )[:, :4]
-        for d in (5, 7)
-    ]
-    np.testing.assert_allclose(*rows, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("kind", "kurtosis"), [("gaussian", 3.0), ("laplace", 6.0), ("uniform", 1.8)]
 )
