@@ -195,5 +195,4 @@ def test_every_name_of_the_documents_exists():
         assert not missing, f"{place}: {missing}"
     system = importlib.import_module("lib.system").TrainedACBOSystem
     assert all(hasattr(system, name) for name in METHODS_OF_THE_SYSTEM)
-    named = {name for names in NAMES.values() for name in names.split()}
-    assert len(named | set(METHODS_OF_THE_SYSTEM)) == 72
+    assert len({*" ".join(NAMES.values()).split(), *METHODS_OF_THE_SYSTEM}) == 72
