@@ -104,7 +104,8 @@ def agrees(shown: str | None, stored: str | float | None) -> bool:
     """Whether `shown`, if anything, is `stored` rounded; either neighbour if half-way between."""
     if shown is None or stored is None:
         return shown is None
-    return abs(float(shown) - float(stored)) <= 0.5 * 10 ** -len(shown.partition(".")[2]) + 1e-9
+    decimals = len(shown.partition(".")[2])
+    return abs(float(shown) - float(stored)) <= 0.5 * 10**-decimals + 1e-9
 
 
 def differences(table: Table) -> list[str]:
@@ -124,9 +125,8 @@ def differences(table: Table) -> list[str]:
             need, match = wanted(row[0]) | wanted(title) | corner, CELL.fullmatch(cell)
             near = [(len(named), values) for named, values in stored if need <= named]
             least = min((size for size, _ in near), default=0)
-            fits = match and any(
-                size == least and all(map(agrees, match.groups(), values)) for size, values in near
-            )
+            nearest = [values for size, values in near if match and size == least]
+            fits = any(all(map(agrees, match.groups(), values)) for values in nearest)
             if FIGURE.fullmatch(cell) and not fits:
                 wrong.append(f"{row[0]} | {title}: {cell}")
     return wrong
@@ -150,6 +150,25 @@ def problems(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_show_what_is_stored(page):
     assert problems(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_altered_figures_and_comments_that_are_gone_are_reported(page):
+    """Every figure with its last digit changed, and every comment left out: each is noticed."""
+    other = {str(digit): str((digit + 5) % 10) for digit in range(10)}
+    text = page.read_text()
+    for table in tables_of(text):
+        if table.comment.startswith("stored:"):
+            pattern = r"^([-+.\d]*)(\d)(?=$| \[)"
+            rows = [
+                [r[0], *(re.sub(pattern, lambda m: m[1] + other[m[2]], c) for c in r[1:])]
+                for r in table.rows
+            ]
+            figures = [cell for row in rows for cell in row[1:] if CELL.fullmatch(cell)]
+            found = differences(table._replace(rows=rows))
+            assert figures and [wrong.rpartition(": ")[2] for wrong in found] == figures
+    comments = re.findall(r"<!-- (?:not )?stored:.*?-->\s*", text, flags=re.DOTALL)
+    assert comments and all(problems(text.replace(comment, "", 1)) for comment in comments)
 
 
 def test_every_stored_file_is_in_the_index_and_every_link_leads_to_a_file():
