@@ -29,7 +29,6 @@ from lib import settings
 from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
 from lib.buffer import DataError
 from lib.expert_posterior import ParentScaleConfig
-from lib.extraction import extract_multiple_trajectories
 from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
@@ -37,6 +36,7 @@ from lib.trajectories import (
     ExpertTrajectory,
     augment_expert_demonstrations,
     extract_expert_demonstrations,
+    extract_multiple_trajectories,
     take,
     to_arrays,
     validate_demonstration_quality,

@@ -42,7 +42,7 @@ from lib.buffer import MIN_OBSERVATIONS
 from lib.problems import DataDesign, Example, sample_examples, sample_problem
 from lib.scm_prior import SCMPrior, inherit
 from lib.training import Learner, Progress, filter_scan, moving_average
-from lib.trajectories import ExpertTrajectory, extract_surrogate_training_data, load_trajectories
+from lib.trajectories import ExpertTrajectory, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -353,6 +353,28 @@ def train_surrogate_with_expert_data(
     metrics = metrics or accuracy(state.average, validation)
     speedup = estimate_speedup(time_key, state.average, config)
     return SurrogateModelResult(state.average, history, metrics, done, speedup)
+
+
+@eqx.filter_jit
+def extract_surrogate_training_data(
+    trajectories: ExpertTrajectory, capacity: int
+) -> surrogate.SurrogateTrainingExample:
+    """The expert's belief after every number of experiments, with the data it followed from, in
+    buffers of at least `capacity` rows.
+    """
+    num_steps = trajectories.variable.shape[1]
+    room = max(capacity - trajectories.buffer.valid.shape[1], 0)
+
+    def one(trajectory, step):
+        buffer = trajectory.buffer_before(step)
+        return surrogate.SurrogateTrainingExample(
+            buffer.grow(room), trajectory.scm.task, trajectory.posterior(step)
+        )
+
+    examples = jax.vmap(lambda t: jax.vmap(lambda s: one(t, s))(jnp.arange(num_steps + 1)))(
+        trajectories
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
 
 
 def train_surrogate_component(

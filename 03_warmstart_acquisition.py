@@ -42,7 +42,13 @@ from tyro.extras import overridable_config_cli
 from lib import settings
 from lib.artifacts import save_arrays, save_module
 from lib.grpo import GRPOConfig, GRPOMetrics, campaign_gains, collect_groups, grpo_step
-from lib.imitation import ImitationConfig, clone, clone_loss
+from lib.imitation import (
+    AcquisitionTrainingExample,
+    ImitationConfig,
+    clone,
+    clone_loss,
+    extract_acquisition_training_data,
+)
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.problems import CampaignDesign, Problem, draw_mixture
 from lib.rewards import RewardConfig
@@ -50,13 +56,7 @@ from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
 from lib.training import Learner, Progress, clipped_adam, moving_average
-from lib.trajectories import (
-    AcquisitionTrainingExample,
-    ExpertTrajectory,
-    extract_acquisition_training_data,
-    join,
-    load_trajectories,
-)
+from lib.trajectories import ExpertTrajectory, join, load_trajectories
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from decimal import Context, Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from lib.scm import Intervention
 
 
+T = TypeVar("T")
 MIN_OBSERVATIONS = 10
 INTERVENED = "intervened"
 # a column whose deviation is a smaller share of its largest value than float64 can tell
@@ -78,7 +80,11 @@ class ExperienceBuffer(eqx.Module):
 
     def first(self, count) -> "ExperienceBuffer":
         """What was known when `count` rows were filled; the others are free places again."""
-        known = self.valid & (jnp.arange(self.valid.shape[0]) < count)
+        return self.only(jnp.arange(self.valid.shape[0]) < count)
+
+    def only(self, kept: Bool[Array, " samples"]) -> "ExperienceBuffer":
+        """The rows that are `kept`, each in its place; the others are free places."""
+        known = self.valid & kept
         return ExperienceBuffer(
             jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known
         )
@@ -102,18 +108,19 @@ class ExperienceBuffer(eqx.Module):
             )
         return self.write(self.size, intervention, outcome)
 
-    def has_room(self, extra: int) -> Bool[Array, ""]:
-        """Whether `extra` more rows fit. Raises `ValueError` where it can be told that they do not;
-        inside `jit`, where rows cannot be counted, the caller has to mark what it returns.
+    def has_room(self, extra: int, filled: int = 0) -> Bool[Array, ""]:
+        """Whether `extra` more rows fit behind those that there are, at least `filled`. Raises
+        `ValueError` where it can be told that they do not; inside `jit`, where rows cannot be
+        counted, the caller has to mark what it returns (`nan_unless`).
         """
-        capacity = self.valid.shape[0]
-        fits = self.size + extra <= capacity
-        if extra > capacity or not isinstance(fits, Tracer) and not bool(fits):
+        capacity, size = self.valid.shape[0], self.size
+        rows = filled if isinstance(size, Tracer) else max(int(size), filled)
+        if rows + extra > capacity:
             raise ValueError(
-                f"the buffer has {capacity} places, too few for its rows and {extra} "
-                "experiments: use grow()"
+                f"the buffer has {capacity} places, too few for its rows and {extra} experiments "
+                f"(at least {rows} rows): use grow()"
             )
-        return fits
+        return size + extra <= capacity
 
     def write(
         self, index, intervention: Intervention, outcome: Float[Array, " vars"]
@@ -208,6 +215,16 @@ class ExperienceBuffer(eqx.Module):
             jnp.ones(len(table), bool),
         )
         return NamedBuffer(variables, buffer, units)
+
+
+def nan_unless(fits: Bool[Array, ""], tree: T) -> T:
+    """The tree with nan for every number unless `fits`: what a program that could only count rows
+    as it ran returns in place of raising. Not `eqx.error_if`: a host callback inside a batched loop
+    can deadlock on a machine with few cores.
+    """
+    return jax.tree.map(
+        lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
 
 
 class Units(NamedTuple):

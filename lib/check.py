@@ -30,7 +30,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
-from lib.expert_gp import expected_improvement
+from lib.improvement import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
 from lib.scm import Task
 from lib.sums import Summary

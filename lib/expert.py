@@ -4,11 +4,10 @@ PARENT_SCALE, published as CBO-U (Durand, Annadani, Bauer, Parbhoo 2025, arXiv 2
 robust prior over the target's parent sets, a sequential closed-form posterior over them, star-graph
 do-effects averaged over that posterior, a causal-prior Gaussian process per variable, and expected
 improvement over single-variable interventions on possible parents. Where the published code departs
-from the method, the default here follows the method; `published` of `ParentScaleConfig` restores
-the code.
+from the method, this follows the method; `studies/published.py` restores the code.
 
 Differences that remain: inputs and target are standardised by the observational rows also for the
-Gaussian processes; their hyperparameters come from grids instead of a gradient search (`published`
+Gaussian processes; their hyperparameters come from grids instead of a gradient search (that file
 restores both for the do-effects); the acquisition is maximised on a grid and refined once; an
 outcome is one noisy sample by default, so the surrogate carries observation noise.
 
@@ -31,15 +30,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib import expert_gp, expert_posterior
-from lib.buffer import ExperienceBuffer
+from lib.buffer import ExperienceBuffer, nan_unless
+from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.scm import (
     AbstractSCM,
     Intervention,
-    SyntheticSCM,
-    check_ranges,
     check_scm,
     experiment_key,
+    refine,
     value_grid,
 )
 
@@ -100,19 +99,17 @@ def fit_causal_gps(
     counts for a variable if it alone was set. The noise of an outcome is the prior's `noise` at its
     value times `share[samples]`.
     """
-    values, intervened, valid = (
-        a[config.num_obs :] for a in (buffer.values, buffer.intervened, buffer.valid)
-    )
-    alone = valid & (intervened.sum(1) == 1)
+    _, later = config.split(buffer)
+    alone = later.valid & (later.intervened.sum(1) == 1)
     grid = scale.standardise(value_grid(scm.low, scm.high, config.num_values))
 
     def fit(grid, mean, deviation, noise, points, used):
         noise = jnp.maximum(jnp.interp(points, grid, noise) * share, expert_posterior.NOISE_FLOOR)
         data = points, outcomes, noise, used
-        return expert_gp.fit_causal_gp(grid, mean, deviation, *data, noise_scales=noise_scales)
+        return expert_gp.fit_causal_gp((grid, mean, deviation), data, noise_scales)
 
-    used = (intervened & alone[:, None] & scm.candidates[None, :]).T
-    return jax.vmap(fit)(grid, *prior, scale(values).T, used)
+    used = (later.intervened & alone[:, None] & scm.candidates[None, :]).T
+    return jax.vmap(fit)(grid, *prior, scale(later.values).T, used)
 
 
 def decide(scm, scale, gps: expert_gp.CausalGP, explore: Bool[Array, " vars"]) -> Decision:
@@ -132,22 +129,17 @@ def decide(scm, scale, gps: expert_gp.CausalGP, explore: Bool[Array, " vars"]) -
 
     def log_improvement(variable, points):
         mean, std = predict(variable, points)
-        return expert_gp.log_expected_improvement(mean, std, best)
+        return log_expected_improvement(mean, std, best)
 
-    improvement = expert_gp.expected_improvement(mean, std, best)[:, ::2] * jnp.take(
-        scale.spread, target
-    )
-    table = jnp.where(
-        explore[:, None], expert_gp.log_expected_improvement(mean, std, best), -jnp.inf
-    )
-    variable, value = expert_gp.refine(log_improvement, gps.grid, table)
+    table = jnp.where(explore[:, None], log_expected_improvement(mean, std, best), -jnp.inf)
+    variable, value = refine(log_improvement, gps.grid, table)
     least = jnp.where(candidates[:, None], -mean, -jnp.inf)
-    recommended, at = expert_gp.refine(lambda i, points: -predict(i, points)[0], gps.grid, least)
+    recommended, at = refine(lambda i, points: -predict(i, points)[0], gps.grid, least)
 
     def raw(i, value):
         return jnp.clip(value * scale.spread[i] + scale.shift[i], scm.low[i], scm.high[i])
 
-    surface = jnp.where(explore[:, None], improvement, 0.0)
+    surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, target)
     chosen, best = (variable, raw(variable, value)), (recommended, raw(recommended, at))
     return Decision(surface, *chosen, *best, failures=gps.failures.sum())
 
@@ -158,16 +150,11 @@ def optimise(
     """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` and
     `update(state, row, intervened) -> state` are the method.
 
-    Raises ValueError if the shape of the buffer leaves no room for `num_steps` experiments; if only
-    its filled rows leave too little, which a traced program cannot raise, every number in the
-    result is nan.
+    Raises `ValueError` if the buffer has no room for `num_steps` experiments; where only a traced
+    program can count its rows, every number in the result is nan.
     """
-    num_vars, capacity = scm.low.shape[0], buffer.valid.shape[0]
-    if capacity < config.num_obs + config.num_steps:
-        raise ValueError(
-            f"the buffer has {capacity} places for {config.num_obs} observations and "
-            f"{config.num_steps} experiments: use grow()"
-        )
+    capacity, num_vars = buffer.values.shape
+    fits = buffer.has_room(config.num_steps, config.num_obs)
     start, samples = buffer.size, config.outcome_samples
     scale = expert_posterior.Scale.of(buffer.values[: config.num_obs])
     y = scale(buffer.values[config.num_obs :])[:, scm.target]
@@ -210,34 +197,23 @@ def optimise(
         buffer=buffer,
         failures=decisions.failures.sum(),
     )
-    # Not `eqx.error_if`: a host callback inside a batched loop can deadlock on a machine with few
-    # cores.
-    fits = start + config.num_steps <= capacity
-    return jax.tree.map(
-        lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, run
-    )
+    return nan_unless(fits, run)
 
 
 def check_expert_input(
     scm: AbstractSCM, buffer: ExperienceBuffer, config: expert_posterior.ParentScaleConfig
 ) -> None:
-    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`; of a synthetic model,
-    also what `check_scm` raises. Nothing may be traced.
+    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`, or as `check_scm` does.
+    Nothing may be traced.
 
     Refused are fewer observational rows than `config.num_obs` at the front of the buffer; numbers
-    in filled rows that are not finite; a target that is constant over the observational rows; a
-    range with low above high, or no candidate; no room for the experiments. Variables other than
-    the target may be constant over the observational rows: they count with spread one, and the
-    doubly robust prior never selects them as parents, so their effect is taken to be constant.
+    in filled rows that are not finite; a target that is constant over the observational rows; no
+    room for the experiments. Variables other than the target may be constant over the observational
+    rows: they count with spread one, and the doubly robust prior never selects them as parents, so
+    their effect is taken to be constant.
     """
-    names = [*scm.names, *(f"place {i}" for i in range(len(scm.names), scm.low.shape[0]))]
-    values, filled = np.asarray(buffer.values), np.asarray(buffer.valid)
-    num_rows, capacity = max(int(filled.sum()), config.num_obs), len(filled)
-    if capacity < num_rows + config.num_steps:
-        raise ValueError(
-            f"the buffer has {capacity} places for {num_rows} rows and "
-            f"{config.num_steps} experiments: use grow()"
-        )
+    buffer.has_room(config.num_steps, config.num_obs)
+    names, values, filled = scm.places, np.asarray(buffer.values), np.asarray(buffer.valid)
     other = ~np.asarray(buffer.observational)[: config.num_obs]
     if other.any():
         raise ValueError(
@@ -252,15 +228,13 @@ def check_expert_input(
             f"row {row} of the buffer, {names[variable]}: {values[row, variable]} is "
             "not a finite number: correct or remove the row"
         )
-    target = names[int(scm.target)]
-    if np.ptp(values[: config.num_obs, int(scm.target)]) == 0:
+    target = int(scm.target)
+    if np.ptp(values[: config.num_obs, target]) == 0:
         raise ValueError(
-            f"the target {target} is constant over the {config.num_obs} "
+            f"the target {names[target]} is constant over the {config.num_obs} "
             "observational rows: add rows in which it varies"
         )
-    check_ranges(scm)
-    if isinstance(scm, SyntheticSCM):
-        check_scm(scm)
+    check_scm(scm)
 
 
 def run_parent_scale(
@@ -289,12 +263,10 @@ def run_parent_scale(
         with jax.ensure_compile_time_eval():
             check_expert_input(scm, buffer, config)
     prior_key, feature_key, _ = jr.split(key, 3)
-    observed = buffer.values[: config.num_obs]
-    scale = expert_posterior.Scale.of(observed)
-    sets, log_prior = candidate_sets or expert_posterior.prior_over_sets(
-        prior_key, scm, observed, config
-    )
-    star, effects = effects_of_sets(observed, scm, sets, log_prior, config)
+    observed, later = config.split(buffer)
+    scale = config.scale(scm.task, observed)
+    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, scm.task, observed)
+    star, effects = config.do_effects(scm.task, observed, sets, log_prior)
 
     def believe(state, buffer):
         log_probs = state.log_probs if predict is None else predict(buffer)
@@ -302,48 +274,17 @@ def run_parent_scale(
         explore = jnp.where(support.any(), support, scm.candidates)
         return log_probs, expert_gp.aggregate_effects(log_probs, effects, star), explore
 
-    def update(state, row, intervened, valid: Bool[Array, ""] | bool = True):
+    def update(state, row, intervened):
         return state and expert_posterior.absorb_row(
-            state, scale, scm.target, config, row, intervened, valid
+            state, scale, scm.target, row, intervened, True
         )
 
     state = None
     if predict is None:
-        state = expert_posterior.initial_regression(
-            feature_key, sets, log_prior, observed, scm.target, config
-        )
-        rows = (a[config.num_obs :] for a in (buffer.values, buffer.intervened, buffer.valid))
-        state, _ = jax.lax.scan(lambda s, row: (update(s, *row), None), state, tuple(rows))
+        state = config.initial_regression(feature_key, scm.task, observed, sets, log_prior)
+        state, _ = expert_posterior.absorb_rows(state, scale, scm.target, later)
     run = optimise(key, scm, buffer, config, sets, state, believe, update)
     return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))
-
-
-def effects_of_sets(
-    observed: Float[Array, "samples vars"],
-    scm: AbstractSCM,
-    sets: Bool[Array, "sets vars"],
-    log_prior: Float[Array, " sets"],
-    config: expert_posterior.ParentScaleConfig,
-) -> tuple[expert_gp.StarGP, expert_gp.StarEffects]:
-    """The star-graph GP of every set and its do-effects on the search grid, in units of the
-    deviation of Y (its mean and variance too).
-    """
-    scale, live = expert_posterior.Scale.of(observed), log_prior > -jnp.inf
-    grid = value_grid(scm.low, scm.high, config.num_values)
-    if not config.published:
-        x = scale(observed)
-        y = jnp.take(x, scm.target, axis=1)
-        star = expert_gp.fit_star_gp(x, y, sets, live)
-        return star, expert_gp.star_effects(x, y, sets, star, scale.standardise(grid), live)
-    y, shift, spread = (
-        jnp.take(a, scm.target, axis=-1) for a in (observed, scale.shift, scale.spread)
-    )
-    star = expert_gp.fit_star_gp_published(observed, y, sets, live)
-    mean, variance, varied = expert_gp.star_effects(observed, y, sets, star, grid, live)
-    standard = expert_gp.StarEffects(
-        (mean - shift) / spread, variance / spread**2, varied / spread**2
-    )
-    return star._replace(noise=star.noise / spread**2), standard
 
 
 def run_gp_ei(

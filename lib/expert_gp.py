@@ -1,5 +1,5 @@
 """Gaussian processes of the expert: star-graph effects of interventions, and the causal-prior
-surrogate with expected improvement.
+surrogate of each variable.
 
 PARENT_SCALE (Durand, Annadani, Bauer, Parbhoo 2025) and Aglietti et al., "Causal Bayesian
 Optimization" (AISTATS 2020). Everything is for one problem, in whatever units the caller uses;
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
@@ -102,76 +101,6 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
 
     one = jnp.ones((), y.dtype)
     return jax.lax.cond(alive, fit, lambda: StarGP(one, one, one, jnp.zeros((), int)))
-
-
-# what its `safe_optimization` allows
-PUBLISHED_LONGEST, PUBLISHED_NOISE, PUBLISHED_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5
-
-
-def fit_star_gp_published(
-    x: Float[Array, "samples vars"],
-    y: Float[Array, " samples"],
-    sets: Bool[Array, "sets vars"],
-    live: Bool[Array, " sets"],
-) -> StarGP:
-    """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient
-    ascent from (1, 1, 1), then its limits.
-
-    A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay:
-    on linear systems its do-effects fall back to zero between the rows. Sets that are not `live`
-    get ones, without any work.
-    """
-    with jax.enable_x64(True):
-        wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
-        gp = jax.vmap(fit_one_star_gp_published, in_axes=(0, 0, None, None))(
-            live, sets, squared_distances(wide_x), wide_y
-        )
-        return StarGP(*(p.astype(x.dtype) for p in gp))
-
-
-# one set after the other: under `vmap` a condition would compute both of its branches
-@sequential_vmap
-def fit_one_star_gp_published(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
-    """Amplitude, lengthscale and noise of one set, from squared distances
-    `squares[vars, samples, samples]`.
-    """
-    optimiser, start = optax.lbfgs(), jnp.zeros(3, y.dtype)
-    distance = jnp.tensordot(members.astype(y.dtype), squares, 1)
-
-    def loss(logs):
-        amplitude, lengthscale, noise = jnp.exp(logs)
-        kernel = amplitude * jnp.exp(-distance / (2 * lengthscale**2)) + noise * jnp.eye(y.shape[0])
-        inverse, log_det = inverse_and_log_det(jax.lax.stop_gradient(kernel))
-        alpha = inverse @ y
-        # The derivative of the negative log likelihood along dK is -(alpha alpha' - K^-1) : dK / 2
-        # (Rasmussen and Williams 2006, eq. 5.9).
-        slope = -0.5 * (kernel * (alpha[:, None] * alpha[None] - inverse)).sum()
-        return 0.5 * (y @ alpha + log_det) + slope - jax.lax.stop_gradient(slope)
-
-    def improve(carry):
-        logs, state, value, _, step = carry
-        gradient = jax.grad(loss)(logs)
-        updates, state = optimiser.update(
-            gradient, state, logs, value=value, grad=gradient, value_fn=loss
-        )
-        after = loss(logs + updates)
-        return logs + updates, state, after, value - after, step + 1
-
-    def going(carry):  # until a step gains less than SciPy's L-BFGS asks of one
-        _, _, value, gain, step = carry
-        return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
-
-    def fit():
-        logs, *_ = jax.lax.while_loop(
-            going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0)
-        )
-        amplitude, lengthscale, noise = jnp.exp(logs)
-        lengthscale = jnp.where(lengthscale > PUBLISHED_LONGEST, 1.0, lengthscale)
-        amplitude = jnp.maximum(amplitude, PUBLISHED_AMPLITUDE)
-        return amplitude, lengthscale, jnp.clip(noise, *PUBLISHED_NOISE)
-
-    one = jnp.ones((), y.dtype)
-    return jax.lax.cond(alive, fit, lambda: (one, one, one))
 
 
 def star_effects(
@@ -309,19 +238,16 @@ class CausalGP(eqx.Module):
     lengthscale: Float[Array, ""]
     failures: Int[Array, ""]  # hyperparameters left out because their Cholesky factor failed
 
-    def kernel(self, a: Float[Array, " a"], b: Float[Array, " b"]) -> Float[Array, "a b"]:
-        """Prior covariance between the effects at two lists of values."""
-        return causal_kernel(self.grid, self.deviation, self.amplitude, self.lengthscale, a, b)
-
     def __call__(
         self, values: Float[Array, " values"]
     ) -> tuple[Float[Array, " values"], Float[Array, " values"]]:
         """Posterior mean and standard deviation of E[Y | do(X = v)] at `values`."""
-        cross = self.kernel(self.points, values) * self.used[:, None]
+        prior = self.grid, self.deviation, self.amplitude, self.lengthscale
+        cross = causal_kernel(*prior, self.points, values) * self.used[:, None]
         whitened = forward_solve(self.factor, cross)
-        prior = self.amplitude + jnp.interp(values, self.grid, self.deviation) ** 2
+        variance = self.amplitude + jnp.interp(values, self.grid, self.deviation) ** 2
         mean = jnp.interp(values, self.grid, self.mean) + self.weights @ cross
-        return mean, jnp.sqrt(jnp.maximum(prior - (whitened**2).sum(0), 1e-10))
+        return mean, jnp.sqrt(jnp.maximum(variance - (whitened**2).sum(0), 1e-10))
 
 
 def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
@@ -332,7 +258,8 @@ def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
 
 def condition_causal_gp(prior, data, amplitude, lengthscale) -> tuple[CausalGP, Float[Array, ""]]:
     """The GP with these hyperparameters and its log evidence, given `data`: points, outcomes, noise
-    variances, and which of them are used; `prior` is grid, mean and deviation.
+    variances, and which of them are used, each `[samples]`; `prior` is grid, mean and deviation,
+    each `[bins]`.
     """
     grid, mean, deviation = prior
     points, outcomes, noise, used = data
@@ -351,33 +278,22 @@ def condition_causal_gp(prior, data, amplitude, lengthscale) -> tuple[CausalGP, 
     return CausalGP(grid, mean, deviation, points, used, *fitted), evidence
 
 
-def fit_causal_gp(
-    grid: Float[Array, " bins"],
-    mean: Float[Array, " bins"],
-    deviation: Float[Array, " bins"],
-    points: Float[Array, " samples"],
-    outcomes: Float[Array, " samples"],
-    noise: Float[Array, " samples"],
-    used: Bool[Array, " samples"],
-    unit: Float[Array, ""] | float = 1.0,
-    noise_scales: tuple[float, ...] = (1.0,),
-) -> CausalGP:
-    """GP of one variable given outcomes at `points` with noise variances `noise`; rows with `used`
-    false are ignored.
+def fit_causal_gp(prior, data, noise_scales: tuple[float, ...] = (1.0,)) -> CausalGP:
+    """GP of one variable; `prior` and `data` as in `condition_causal_gp`.
 
-    Hyperparameters maximise the marginal likelihood over LENGTHSCALES x AMPLITUDES (times `unit`,
-    the variance of Y) x `noise_scales`, with a weak log-normal prior that decides where there are
-    no data. `grid` is increasing; a range of zero width is allowed and never explored.
+    Hyperparameters maximise the marginal likelihood over LENGTHSCALES x AMPLITUDES x
+    `noise_scales`, with a weak log-normal prior that decides where there are no data. The grid is
+    increasing; a range of zero width is allowed and never explored.
     """
+    (grid, _, _), (points, outcomes, noise, used) = prior, data
     width = jnp.maximum(grid[-1] - grid[0], 1e-6)
-    axes = jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES) * unit, jnp.array(noise_scales)
+    axes = jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES), jnp.array(noise_scales)
     lengthscales, amplitudes, scales = (a.ravel() for a in jnp.meshgrid(*axes, indexing="ij"))
-    prior, data = (grid, mean, deviation), (points, outcomes, noise, used)
     evidence, failed = evidences(prior, data, (amplitudes, lengthscales, scales))
     scores = (
         evidence
         - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2
-        - 0.125 * jnp.log(amplitudes / (0.1 * unit)) ** 2
+        - 0.125 * jnp.log(amplitudes / 0.1) ** 2
     )
     best = jnp.argmax(jnp.where(failed, -jnp.inf, scores))
     data = points, outcomes, scales[best] * noise, used
@@ -413,46 +329,3 @@ def evidences(prior, data, hyperparameters):
 
     place = jnp.searchsorted(jnp.array(sizes), used.sum())
     return jax.lax.switch(place, [on_the_first(size) for size in sizes])
-
-
-# --- acquisition ---
-
-
-def log_expected_improvement(
-    mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float
-) -> Float[Array, "*shape"]:
-    """log E[max(best - f, 0)] for f ~ N(mean, std^2): the improvement is s (u Phi(u) + phi(u)) with
-    u = (best - mean) / s.
-
-    Below u = -5 by its asymptotic series, so that variables stay ranked where the improvement
-    itself underflows (Ament et al. 2023).
-    """
-    u = (best - mean) / std
-    near, far = jnp.maximum(u, -5.0), jnp.minimum(u, -5.0)
-    direct = jnp.log(near * jax.scipy.stats.norm.cdf(near) + jax.scipy.stats.norm.pdf(near))
-    tail = (
-        jax.scipy.stats.norm.logpdf(far) - 2 * jnp.log(-far) + jnp.log1p(-3 / far**2 + 15 / far**4)
-    )
-    return jnp.log(std) + jnp.where(u > -5, direct, tail)
-
-
-def expected_improvement(
-    mean: Float[Array, "*shape"], std: Float[Array, "*shape"], best: Float[Array, ""] | float
-) -> Float[Array, "*shape"]:
-    """E[max(best - f, 0)] for f ~ N(mean, std^2), in the units of `mean`."""
-    return jnp.exp(log_expected_improvement(mean, std, best))
-
-
-def refine(
-    score, grid: Float[Array, "vars bins"], table: Float[Array, "vars bins"], num_values: int = 17
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Variable and value that maximise `table[vars, bins]`, the value refined once between its
-    neighbours on the grid.
-
-    `score(variable, values)` gives the same quantity at any `values`.
-    """
-    variable, index = jnp.unravel_index(jnp.argmax(table), table.shape)
-    values = grid[variable]
-    steps = (values[1] - values[0]) * jnp.linspace(-1.0, 1.0, num_values)
-    fine = jnp.clip(values[index] + steps, values[0], values[-1])
-    return variable, fine[jnp.argmax(score(variable, fine))]

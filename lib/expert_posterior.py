@@ -1,8 +1,10 @@
-"""What the expert believes: its posterior over the target's parent sets, updated row by row."""
+"""What the expert believes: its posterior over the target's parent sets, updated row by row; and
+its settings.
+"""
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import equinox as eqx
 import jax
@@ -12,71 +14,35 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
-from lib.expert_prior import doubly_robust_prior
-from lib.linalg import inverse_and_log_det, positive_solve
-from lib.scm import AbstractSCM
-
-
-CHOICES = {"prior": ("doubly_robust", "uniform"), "features": ("auto", "linear", "fourier")}
+from lib.expert_gp import StarEffects, StarGP, fit_star_gp, star_effects
+from lib.expert_prior import Scale, doubly_robust_prior
+from lib.linalg import inverse_and_log_det
+from lib.scm import AbstractSCM, Task, value_grid
 
 
 NOISE_FLOOR = 1e-5  # variance of an outcome, in units of the variance of Y; the published floor
 
 
-@dataclass(frozen=True)
-class ParentScaleConfig:
-    """Settings of the expert; all static under `jit`."""
-
-    num_obs: int
-    """number of leading rows of the buffer that are observational (D_O)"""
-    num_steps: int
-    """number of experiments"""
-    prior: Literal["doubly_robust", "uniform"] = "doubly_robust"
-    """over parent sets: bootstrap frequencies, or uniform over all sets of one to `max_set_size`
-    variables
-    """
-    max_set_size: int = 3
-    """largest set of the uniform prior"""
-    num_bootstraps: int = 10
-    """bootstraps of the doubly robust prior"""
-    features: Literal["auto", "linear", "fourier"] = "auto"
-    """of the parent-set regression; auto: whichever explains Y better on D_O, which can mislead
-    where interventions go far beyond D_O
-    """
-    num_features: int = 100
-    """random Fourier features, of the posterior and of the prior's regressors"""
-    published: bool = False
-    """as the published code instead of the method: only sets that bootstraps select are candidates,
-    without the empty one, instead of also every subset of the variables selected most often;
-    precision for covariance in the likelihood (linear), a point absorbed before it is scored
-    (Fourier); Y in its own units with noise variance one, instead of standardised with the noise
-    estimated on D_O; hyperparameters of the do-effects by `fit_star_gp_published`
-    """
-    outcome_samples: int = 1
-    """an experiment reports the mean target of this many samples (published: 1000); the buffer and
-    the posterior always get one row
-    """
-    num_bins: int = 16
-    """values per variable in the stored acquisition surface; the search grid has one more value
-    between any two
+class Features(NamedTuple):
+    """What Y is regressed on under every parent set: the inputs themselves where `linear`, else
+    sqrt(2 / D) cos(x omega + phase) (lengthscale one).
     """
 
-    def __post_init__(self):
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(known)}"
-                )
-        if self.num_obs < MIN_OBSERVATIONS:
-            raise ValueError(
-                f"num_obs = {self.num_obs}: the expert needs at least {MIN_OBSERVATIONS} "
-                "observational rows"
-            )
+    sets: Bool[Array, "sets vars"]
+    linear: Bool[Array, ""] | bool
+    omega: Float[Array, "sets vars features"]
+    phase: Float[Array, "sets features"]
 
-    @property
-    def num_values(self) -> int:
-        """Values per variable on the search grid."""
-        return 2 * self.num_bins - 1
+    def __call__(self, x: Float[Array, " vars"]) -> Float[Array, "sets features"]:
+        """Features of one row, padded to a common number."""
+        num_features, inside = self.phase.shape[1], self.sets * x[None, :]
+        angles = jnp.einsum("kv,kvm->km", inside, self.omega) + self.phase
+        padded = jnp.pad(inside, ((0, 0), (0, num_features - x.shape[0])))
+        return jnp.where(self.linear, padded, jnp.sqrt(2 / num_features) * jnp.cos(angles))
+
+    def of_rows(self, x: Float[Array, "samples vars"]) -> Float[Array, "sets samples features"]:
+        """Features of every row."""
+        return jax.vmap(lambda row: self(row), out_axes=1)(x)
 
 
 class ParentSetRegression(eqx.Module):
@@ -84,69 +50,56 @@ class ParentSetRegression(eqx.Module):
     sets.
 
     Weights have prior N(0, I); `mean[sets, features]` and `covariance[sets, features, features]`
-    are their posterior, `noise[sets]` the noise variance. Features are the inputs themselves where
-    `linear`, else sqrt(2 / D) cos(x omega + phase) (lengthscale one).
+    are their posterior, `noise[sets]` the noise variance.
     """
 
-    sets: Bool[Array, "sets vars"]
+    features: Features
     log_probs: Float[Array, " sets"]
-    linear: Bool[Array, ""]
-    omega: Float[Array, "sets vars features"]
-    phase: Float[Array, "sets features"]
     mean: Float[Array, "sets features"]
     covariance: Float[Array, "sets features features"]
     noise: Float[Array, " sets"]
 
-    @staticmethod
-    def fit(sets, log_prior, linear, omega, phase, x, y, noise) -> "ParentSetRegression":
+    @classmethod
+    def fit(cls, features: Features, log_prior, x, y, noise) -> "ParentSetRegression":
         """Condition the weights, not the probabilities of the sets, on observational
         `x[samples, vars]` and `y[samples]`, given `noise[sets]`.
         """
-        phi = jax.vmap(lambda row: set_features(sets, linear, omega, phase, row), out_axes=1)(x)
+        phi = features.of_rows(x)
         mean, covariance, _ = jax.vmap(regression)(
             jnp.einsum("ksm,ksn->kmn", phi, phi), jnp.einsum("ksm,s->km", phi, y), noise
         )
-        return ParentSetRegression(
-            sets, jax.nn.log_softmax(log_prior), linear, omega, phase, mean, covariance, noise
-        )
+        return cls(features, jax.nn.log_softmax(log_prior), mean, covariance, noise)
+
+    def predict(self, phi: Float[Array, "sets features"]) -> tuple[Array, Array, Array]:
+        """Mean and variance of the outcome of a row with these features under every set, and the
+        covariance `[sets, features]` of that outcome with the weights.
+        """
+        gain = jnp.einsum("kmn,kn->km", self.covariance, phi)
+        return (self.mean * phi).sum(1), self.noise + (gain * phi).sum(1), gain
+
+    def scored(self, y: Float[Array, ""], mean, variance) -> Float[Array, " sets"]:
+        """Log-probabilities of the sets after an outcome that each predicted with this `mean[sets]`
+        and `variance[sets]`.
+        """
+        density = -0.5 * jnp.log(variance) - 0.5 * (y - mean) ** 2 / variance
+        return jax.nn.log_softmax(self.log_probs + density)
 
     def absorb(
-        self,
-        x: Float[Array, " vars"],
-        y: Float[Array, ""],
-        use: Bool[Array, ""],
-        published: bool = False,
+        self, x: Float[Array, " vars"], y: Float[Array, ""], use: Bool[Array, ""]
     ) -> "ParentSetRegression":
         """Score one row by its predictive density under every set, then condition the weights on
         it; nothing changes where `use` is false.
         """
-        phi = set_features(self.sets, self.linear, self.omega, self.phase, x)
-        gain = jnp.einsum("kmn,kn->km", self.covariance, phi)
-        variance = self.noise + (gain * phi).sum(1)
-        error = y - (self.mean * phi).sum(1)
-        mean = self.mean + gain * (error / variance)[:, None]
-        # Sherman and Morrison
-        covariance = self.covariance - gain[:, :, None] * gain[:, None, :] / variance[:, None, None]
-        if published:
-            by_precision = self.noise + (
-                phi * jax.vmap(positive_solve)(self.covariance, phi[:, :, None])[:, :, 0]
-            ).sum(1)
-            after = self.noise + jnp.einsum("km,kmn,kn->k", phi, covariance, phi)
-            variance = jnp.where(self.linear, by_precision, after)
-            error = jnp.where(self.linear, error, y - (mean * phi).sum(1))
-        log_probs = jax.nn.log_softmax(
-            self.log_probs - 0.5 * jnp.log(variance) - 0.5 * error**2 / variance
+        mean, variance, gain = self.predict(self.features(x))
+        updated = replace(
+            self,
+            log_probs=self.scored(y, mean, variance),
+            mean=self.mean + gain * ((y - mean) / variance)[:, None],
+            # Sherman and Morrison
+            covariance=self.covariance
+            - gain[:, :, None] * gain[:, None, :] / variance[:, None, None],
         )
-        updated = replace(self, log_probs=log_probs, mean=mean, covariance=covariance)
         return jax.tree.map(lambda new, old: jnp.where(use, new, old), updated, self)
-
-
-def set_features(sets, linear, omega, phase, x) -> Float[Array, "sets features"]:
-    """Features of one row under every set, padded to a common number."""
-    num_features = phase.shape[1]
-    inside = sets * x[None, :]
-    waves = jnp.sqrt(2 / num_features) * jnp.cos(jnp.einsum("kv,kvm->km", inside, omega) + phase)
-    return jnp.where(linear, jnp.pad(inside, ((0, 0), (0, num_features - x.shape[0]))), waves)
 
 
 def regression(
@@ -202,40 +155,163 @@ def draw_features(key: Key[Array, ""], num_sets: int, num_vars: int, num_feature
 
 
 def uniform_prior(
-    target: Int[Array, ""], var_mask: Bool[Array, " vars"], max_size: int = 3
+    task: Task, max_size: int = 3
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """All sets of one to `max_size` variables, equally probable; those with the target or with
     padding have probability zero.
     """
-    num_vars = var_mask.shape[0]
+    num_vars = task.var_mask.shape[0]
     combinations = [
         c for size in range(1, max_size + 1) for c in itertools.combinations(range(num_vars), size)
     ]
-    table = np.zeros((len(combinations), num_vars), bool)
-    for row, members in zip(table, combinations, strict=True):
-        row[list(members)] = True
-    sets = jnp.asarray(table)
-    allowed = ~(sets & ~(var_mask & (jnp.arange(num_vars) != target))[None, :]).any(1)
+    sets = jnp.asarray(np.array([[i in c for i in range(num_vars)] for c in combinations]))
+    allowed = ~(sets & ~task.possible_parents[None, :]).any(1)
     return sets, jnp.where(allowed, -jnp.log(allowed.sum()), -jnp.inf)
 
 
-class Scale(NamedTuple):
-    """Shift and spread of every variable over the observational rows."""
+@dataclass(frozen=True)
+class ParentScaleConfig:
+    """Settings of the expert, all static under `jit`, and what of it the published code does
+    otherwise (`studies/published.py`).
+    """
 
-    shift: Float[Array, " vars"]
-    spread: Float[Array, " vars"]
+    num_obs: int
+    """number of leading rows of the buffer that are observational (D_O)"""
+    num_steps: int
+    """number of experiments"""
+    prior: Literal["doubly_robust", "uniform"] = "doubly_robust"
+    """over parent sets: bootstrap frequencies, or uniform over all sets of one to `max_set_size`
+    variables
+    """
+    max_set_size: int = 3
+    """largest set of the uniform prior"""
+    num_bootstraps: int = 10
+    """bootstraps of the doubly robust prior"""
+    features: Literal["auto", "linear", "fourier"] = "auto"
+    """of the parent-set regression; auto: whichever explains Y better on D_O, which can mislead
+    where interventions go far beyond D_O
+    """
+    num_features: int = 100
+    """random Fourier features, of the posterior and of the prior's regressors"""
+    outcome_samples: int = 1
+    """an experiment reports the mean target of this many samples (published: 1000); the buffer and
+    the posterior always get one row
+    """
+    num_bins: int = 16
+    """values per variable in the stored acquisition surface; the search grid has one more value
+    between any two
+    """
 
-    @staticmethod
-    def of(rows: Float[Array, "samples vars"]) -> "Scale":
-        spread = rows.std(0)
-        return Scale(rows.mean(0), jnp.where(spread > 0, spread, 1.0))
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            known = get_args(kind)  # of a Literal; others have none
+            if known and getattr(self, name) not in known:
+                raise ValueError(
+                    f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(known)}"
+                )
+        if self.num_obs < MIN_OBSERVATIONS:
+            raise ValueError(
+                f"num_obs = {self.num_obs}: the expert needs at least {MIN_OBSERVATIONS} "
+                "observational rows"
+            )
 
-    def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-        return (rows - self.shift[None, :]) / self.spread[None, :]
+    @property
+    def num_values(self) -> int:
+        """Values per variable on the search grid."""
+        return 2 * self.num_bins - 1
 
-    def standardise(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
-        """Values of every variable."""
-        return self(grid.T).T
+    def split(
+        self, buffer: ExperienceBuffer
+    ) -> tuple[Float[Array, "samples vars"], ExperienceBuffer]:
+        """The values of the `num_obs` first rows, and the rows behind them."""
+        later = jax.tree.map(lambda leaf: leaf[self.num_obs :], buffer)
+        return buffer.values[: self.num_obs], later
+
+    def prior_over_sets(
+        self, key: Key[Array, ""], task: Task, observed: Float[Array, "samples vars"]
+    ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+        """Candidate sets and their log-probabilities before any regression."""
+        if self.prior == "uniform":
+            return uniform_prior(task, self.max_set_size)
+        return doubly_robust_prior(key, observed, task, self.num_bootstraps, self.num_features)
+
+    def scale(self, task: Task, observed: Float[Array, "samples vars"]) -> Scale:
+        """The units of the parent-set regression."""
+        return Scale.of(observed)
+
+    def initial_regression(
+        self,
+        key: Key[Array, ""],
+        task: Task,
+        observed: Float[Array, "samples vars"],
+        sets: Bool[Array, "sets vars"],
+        log_prior: Float[Array, " sets"],
+    ) -> ParentSetRegression:
+        """The parent-set regression after the observational rows, with the features asked for."""
+        x = self.scale(task, observed)(observed)
+        y, num_vars = jnp.take(x, task.target, axis=1), x.shape[1]
+        num_features = num_vars if self.features == "linear" else max(self.num_features, num_vars)
+        omega, phase = draw_features(key, sets.shape[0], num_vars, num_features)
+
+        def noise_and_evidence(linear, number):
+            phi = Features(sets, linear, omega[..., :number], phase[:, :number]).of_rows(x)
+            return jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)
+
+        if self.features == "auto":
+            # Linear features fill no more than `num_vars` places; the rest would only be zeros to
+            # factorise.
+            noises, evidence = zip(
+                noise_and_evidence(False, num_features),
+                noise_and_evidence(True, num_vars),
+                strict=True,
+            )
+            evidence = jnp.stack(evidence)
+            linear = jnp.diff(jax.nn.logsumexp(log_prior[None] + evidence, axis=1))[0] >= 0
+            noise = jnp.where(linear, noises[1], noises[0])
+        else:
+            linear = jnp.array(self.features == "linear")
+            noise = noise_and_evidence(linear, num_features)[0]
+        features = Features(sets, linear, omega, phase)
+        return ParentSetRegression.fit(features, log_prior, x, y, noise)
+
+    def do_effects(
+        self,
+        task: Task,
+        observed: Float[Array, "samples vars"],
+        sets: Bool[Array, "sets vars"],
+        log_prior: Float[Array, " sets"],
+    ) -> tuple[StarGP, StarEffects]:
+        """The star-graph GP of every set and its do-effects on the search grid, in units of the
+        deviation of Y (its mean and variance too).
+        """
+        scale, live = Scale.of(observed), log_prior > -jnp.inf
+        x = scale(observed)
+        y = jnp.take(x, task.target, axis=1)
+        star = fit_star_gp(x, y, sets, live)
+        grid = scale.standardise(value_grid(task.low, task.high, self.num_values))
+        return star, star_effects(x, y, sets, star, grid, live)
+
+
+def absorb_row(
+    state: ParentSetRegression, scale: Scale, target: Int[Array, ""] | int, row, intervened, valid
+) -> ParentSetRegression:
+    """The belief after one raw row; a row that is not valid, or in which the target was set, says
+    nothing.
+    """
+    standard = scale(row[None])[0]
+    return state.absorb(standard, standard[target], valid & ~intervened[target])
+
+
+def absorb_rows(
+    state: ParentSetRegression, scale: Scale, target: Int[Array, ""], rows: ExperienceBuffer
+) -> tuple[ParentSetRegression, Float[Array, "samples sets"]]:
+    """The belief after all raw rows, and its log-probabilities after each."""
+
+    def follow(state, row):
+        after = absorb_row(state, scale, target, row.values, row.intervened, row.valid)
+        return after, after.log_probs
+
+    return jax.lax.scan(follow, state, rows)
 
 
 def replay_posterior(
@@ -252,85 +328,9 @@ def replay_posterior(
     against this.
     """
     prior_key, feature_key, _ = jr.split(key, 3)
-    observed = buffer.values[: config.num_obs]
-    scale = Scale.of(observed)
-    sets, log_prior = prior_over_sets(prior_key, scm, observed, config)
-    state = initial_regression(feature_key, sets, log_prior, observed, scm.target, config)
-
-    def follow(state, row):
-        after = absorb_row(state, scale, scm.target, config, *row)
-        return after, after.log_probs
-
-    later = jax.tree.map(
-        lambda a: a[config.num_obs :], (buffer.values, buffer.intervened, buffer.valid)
-    )
-    _, log_probs = jax.lax.scan(follow, state, later)
+    observed, later = config.split(buffer)
+    candidates = config.prior_over_sets(prior_key, scm.task, observed)
+    state = config.initial_regression(feature_key, scm.task, observed, *candidates)
+    _, log_probs = absorb_rows(state, config.scale(scm.task, observed), scm.target, later)
     every = jnp.concatenate([state.log_probs[None], log_probs])
     return every[num_initial - config.num_obs + jnp.arange(config.num_steps + 1)]
-
-
-def prior_over_sets(
-    key, scm, observed, config: ParentScaleConfig
-) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """Candidate sets and their log-probabilities before any regression."""
-    if config.prior == "uniform":
-        return uniform_prior(scm.target, scm.var_mask, config.max_set_size)
-    return doubly_robust_prior(
-        key,
-        observed,
-        scm.target,
-        scm.var_mask,
-        num_bootstraps=config.num_bootstraps,
-        num_features=config.num_features,
-        published=config.published,
-    )
-
-
-def absorb_row(
-    state: ParentSetRegression,
-    scale: Scale,
-    target,
-    config: ParentScaleConfig,
-    row,
-    intervened,
-    valid,
-) -> ParentSetRegression:
-    """The belief after one raw row; a row that is not valid, or in which the target was set, says
-    nothing.
-    """
-    standard = scale(row[None])[0]
-    outcome = row[target] if config.published else standard[target]
-    return state.absorb(standard, outcome, valid & ~intervened[target], config.published)
-
-
-def initial_regression(
-    key, sets, log_prior, observed, target, config: ParentScaleConfig
-) -> ParentSetRegression:
-    """The parent-set regression after the observational rows, with the features that `config` asks
-    for.
-    """
-    x = Scale.of(observed)(observed)
-    y = jnp.take(observed if config.published else x, target, axis=1)
-    num_sets, num_vars = sets.shape
-    num_features = num_vars if config.features == "linear" else max(config.num_features, num_vars)
-    omega, phase = draw_features(key, num_sets, num_vars, num_features)
-
-    def noise_and_evidence(linear, num_features):
-        some = omega[..., :num_features], phase[:, :num_features]
-        phi = jax.vmap(lambda row: set_features(sets, linear, *some, row), out_axes=1)(x)
-        return jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)
-
-    if config.features == "auto":
-        # Linear features fill no more than `num_vars` places; the rest would only be zeros to
-        # factorise.
-        noises, evidence = zip(
-            noise_and_evidence(False, num_features), noise_and_evidence(True, num_vars), strict=True
-        )
-        evidence = jnp.stack(evidence)
-        linear = jnp.diff(jax.nn.logsumexp(log_prior[None] + evidence, axis=1))[0] >= 0
-        noise = jnp.where(linear, noises[1], noises[0])
-    else:
-        linear = jnp.array(config.features == "linear")
-        noise = noise_and_evidence(linear, num_features)[0]
-    noise = jnp.ones(num_sets) if config.published else noise
-    return ParentSetRegression.fit(sets, log_prior, linear, omega, phase, x, y, noise)

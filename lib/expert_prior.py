@@ -14,63 +14,77 @@ are one batch of linear systems. Three further differences:
 """
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from lib.linalg import positive_solve
+from lib.scm import Task
 
 
 LINEAR_PENALTY = 1e-3  # per row; only there to make the system regular
-UNION_SIZE = 4  # variables whose subsets are all candidates in the union variant
+PENALTY = 0.01  # of the Fourier features, per row
+NUM_FOLDS = 5
+FALSE_DISCOVERIES = 0.05  # their rate among the selected
+UNION_SIZE = 4  # variables whose subsets are all candidates
+
+
+class Scale(NamedTuple):
+    """Shift and spread of every variable over the observational rows."""
+
+    shift: Float[Array, " vars"]
+    spread: Float[Array, " vars"]
+
+    @staticmethod
+    def of(rows: Float[Array, "samples vars"]) -> "Scale":
+        spread = rows.std(0)
+        return Scale(rows.mean(0), jnp.where(spread > 0, spread, 1.0))
+
+    def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
+        return (rows - self.shift[None, :]) / self.spread[None, :]
+
+    def standardise(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
+        """Values of every variable."""
+        return self(grid.T).T
 
 
 def doubly_robust_prior(
     key: Key[Array, ""],
     rows: Float[Array, "samples vars"],
-    target: Int[Array, ""] | int,
-    var_mask: Bool[Array, " vars"],
-    *,
+    task: Task,
     num_bootstraps: int = 10,
-    num_folds: int = 5,
     num_features: int = 100,
-    penalty: float = 0.01,
-    alpha: float = 0.05,
-    published: bool = False,
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """Candidate parent sets of `target` and their log-probabilities: the frequencies with which
+    """Candidate parent sets of the target and their log-probabilities: the frequencies with which
     bootstraps select them.
 
     `rows[samples, vars]` are observational, in any units; constant columns are never selected. The
     number of places for sets is `max(num_bootstraps, vars)`, and no selected set can be lost;
     unused places (repeated sets too) have log-probability -inf. If every bootstrap selects the
-    empty set, the prior is uniform over single variables. `penalty` is that of the Fourier
-    features, per row.
+    empty set, the prior is uniform over single variables.
 
     These frequencies get half of the probability and all subsets of the `UNION_SIZE` variables
     selected most often the other half (`2 ** UNION_SIZE` more places): a true set that no bootstrap
-    returned whole can then still be found. `published` leaves these subsets out, and gives the
-    empty set probability zero without renormalising the rest.
+    returned whole can then still be found.
     """
-    real = var_mask & (jnp.arange(var_mask.shape[0]) != target)
+    selection = select(key, rows, task, num_bootstraps, num_features)
+    return with_union(*set_frequencies(*selection[:2]), *selection)
+
+
+def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, Array, Array]:
+    """The parents that each bootstrap of `rows` selects `[bootstraps, vars]`, out of which
+    variables `[vars]`, and the p-values behind it `[bootstraps, vars]`.
+    """
+    real, standard = task.possible_parents, Scale.of(rows)(rows)
     feature_key, bootstrap_key = jr.split(key)
-    x, y = standardise(rows), jnp.take(standardise(rows), target, axis=1)
-    x = jnp.where(real[None, :], x, 0.0)
-    folds = num_bootstraps, num_folds, num_features, penalty
-    residuals = held_out_residuals(feature_key, x, y, bootstrap_key, *folds)
-    p_values = increase_p_values(*residuals)
-    selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, alpha))(p_values)
-    found = set_frequencies(selected, real, drop_empty=published)
-    return found if published else with_union(*found, selected, p_values, real)
-
-
-def standardise(rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-    """Columns with mean zero and standard deviation one; constant columns become zero."""
-    centred = rows - rows.mean(0, keepdims=True)
-    deviation = centred.std(0, keepdims=True)
-    return centred / jnp.where(deviation > 0, deviation, 1.0)
+    x, y = jnp.where(real[None, :], standard, 0.0), jnp.take(standard, task.target, axis=1)
+    folds = num_bootstraps, NUM_FOLDS, num_features, PENALTY
+    p_values = increase_p_values(*held_out_residuals(feature_key, x, y, bootstrap_key, *folds))
+    selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, FALSE_DISCOVERIES))(p_values)
+    return selected, real, p_values
 
 
 def held_out_residuals(
@@ -180,7 +194,7 @@ def benjamini_yekutieli(
 
 
 def set_frequencies(
-    selected: Bool[Array, "bootstraps vars"], real: Bool[Array, " vars"], drop_empty: bool
+    selected: Bool[Array, "bootstraps vars"], real: Bool[Array, " vars"]
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """The distinct rows of `selected` with their frequencies; single variables, equally probable,
     if every row is empty.
@@ -190,8 +204,6 @@ def set_frequencies(
     first = jnp.argmax(same, axis=1) == jnp.arange(num_bootstraps)
     frequency = jnp.where(first, same.mean(1), 0.0)
     empty = ~selected.any(1)
-    if drop_empty:
-        frequency = jnp.where(empty, 0.0, frequency)
     places = max(num_bootstraps, num_vars)
     sets = jnp.pad(selected, ((0, places - num_bootstraps), (0, 0)))
     frequency = jnp.pad(frequency, (0, places - num_bootstraps))
@@ -202,7 +214,7 @@ def set_frequencies(
 
 
 def with_union(
-    sets, log_probs, selected, p_values, real
+    sets, log_probs, selected, real, p_values
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Candidates with all subsets of the most often selected variables added, each of which gets
     half of its probability there.

@@ -21,7 +21,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from lib.buffer import ExperienceBuffer
+from lib.buffer import ExperienceBuffer, nan_unless
 from lib.policy import (
     AcquisitionPolicyNetwork,
     AcquisitionState,
@@ -148,7 +148,7 @@ def collect_campaign(
 
     start = simulator.start(buffer, num_steps)
     (last, _), groups = jax.lax.scan(step, start, jnp.arange(num_steps))
-    reward = jax.tree.map(lambda leaf: jnp.where(fits, leaf, jnp.nan), groups.reward)
+    reward = nan_unless(fits, groups.reward)
     return eqx.tree_at(lambda g: g.reward, groups, reward), last.buffer
 
 

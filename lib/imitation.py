@@ -9,11 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from lib.policy import AcquisitionPolicyNetwork
+from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, make_state
+from lib.surrogate import ParentSetPredictionModel
 from lib.training import Learner, clipped_adam, filter_scan
-from lib.trajectories import AcquisitionTrainingExample
+from lib.trajectories import ExpertTrajectory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,38 @@ class ImitationConfig:
     def warm(self) -> bool:
         """Whether GRPO starts from the clone, and is then drawn to it."""
         return self.use_behavioral_cloning and self.grpo_warmstart
+
+
+class AcquisitionTrainingExample(NamedTuple):
+    """The expert's decisions as the policy sees them, leading axis over all steps of all
+    demonstrations.
+    """
+
+    state: AcquisitionState
+    variable: Int[Array, " batch"]
+    value: Float[Array, " batch"]
+    surface: Float[Array, "batch vars bins"]
+
+
+@eqx.filter_jit
+def extract_acquisition_training_data(
+    trajectories: ExpertTrajectory, surrogate: ParentSetPredictionModel
+) -> AcquisitionTrainingExample:
+    """States as the trained surrogate reads them, the expert's choices and acquisition surfaces."""
+    num_steps = trajectories.variable.shape[1]
+
+    def one(inputs):
+        trajectory, step = inputs
+        state = make_state(
+            surrogate, trajectory.buffer_before(step), trajectory.scm.task, step, num_steps - step
+        )
+        return AcquisitionTrainingExample(
+            state, trajectory.variable[step], trajectory.value[step], trajectory.surface[step]
+        )
+
+    count = trajectories.variable.shape[0]
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_steps, axis=0), trajectories)
+    return jax.lax.map(one, (repeated, jnp.tile(jnp.arange(num_steps), count)), batch_size=32)
 
 
 class CloneMetrics(NamedTuple):

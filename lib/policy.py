@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_EVIDENCE
-from lib.expert_gp import expected_improvement, log_expected_improvement
+from lib.improvement import expected_improvement, log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput, linear, make_mlp, mlp, rms_norm

@@ -35,18 +35,13 @@ def initial_buffer(
     num_vars = scm.var_mask.shape[0]
     observed = scm.sample(obs_key, Intervention.none(num_vars), num_obs)
     variables = jnp.tile(jnp.arange(num_vars), per_variable)
-    values = scm.low[variables] + (scm.high - scm.low)[variables] * jr.uniform(
-        value_key, variables.shape
-    )
-    rows, flags = with_experiments(row_key, scm, observed, variables, values)
-    kept_obs = jnp.ones(num_obs, bool) if valid_obs is None else jnp.arange(num_obs) < valid_obs
-    valid = jnp.concatenate([kept_obs, scm.candidates[variables]])
-    front = jnp.argsort(~valid, stable=True)
-    rows, flags, valid = rows[front], flags[front], valid[front]
-    keep = valid[:, None]
-    return ExperienceBuffer(jnp.where(keep, rows, 0.0), flags & keep, valid).grow(
-        capacity - rows.shape[0]
-    )
+    fraction = jr.uniform(value_key, variables.shape)
+    values = between(fraction, scm.low[variables], scm.high[variables])
+    kept_obs = jnp.arange(num_obs) < (num_obs if valid_obs is None else valid_obs)
+    kept = jnp.concatenate([kept_obs, scm.candidates[variables]])
+    buffer = with_experiments(row_key, scm, observed, variables, values).only(kept)
+    front = jnp.argsort(~kept, stable=True)
+    return jax.tree.map(lambda leaf: leaf[front], buffer).grow(capacity - len(front))
 
 
 def with_experiments(
@@ -55,16 +50,15 @@ def with_experiments(
     observed: Float[Array, "observed vars"],
     variables: Int[Array, " done"],
     values: Float[Array, " done"],
-) -> tuple[Float[Array, "samples vars"], Bool[Array, "samples vars"]]:
-    """The observed rows, then one under do(variables[n] = values[n]) for each n; and which entries
-    were set.
-    """
+) -> ExperienceBuffer:
+    """The observed rows, then one under do(variables[n] = values[n]) for each n."""
     num_vars = observed.shape[1]
     done = jax.vmap(
         lambda noise, i, v: scm.simulate(noise[None], Intervention.single(i, v, num_vars))[0]
     )(scm.draw_noise(key, len(variables)), variables, values)
     chosen = jnp.concatenate([jnp.full(len(observed), -1), variables])
-    return jnp.concatenate([observed, done]), chosen[:, None] == jnp.arange(num_vars)[None]
+    rows, flags = jnp.concatenate([observed, done]), chosen[:, None] == jnp.arange(num_vars)[None]
+    return ExperienceBuffer(rows, flags, jnp.ones(len(rows), bool))
 
 
 def sample_problem(
@@ -143,10 +137,8 @@ def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) ->
     values = between(
         jnp.where(spread_out, u["fraction"], near), scm.low[variables], scm.high[variables]
     )
-    rows, flags = with_experiments(row_key, scm, observed, variables, values)
-    valid = jnp.concatenate([jnp.arange(design.max_obs) < num_obs, index < total])
-    keep = valid[:, None]
-    return ExperienceBuffer(jnp.where(keep, rows, 0.0), flags & keep, valid)
+    kept = jnp.concatenate([jnp.arange(design.max_obs) < num_obs, index < total])
+    return with_experiments(row_key, scm, observed, variables, values).only(kept)
 
 
 @dataclass(frozen=True)

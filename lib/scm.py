@@ -138,6 +138,12 @@ class AbstractSCM(eqx.Module):
         """The public part of the model."""
         return Task(self.target, self.low, self.high, self.var_mask)
 
+    @property
+    def places(self) -> list[str]:
+        """The names, and what the padding behind them is called."""
+        padding = range(len(self.names), self.low.shape[0])
+        return [*self.names, *(f"place {i}" for i in padding)]
+
     def sample(
         self, key: Key[Array, ""], intervention: Intervention, num_samples: int
     ) -> Float[Array, "samples vars"]:
@@ -153,20 +159,27 @@ class AbstractSCM(eqx.Module):
         noise = self.reference_noise() if noise is None else noise
         return jnp.take(self.simulate(noise, intervention).mean(0), self.target)
 
+    def mean_table(
+        self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"]
+    ) -> Float[Array, "vars bins vars"]:
+        """E[X_j | do(X_i = grid[i, b])], averaged over `noise`, for every i, b and j."""
+        num_vars = grid.shape[0]
+
+        def means(i, value):
+            return self.simulate(noise, Intervention.single(i, value, num_vars)).mean(0)
+
+        return jax.lax.map(
+            lambda i: jax.vmap(lambda value: means(i, value))(grid[i]), jnp.arange(num_vars)
+        )
+
     def effect_table(
         self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"] | None = None
     ) -> Float[Array, "vars bins"]:
         """E[Y | do(X_i = grid[i, b])] for every variable and value; +inf where intervening is not
         allowed (target, padding).
         """
-        num_vars = grid.shape[0]
-
-        def row(i):
-            return jax.vmap(
-                lambda v: self.mean_outcome(Intervention.single(i, v, num_vars), noise)
-            )(grid[i])
-
-        table = jax.lax.map(row, jnp.arange(num_vars))
+        means = self.mean_table(grid, self.reference_noise() if noise is None else noise)
+        table = jnp.take(means, self.target, axis=2)
         return jnp.where(self.candidates[:, None], table, jnp.inf)
 
     def optimum(self, num_values: int = 33) -> Optimum:
@@ -174,20 +187,17 @@ class AbstractSCM(eqx.Module):
         refined once around its best point.
         """
         grid = value_grid(self.low, self.high, num_values)
-        table = self.effect_table(grid)
-        variable, index = jnp.unravel_index(jnp.argmin(table), table.shape)
-        step = (self.high[variable] - self.low[variable]) / (num_values - 1)
-        centre = grid[variable, index]
-        fine = jnp.clip(
-            centre + step * jnp.linspace(-1.0, 1.0, num_values),
-            self.low[variable],
-            self.high[variable],
+
+        def mean(variable, value):
+            return self.mean_outcome(Intervention.single(variable, value, grid.shape[0]))
+
+        variable, value = refine(
+            lambda i, values: -jax.vmap(lambda v: mean(i, v))(values),
+            grid,
+            -self.effect_table(grid),
+            num_values,
         )
-        means = jax.vmap(
-            lambda v: self.mean_outcome(Intervention.single(variable, v, grid.shape[0]))
-        )(fine)
-        best = jnp.argmin(means)
-        return Optimum(variable, fine[best], means[best])
+        return Optimum(variable, value, mean(variable, value))
 
 
 SCM = AbstractSCM  # as the documents call it
@@ -208,6 +218,21 @@ def value_grid(
     """
     values = low[:, None] + (high - low)[:, None] * jnp.linspace(0.0, 1.0, num_values)[None]
     return jnp.clip(values, low[:, None], high[:, None])
+
+
+def refine(
+    score, grid: Float[Array, "vars bins"], table: Float[Array, "vars bins"], num_values: int = 17
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Variable and value that maximise `table[vars, bins]`, the value refined once between its
+    neighbours on the grid.
+
+    `score(variable, values)` gives the same quantity at any `values`.
+    """
+    variable, index = jnp.unravel_index(jnp.argmax(table), table.shape)
+    values = grid[variable]
+    steps = (values[1] - values[0]) * jnp.linspace(-1.0, 1.0, num_values)
+    fine = jnp.clip(values[index] + steps, values[0], values[-1])
+    return variable, fine[jnp.argmax(score(variable, fine))]
 
 
 # Antithetic noise rows behind every noise-free mean: exact for linear mechanisms. Over 200 systems
@@ -361,20 +386,34 @@ class SyntheticSCM(AbstractSCM):
         return x[:, self.position]
 
 
-def check_scm(scm: SyntheticSCM) -> None:
-    """Raise `ValueError` if a model, one and not traced, is not acyclic, not finite, or has nothing
-    by which its target could be moved.
+def check_scm(scm: AbstractSCM) -> None:
+    """Raise `ValueError` if a range of a model, one and not traced, is not finite or upside down,
+    or if nothing can be set; if it is a synthetic one, also if it is not acyclic, not finite, or
+    has nothing by which its target could be moved.
     """
+    low, high = np.asarray(scm.low), np.asarray(scm.high)
+    wrong = ~(np.isfinite(low) & np.isfinite(high) & (low <= high))
+    candidates, target = np.asarray(scm.candidates), int(scm.target)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"{scm.places[i]} may be set from {low[i]} to {high[i]}: give finite numbers, "
+            "low not above high"
+        )
+    if not candidates.any():
+        raise ValueError(
+            f"no variable but the target {scm.places[target]} has a range of intervention: "
+            "give at least one of them low < high"
+        )
+    if not isinstance(scm, SyntheticSCM):
+        return
     order = np.asarray(scm.order)
     if sorted(order.tolist()) != list(range(len(order))):
         raise ValueError(f"order must hold every variable once, but is {order.tolist()}")
     by_child = {"weights": scm.weights.T, "frequencies": jnp.moveaxis(scm.frequencies, 1, 0)}
-    by_child |= {
-        name: getattr(scm, name)
-        for name in ("phases", "amplitudes", "noise_scale", "shift", "spread")
-    }
-    for name, values in by_child.items():
-        infinite = ~np.isfinite(values[scm.position]).reshape(len(order), -1).all(1)
+    for name in (*by_child, "phases", "amplitudes", "noise_scale", "shift", "spread"):
+        values = np.asarray(by_child.get(name, getattr(scm, name)))[scm.position]
+        infinite = ~np.isfinite(values).reshape(len(order), -1).all(1)
         if infinite.any():
             raise ValueError(
                 f"{name} of {scm.names[np.argmax(infinite)]} is not finite: give numbers"
@@ -386,32 +425,10 @@ def check_scm(scm: SyntheticSCM) -> None:
             f"the edge from {parent} to {child} does not go forward in order: remove "
             f"it, or put {parent} before {child}"
         )
-    check_ranges(scm)
-    candidates, target = np.asarray(scm.candidates), int(scm.target)
     steps = np.asarray(scm.graph, float) + np.eye(len(order))
     ancestors = np.linalg.matrix_power(steps, len(order))[:, target] > 0
     if not (ancestors & candidates).any():
         raise ValueError(
             f"the target {scm.names[target]} has no ancestor that may be set: choose another "
             "target, or add an edge into it from a candidate"
-        )
-
-
-def check_ranges(scm: AbstractSCM) -> None:
-    """Raise `ValueError` if a range of a model, one and not traced, is not finite or upside down,
-    or if nothing can be set.
-    """
-    names = [*scm.names, *(f"place {i}" for i in range(len(scm.names), scm.low.shape[0]))]
-    low, high = np.asarray(scm.low), np.asarray(scm.high)
-    wrong = ~(np.isfinite(low) & np.isfinite(high) & (low <= high))
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ValueError(
-            f"{names[i]} may be set from {low[i]} to {high[i]}: give finite numbers, "
-            "low not above high"
-        )
-    if not np.asarray(scm.candidates).any():
-        raise ValueError(
-            f"no variable but the target {names[int(scm.target)]} has a range of intervention: "
-            "give at least one of them low < high"
         )

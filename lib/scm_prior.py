@@ -349,13 +349,8 @@ def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " var
     variables i and a coarse grid of values.
     """
     num_vars = scm.order.shape[0]
-    grid = value_grid(scm.low, scm.high, num_values)
     noise = scm.reference_noise()[::4]
-
-    def means(i, v):
-        return scm.simulate(noise, Intervention.single(i, v, num_vars)).mean(0)
-
-    shifted = jax.lax.map(lambda i: jax.vmap(lambda v: means(i, v))(grid[i]), jnp.arange(num_vars))
+    shifted = scm.mean_table(value_grid(scm.low, scm.high, num_values), noise)
     baseline = scm.simulate(noise, Intervention.none(num_vars)).mean(0)
     moved = (baseline[None, None] - shifted).max(1)
     return jnp.where(jnp.eye(num_vars, dtype=bool) | ~scm.var_mask[:, None], 0.0, moved).max(0)

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
-from lib.buffer import ExperienceBuffer
+from lib.buffer import ExperienceBuffer, nan_unless
 from lib.check import BELIEFS, CheckConfig, check
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
@@ -79,9 +79,7 @@ def run_campaign(
     _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
     path = map(jnp.append, recommended, last)
     result = OptimizationResult(*made, *path, buffer=buffer)
-    return jax.tree.map(
-        lambda leaf: jnp.where(fits, leaf, jnp.nan) if eqx.is_inexact_array(leaf) else leaf, result
-    )
+    return nan_unless(fits, result)
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:

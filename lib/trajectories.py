@@ -19,11 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.artifacts import ArtifactError, load_arrays
 from lib.buffer import ExperienceBuffer
+from lib.expert import ExpertRun, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
-from lib.policy import AcquisitionState, make_state
 from lib.posterior import ParentSetPosterior
-from lib.scm import SyntheticSCM
-from lib.surrogate import ParentSetPredictionModel, SurrogateTrainingExample
+from lib.scm import AbstractSCM, SyntheticSCM
 
 
 class TrajectoryStep(NamedTuple):
@@ -80,6 +79,9 @@ class ExpertTrajectory(eqx.Module):
         return TrajectoryStep(*known, *(field[index] for field in made), step_number=index)
 
 
+ParentScaleTrajectory = ExpertTrajectory  # the document has two names for one thing
+
+
 # --- extraction ---
 
 
@@ -96,6 +98,60 @@ def improvements(
     first = jnp.where(earlier, jnp.take(buffer.values, target, axis=1), jnp.inf).min()
     best = jnp.minimum(first, jax.lax.cummin(jnp.concatenate([jnp.array([jnp.inf]), outcome[:-1]])))
     return jnp.where(jnp.isfinite(best), jnp.maximum(best - outcome, 0.0), 0.0)
+
+
+def extract_expert_trajectory(
+    run: ExpertRun, scm: SyntheticSCM, key: Key[Array, ""]
+) -> ExpertTrajectory:
+    """The demonstration in a finished run; `key` is the one the run was given, from which the
+    belief is replayed.
+    """
+    return ExpertTrajectory(
+        scm=scm,
+        buffer=run.buffer,
+        num_initial=run.num_initial,
+        sets=run.sets,
+        log_probs=run.log_probs,
+        surface=run.surface,
+        variable=run.variable,
+        value=run.value,
+        outcome=run.outcome,
+        reward=improvements(run.buffer, run.num_initial, scm.target, run.outcome),
+        key_data=jr.key_data(key),
+        failures=run.failures,
+    )
+
+
+@eqx.filter_jit
+def extract_multiple_trajectories(
+    keys: Key[Array, " batch"],
+    scms: SyntheticSCM,
+    buffers: ExperienceBuffer,
+    config: ParentScaleConfig,
+) -> ExpertTrajectory:
+    """Run the expert on a batch of models from their first data, and extract each demonstration."""
+    return jax.vmap(
+        lambda k, s, b: extract_expert_trajectory(run_parent_scale(k, s, b, config), s, k)
+    )(keys, scms, buffers)
+
+
+def expert_demonstration(
+    scm: AbstractSCM,
+    buffer: ExperienceBuffer,
+    num_interventions: int,
+    *,
+    config: ParentScaleConfig | None = None,
+    key: Key[Array, ""] | None = None,
+) -> ExperienceBuffer:
+    """The buffer after `num_interventions` experiments of the expert (training_loop_api.md); raises
+    `ValueError` as `check_expert_input` does.
+
+    Without a `config` the expert works from all observational rows, which must come first.
+    """
+    config = config or ParentScaleConfig(int(buffer.observational.sum()), num_interventions)
+    settings = replace(config, num_steps=num_interventions)
+    key = jr.key(0) if key is None else key
+    return run_parent_scale(key, scm, buffer.grow(num_interventions), settings).buffer
 
 
 # --- validation ---
@@ -262,17 +318,9 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
 
 def to_arrays(trajectories: ExpertTrajectory, part: str) -> dict[str, np.ndarray]:
     """Named arrays of a batch, each name starting with `part`."""
-    arrays = {}
-    for name in ExpertTrajectory.__dataclass_fields__:
-        field = getattr(trajectories, name)
-        if isinstance(field, eqx.Module):
-            arrays |= {
-                f"{part}/{name}/{inner}": np.asarray(getattr(field, inner))
-                for inner in field.__dataclass_fields__
-            }
-        else:
-            arrays[f"{part}/{name}"] = np.asarray(field)
-    return arrays
+    leaves, _ = jax.tree_util.tree_flatten_with_path(trajectories)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {f"{part}/{name}": np.asarray(a) for name, (_, a) in zip(names, leaves, strict=True)}
 
 
 def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
@@ -302,60 +350,3 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
         )
 
     return jax.vmap(build)(inner, rest), header
-
-
-# --- what students learn from ---
-
-
-@eqx.filter_jit
-def extract_surrogate_training_data(
-    trajectories: ExpertTrajectory, capacity: int
-) -> SurrogateTrainingExample:
-    """The expert's belief after every number of experiments, with the data it followed from, in
-    buffers of at least `capacity` rows.
-    """
-    num_steps = trajectories.variable.shape[1]
-    room = max(capacity - trajectories.buffer.valid.shape[1], 0)
-
-    def one(trajectory, step):
-        buffer = trajectory.buffer_before(step)
-        return SurrogateTrainingExample(
-            buffer.grow(room), trajectory.scm.task, trajectory.posterior(step)
-        )
-
-    examples = jax.vmap(lambda t: jax.vmap(lambda s: one(t, s))(jnp.arange(num_steps + 1)))(
-        trajectories
-    )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
-
-
-class AcquisitionTrainingExample(NamedTuple):
-    """The expert's decisions as the policy sees them, leading axis over all steps of all
-    demonstrations.
-    """
-
-    state: AcquisitionState
-    variable: Int[Array, " batch"]
-    value: Float[Array, " batch"]
-    surface: Float[Array, "batch vars bins"]
-
-
-@eqx.filter_jit
-def extract_acquisition_training_data(
-    trajectories: ExpertTrajectory, surrogate: ParentSetPredictionModel
-) -> AcquisitionTrainingExample:
-    """States as the trained surrogate reads them, the expert's choices and acquisition surfaces."""
-    num_steps = trajectories.variable.shape[1]
-
-    def one(inputs):
-        trajectory, step = inputs
-        state = make_state(
-            surrogate, trajectory.buffer_before(step), trajectory.scm.task, step, num_steps - step
-        )
-        return AcquisitionTrainingExample(
-            state, trajectory.variable[step], trajectory.value[step], trajectory.surface[step]
-        )
-
-    count = trajectories.variable.shape[0]
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_steps, axis=0), trajectories)
-    return jax.lax.map(one, (repeated, jnp.tile(jnp.arange(num_steps), count)), batch_size=32)

@@ -46,6 +46,7 @@ from lib.metrics import Estimate, Record, cells, normalised_regret, render, summ
 from lib.problems import initial_buffer
 from lib.scm import AbstractSCM, Intervention
 from studies.erdos_renyi import ERDOS_RENYI_SIZES, erdos_renyi
+from studies.published import PublishedConfig
 
 
 METHODS = ("parent_scale", "cbo_known_graph")
@@ -72,6 +73,8 @@ class Config:
     """Observational rows."""
     num_steps: int = 30
     """Experiments."""
+    published: bool = False
+    """The expert by the rules of the published code (`studies/published.py`)."""
     folder: Path = Path("artifacts/studies/expert")
     """Where tables, figure and raw results go."""
 
@@ -171,7 +174,8 @@ def play(key, scm, buffer, expert: ParentScaleConfig, known_graph: bool) -> dict
 def measure(system: str, config: Config) -> dict[str, Arrays]:
     """Every method's arrays (leading axis: seeds)."""
     kind = random_system(system)
-    expert = ParentScaleConfig(
+    settings_of = PublishedConfig if config.published else ParentScaleConfig
+    expert = settings_of(
         config.num_obs,
         config.num_steps,
         outcome_samples=1000,
@@ -188,7 +192,8 @@ def measure(system: str, config: Config) -> dict[str, Arrays]:
 
     def one(method):
         path = config.folder / "raw" / f"{system}.{method}.npz"
-        mark = f"{fingerprint(__file__, expert)} {config.seeds} {config.first_seed}"
+        what = config.published, config.seeds, config.first_seed
+        mark = " ".join(map(str, (fingerprint(__file__, expert), *what)))
         header = dict(config=asdict(config), seed=config.first_seed, parents=[])
         return stored(path, mark, lambda: runs(method), **header)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import equinox as eqx
 import jax
@@ -45,17 +45,16 @@ def build(hyperparameters):
 
 def save(path, module=None, **changes):
     module = eqx.nn.MLP(2, 3, 4, 1, key=jr.key(7)) if module is None else module
-    config = dataclasses.asdict(Config())
-    arguments: dict[str, Any] = {
+    said = {
         "stage": "surrogate",
-        "config": config,
+        "config": dataclasses.asdict(Config()),
         "hyperparameters": {"width": 4},
         "seed": 1,
         "step": 3,
         "parents": [],
+        "metrics": {"loss": np.float32(0.5)},
     }
-    arguments |= {"metrics": {"loss": np.float32(0.5)}} | changes
-    save_module(path, module, **arguments)
+    save_module(path, module, **said | changes)
     return module
 
 
@@ -80,14 +79,26 @@ def save_demos(path, arrays=ARRAYS):
     )
 
 
-def test_module_round_trip(tmp_path):
-    parent, path = tmp_path / "demos.npz", tmp_path / "new" / "surrogate.eqx"
-    save_demos(parent)
-    module = save(path, parents=[parent])
-    loaded, header = load_module(path, "surrogate", build)
+@pytest.fixture
+def saved(tmp_path):
+    save(tmp_path / "surrogate.eqx")
+    return tmp_path / "surrogate.eqx"
+
+
+@pytest.fixture
+def demos(tmp_path):
+    save_demos(tmp_path / "demos.npz")
+    return tmp_path / "demos.npz"
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_module_round_trip(tmp_path, demos, kind):
+    path = tmp_path / "new" / "surrogate.eqx"
+    module = save(kind(path), parents=[demos])
+    loaded, header = load_module(kind(path), "surrogate", build)
     assert eqx.tree_equal(eqx.filter(loaded, eqx.is_array), eqx.filter(module, eqx.is_array))
     assert set(header) == set(HEADER_FIELDS)
-    assert header["parents"] == {"demos.npz": hashlib.sha256(parent.read_bytes()).hexdigest()}
+    assert header["parents"] == {"demos.npz": hashlib.sha256(demos.read_bytes()).hexdigest()}
     assert header["config"] == {"steps": 3, "sizes": [5, 8]}  # no path
     assert header["metrics"] == {"loss": 0.5} and header["seed"] == 1 and header["step"] == 3
     assert header["versions"] == {
@@ -95,34 +106,30 @@ def test_module_round_trip(tmp_path):
         "equinox": eqx.__version__,
         "numpy": np.__version__,
     }
-    assert read_header(path) == header
+    assert read_header(kind(path)) == header
     line, payload = path.read_bytes().split(b"\n", 1)
     assert json.loads(line) == header and header["checksum"] == checksum(header, payload)
     assert [p.name for p in path.parent.iterdir()] == ["surrogate.eqx"]  # no temporary file stays
 
 
-def test_array_round_trip(tmp_path):
-    path = tmp_path / "demos.npz"
-    save_demos(path)
-    arrays, header = load_arrays(path, "demos")
+@pytest.mark.parametrize("kind", [Path, str])
+def test_array_round_trip(demos, kind):
+    save_demos(kind(demos))
+    arrays, header = load_arrays(kind(demos), "demos")
     assert set(arrays) == set(ARRAYS)
     for name, array in ARRAYS.items():
         assert arrays[name].dtype == array.dtype and np.array_equal(arrays[name], array)
-    assert read_header(path) == header
-    with np.load(path, allow_pickle=False) as file:
+    assert read_header(kind(demos)) == header
+    with np.load(demos, allow_pickle=False) as file:
         assert file["header"].shape == () and json.loads(str(file["header"])) == header
-    with pytest.raises(ValueError, match="'header'"):
-        save_demos(path, {"header": np.zeros(2)})
 
 
-def test_same_content_same_bytes(tmp_path):
-    for save_one, name in ((save, "surrogate.eqx"), (save_demos, "demos.npz")):
-        first, second = tmp_path / "a" / name, tmp_path / "b" / name
-        save_one(first)
-        save_one(second)
+def test_same_content_same_bytes(tmp_path, saved, demos):
+    for save_one, first in ((save, saved), (save_demos, demos)):
+        save_one(second := tmp_path / "again" / first.name)
         assert first.read_bytes() == second.read_bytes() and digest(first) == digest(second)
     save(tmp_path / "c.eqx", seed=2)
-    assert digest(tmp_path / "c.eqx") != digest(tmp_path / "a" / "surrogate.eqx")
+    assert digest(tmp_path / "c.eqx") != digest(saved)
 
 
 def flip(path):
@@ -134,8 +141,7 @@ def flip(path):
 @pytest.mark.parametrize("name", ["surrogate.eqx", "demos.npz"])
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.9, 0.999])
 def test_truncated(tmp_path, name, fraction):
-    path = tmp_path / name
-    load = damaged(path)
+    load, path = damaged(tmp_path / name), tmp_path / name
     content = path.read_bytes()
     path.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(ArtifactError, match="truncated"):
@@ -155,32 +161,36 @@ def damaged(path):
     "name,command",
     [("surrogate.eqx", "02_train_surrogate.py"), ("demos.npz", "01_extract_demos.py")],
 )
-def test_edited_missing_and_foreign(tmp_path, name, command):
-    path = tmp_path / name
-    load = damaged(path)
-    flip(path)
-    with pytest.raises(ArtifactError, match=f"{name}.*edited.*{command}"):
-        load()
-    path.write_bytes(b"something else\n" * 10)
-    with pytest.raises(ArtifactError, match=f"{name}.*{command}"):
-        load()
-    path.unlink()
-    with pytest.raises(ArtifactError, match=f"{name}: missing.*{command}"):
-        load()
+def test_edited_foreign_and_missing(tmp_path, name, command):
+    load, path = damaged(tmp_path / name), tmp_path / name
+    for damage, said in (
+        (flip, ".*edited"),
+        (lambda path: path.write_bytes(b"something else\n" * 10), ""),
+        (Path.unlink, ": missing"),
+    ):
+        damage(path)
+        with pytest.raises(ArtifactError, match=f"{name}{said}.*{command}"):
+            load()
     with pytest.raises(ArtifactError, match=f"{name}: missing.*{command}"):
         digest(path)
 
 
-def test_edited_array_is_found_by_checksum(tmp_path):
+def test_edited_array_is_found_by_checksum(demos):
     """A consistent `.npz` whose arrays were changed: the zip is whole, only the checksum tells."""
-    path = tmp_path / "demos.npz"
-    save_demos(path)
-    with np.load(path) as file:
+    with np.load(demos) as file:
         content = dict(file)
     content["values"][0, 0] = 9
-    np.savez(path, **content)
+    np.savez(demos, **content)
     with pytest.raises(ArtifactError, match="checksum"):
-        load_arrays(path, "demos")
+        load_arrays(demos, "demos")
+
+
+def test_an_array_file_with_an_edited_flag_is_refused(demos):
+    content = bytearray(demos.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1  # "encrypted"
+    demos.write_bytes(content)
+    with pytest.raises(ArtifactError, match="truncated or edited"):
+        load_arrays(demos, "demos")
 
 
 def rewrite_header(path, **changes):
@@ -191,117 +201,116 @@ def rewrite_header(path, **changes):
     )
 
 
-def test_wrong_stage_schema_shapes(tmp_path):
-    path = tmp_path / "surrogate.eqx"
-    save(path)
-    with pytest.raises(ArtifactError, match="wrong stage.*'surrogate'.*'policy'.*03_warmstart"):
-        load_module(path, "policy", build)
-    with pytest.raises(ValueError, match="unknown stage 'polcy'.*demos, surrogate, policy"):
-        load_module(path, "polcy", build)
-    with pytest.raises(ValueError, match="unknown stage 'polcy'"):
-        save(path, stage="polcy")
-    key = jr.key(0)
-    for wrong in (
-        lambda h: eqx.nn.MLP(2, 3, 5, 1, key=key),
-        lambda h: eqx.nn.MLP(2, 3, 4, 2, key=key),
-        lambda h: eqx.nn.Linear(2, 4, key=key),
-    ):
-        with pytest.raises(ArtifactError, match="surrogate.eqx: wrong shapes.*02_train"):
-            load_module(path, "surrogate", wrong)
-    with pytest.raises(ArtifactError, match="hyperparameters.*depth"):
-        load_module(path, "surrogate", lambda h: h["depth"])
-    rewrite_header(path, schema=0)
-    with pytest.raises(ArtifactError, match="wrong schema: the file has 0, this code reads 2"):
-        load_module(path, "surrogate", build)
-    rewrite_header(path, schema=2, seed=None)
-    with pytest.raises(ArtifactError, match="lacks 'seed'"):
-        load_module(path, "surrogate", build)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema": 0}, "wrong schema: the file has 0, this code reads 2"),
+        ({"seed": None}, "lacks 'seed'"),
+        ({"hyperparameters": {"width": 5}}, "edited.*02_train"),
+        ({"config": {"mixed_precision": True}}, "edited.*02_train"),
+        ({"seed": 2}, "edited.*02_train"),
+    ],
+)
+def test_an_edited_header_is_found(saved, changes, said):
+    rewrite_header(saved, **changes)
+    with pytest.raises(ArtifactError, match=said):
+        load_module(saved, "surrogate", build)
 
 
-def test_nan_is_not_written(tmp_path):
-    broken = eqx.tree_at(
-        lambda m: m.layers[1].bias, build({"width": 4}), jnp.array([0.0, jnp.nan, 0.0])
-    )
-    with pytest.raises(ArtifactError, match=r"NaN in .*layers\[1\].bias"):
-        save(tmp_path / "surrogate.eqx", broken)
-    with pytest.raises(ArtifactError, match="NaN in .*values"):
-        save_demos(tmp_path / "demos.npz", {"values": np.array([np.nan])})
-    with pytest.raises(ArtifactError, match="NaN"):
-        save_checkpoint(tmp_path / "checkpoint", broken, fingerprint="a", step=1)
-    with pytest.raises(ValueError, match="JSON"):
-        save(tmp_path / "surrogate.eqx", metrics={"loss": float("nan")})
+@pytest.mark.parametrize(
+    ("stage", "make", "error", "said"),
+    [
+        ("policy", build, ArtifactError, "wrong stage.*'surrogate'.*'policy'.*03_warmstart"),
+        ("polcy", build, ValueError, "unknown stage 'polcy'.*demos, surrogate, policy"),
+        ("surrogate", lambda h: h["depth"], ArtifactError, "hyperparameters.*depth"),
+        *(
+            ("surrogate", make, ArtifactError, "surrogate.eqx: wrong shapes.*02_train")
+            for make in (
+                lambda h: eqx.nn.MLP(2, 3, 5, 1, key=jr.key(0)),
+                lambda h: eqx.nn.MLP(2, 3, 4, 2, key=jr.key(0)),
+                lambda h: eqx.nn.Linear(2, 4, key=jr.key(0)),
+            )
+        ),
+    ],
+)
+def test_wrong_stage_hyperparameters_and_shapes(saved, stage, make, error, said):
+    with pytest.raises(error, match=said):
+        load_module(saved, stage, make)
+
+
+BROKEN = eqx.tree_at(
+    lambda m: m.layers[1].bias, build({"width": 4}), jnp.array([0.0, jnp.nan, 0.0])
+)
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "said"),
+    [
+        (lambda path: save(path, BROKEN), ArtifactError, r"NaN in .*layers\[1\].bias"),
+        (lambda p: save_demos(p, {"values": np.full(2, np.nan)}), ArtifactError, "NaN in .*values"),
+        (lambda p: save_checkpoint(p, BROKEN, fingerprint="a", step=1), ArtifactError, "NaN"),
+        (lambda path: save(path, metrics={"loss": float("nan")}), ValueError, "JSON"),
+        (lambda path: save(path, stage="polcy"), ValueError, "unknown stage 'polcy'"),
+        (lambda path: save_demos(path, {"header": np.zeros(2)}), ValueError, "'header'"),
+    ],
+)
+def test_what_cannot_be_read_again_is_not_written(tmp_path, write, error, said):
+    with pytest.raises(error, match=said):
+        write(tmp_path / "surrogate.eqx")
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "surrogate.eqx"
-    save(path)
-    before = path.read_bytes()
-
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("lib.artifacts.os.replace", full_disk)
+def test_failed_write_keeps_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
+    full = Mock(side_effect=OSError("no space left"))
+    monkeypatch.setattr("lib.artifacts.os.replace", full)
     with pytest.raises(OSError, match="no space"):
-        save(path, seed=2)
-    assert path.read_bytes() == before
+        save(saved, seed=2)
+    assert saved.read_bytes() == before
 
 
 def test_checkpoints(tmp_path):
-    path, tree = (
-        tmp_path / "run.ckpt",
-        {"model": build({"width": 4}), "count": jnp.array(3), "best": jnp.inf},
-    )
+    path = tmp_path / "run.ckpt"
+    tree = {"model": build({"width": 4}), "count": jnp.array(3), "best": jnp.inf}
     assert load_checkpoint(path, tree, "mine") is None
     save_checkpoint(path, tree, fingerprint="mine", step=5)
     loaded = load_checkpoint(path, tree, "mine")
     assert loaded is not None and loaded.step == 5
-    assert eqx.tree_equal(
-        eqx.filter(loaded.tree, eqx.is_array_like), eqx.filter(tree, eqx.is_array_like)
-    )
+    assert eqx.tree_equal(*(eqx.filter(t, eqx.is_array_like) for t in (loaded.tree, tree)))
     assert load_checkpoint(path, tree, "other") is None
     with pytest.raises(ArtifactError, match="wrong shapes"):
         load_checkpoint(path, tree["model"], "mine")
-    for step in (7, -3):
-        rewrite_header(shutil.copy(path, tmp_path / "step.ckpt"), step=step)
+    for damage in (
+        lambda copy: rewrite_header(copy, step=7),
+        lambda copy: rewrite_header(copy, step=-3),
+        flip,
+    ):
+        damage(shutil.copy(path, tmp_path / "damaged.eqx"))
         with pytest.raises(ArtifactError, match="delete it"):
-            load_checkpoint(tmp_path / "step.ckpt", tree, "mine")
-    flip(path.rename(tmp_path / "run.eqx"))
-    with pytest.raises(ArtifactError, match="delete it"):
-        load_checkpoint(tmp_path / "run.eqx", tree, "mine")
+            load_checkpoint(tmp_path / "damaged.eqx", tree, "mine")
 
 
-def test_fingerprint(tmp_path):
-    parent = tmp_path / "demos.npz"
-    save_demos(parent)
-    script = tmp_path / "02_train.py"
-    script.write_text("steps = 3\n")
-    same = fingerprint(script, Config(), [parent])
-    assert same == fingerprint(
-        script, Config(out=Path("elsewhere")), [shutil.copy(parent, tmp_path / "copy.npz")]
-    )
-    assert same != fingerprint(script, Config(steps=4), [parent])
-    save_demos(parent, ARRAYS | {"more": np.ones(1)})
-    assert same != fingerprint(script, Config(), [parent])
-
-
-def test_what_is_half_done_does_not_go_on_with_other_code(tmp_path, monkeypatch):
-    """A changed script or file of `lib` changes the fingerprint; a finished artifact is loaded all
-    the same.
+def test_what_is_half_done_does_not_go_on_with_other_code_settings_or_parents(
+    tmp_path, monkeypatch, saved, demos
+):
+    """A changed script or file of `lib` changes the fingerprint, and so do settings other than
+    paths and what a parent holds; a finished artifact is loaded all the same.
     """
-    script, library = tmp_path / "02_train.py", tmp_path / "lib"
-    library.mkdir()
-    script.write_text("steps = 3\n")
-    (library / "method.py").write_text("rate = 1\n")
-    monkeypatch.setattr("lib.artifacts.__file__", str(library / "artifacts.py"))
-    first = fingerprint(script, Config())
-    (library / "method.py").write_text("rate = 2\n")
-    second = fingerprint(script, Config())
-    script.write_text("steps = 4\n")
-    assert len({first, second, fingerprint(script, Config())}) == 3
-    save(tmp_path / "surrogate.eqx")
-    (library / "method.py").write_text("rate = 3\n")
-    load_module(tmp_path / "surrogate.eqx", "surrogate", build)
+    script, method = tmp_path / "02_train.py", tmp_path / "lib" / "method.py"
+    method.parent.mkdir()
+    for path in (script, method):
+        path.write_text("steps = 3\n")
+    monkeypatch.setattr("lib.artifacts.__file__", str(method.with_name("artifacts.py")))
+    copy = [shutil.copy(demos, tmp_path / "copy.npz")]
+    same = fingerprint(script, Config(), [demos])
+    assert same == fingerprint(script, Config(out=Path("elsewhere")), copy)
+    found = {same, fingerprint(script, Config(steps=4), copy)}
+    for path in (method, script):
+        path.write_text("steps = 4\n")
+        found.add(fingerprint(script, Config(), copy))
+    save_demos(demos, ARRAYS | {"more": np.ones(1)})
+    assert len(found | {fingerprint(script, Config(), [demos])}) == 5
+    load_module(saved, "surrogate", build)
 
 
 def steps_and_losses(path):
@@ -328,22 +337,6 @@ def test_log_resumes_as_if_never_killed(tmp_path):
     assert read_log(path) == []
 
 
-def test_an_edited_header_is_found(tmp_path):
-    path = tmp_path / "surrogate.eqx"
-    save(path)
-    for changes in (
-        {"hyperparameters": {"width": 5}},
-        {"config": {"mixed_precision": True}},
-        {"seed": 2},
-    ):
-        before = path.read_bytes()
-        rewrite_header(path, **changes)
-        with pytest.raises(ArtifactError, match="edited.*02_train"):
-            load_module(path, "surrogate", build)
-        path.write_bytes(before)
-    load_module(path, "surrogate", build)
-
-
 HEADERS = {
     "NaN": '{"step": NaN}',
     "infinity": '{"step": -Infinity}',
@@ -355,26 +348,17 @@ HEADERS = {
 
 @pytest.mark.parametrize("case", HEADERS)
 def test_headers_that_are_no_json_are_refused(tmp_path, case):
-    (tmp_path / "surrogate.eqx").write_text(HEADERS[case] + "\n")
-    np.savez(tmp_path / "demos.npz", header=np.asarray(HEADERS[case]))
+    module, demos = tmp_path / "surrogate.eqx", tmp_path / "demos.npz"
+    module.write_text(HEADERS[case] + "\n")
+    np.savez(demos, header=np.asarray(HEADERS[case]))
     for load in (
-        lambda: load_module(tmp_path / "surrogate.eqx", "surrogate", build),
-        lambda: load_arrays(tmp_path / "demos.npz", "demos"),
-        lambda: read_header(tmp_path / "demos.npz"),
-        lambda: load_checkpoint(tmp_path / "surrogate.eqx", {}, "mine"),
+        lambda: load_module(module, "surrogate", build),
+        lambda: load_arrays(demos, "demos"),
+        lambda: read_header(demos),
+        lambda: load_checkpoint(module, {}, "mine"),
     ):
         with pytest.raises(ArtifactError, match="header cannot be read"):
             load()
-
-
-def test_an_array_file_with_an_edited_flag_is_refused(tmp_path):
-    path = tmp_path / "demos.npz"
-    save_demos(path)
-    content = bytearray(path.read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] ^= 1  # "encrypted"
-    path.write_bytes(content)
-    with pytest.raises(ArtifactError, match="truncated or edited"):
-        load_arrays(path, "demos")
 
 
 @pytest.mark.parametrize("name", ["loop.eqx", "folder.eqx", "file/a.eqx", "a" * 300, "a\0.eqx"])
@@ -386,12 +370,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name):
         load_module(tmp_path / name, "surrogate", build)
 
 
-def test_paths_may_be_strings(tmp_path):
-    module, path = build({"width": 4}), str(tmp_path / "surrogate.eqx")
-    save(path, module)
-    assert eqx.tree_equal(load_module(path, "surrogate", build)[0], module)
-    assert read_header(path)["stage"] == "surrogate"
-    save_demos(path := str(tmp_path / "demos.npz"))
-    assert set(load_arrays(path, "demos")[0]) == set(ARRAYS) and read_header(path)["seed"] == 1
+@pytest.mark.parametrize("kind", [Path, str])
+def test_what_is_missing_is_named(tmp_path, kind):
     with pytest.raises(ArtifactError, match="no.eqx: missing"):
-        load_module(str(tmp_path / "no.eqx"), "surrogate", build)
+        load_module(kind(tmp_path / "no.eqx"), "surrogate", build)

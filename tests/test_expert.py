@@ -25,8 +25,11 @@ from recorded import NAMES, OURS, each_case, read_case
 from lib import expert_gp, expert_posterior
 from lib.buffer import ExperienceBuffer
 from lib.expert import SUPPORT, run_parent_scale
+from lib.expert_posterior import Features
+from lib.improvement import log_expected_improvement
 from lib.literature import Benchmark
-from lib.scm import AbstractSCM, Intervention
+from lib.scm import AbstractSCM, Intervention, Task
+from studies.published import PublishedConfig, PublishedRegression, fit_star_gp
 
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -88,16 +91,15 @@ OMEGA, PHASE = (
 def jit_absorb(published):
     """`(linear, use[new]) -> (initial state, states after every new row)`."""
 
+    kind = PublishedRegression if published else expert_posterior.ParentSetRegression
+
     def follow(linear, use):
-        state = expert_posterior.ParentSetRegression.fit(
-            jnp.asarray(SETS),
-            single(LOG_PRIOR),
-            linear,
-            *map(single, (OMEGA, PHASE, X[:FITTED], Y[:FITTED], NOISE)),
-        )
+        features = Features(jnp.asarray(SETS), linear, single(OMEGA), single(PHASE))
+        data = X[:FITTED], Y[:FITTED], NOISE
+        state = kind.fit(features, single(LOG_PRIOR), *map(single, data))
 
         def step(state, row):
-            state = state.absorb(*row, published)
+            state = state.absorb(*row)
             return state, state
 
         return state, jax.lax.scan(step, state, (single(X[FITTED:]), single(Y[FITTED:]), use))[1]
@@ -119,6 +121,12 @@ def features(members, omega, phase, linear):
         if linear
         else np.sqrt(2 / FEATURES) * np.cos(inside @ omega + phase)
     )
+
+
+def task_of(target, slots, real=None):
+    """A task without ranges, of the first `real` of `slots` variables."""
+    exists = jnp.arange(slots) < (slots if real is None else real)
+    return Task(jnp.array(target), jnp.zeros(slots), jnp.zeros(slots), exists)
 
 
 def log_softmax(scores):
@@ -196,13 +204,12 @@ def test_rows_that_are_not_used_change_nothing():
 
 
 def test_a_row_in_which_the_target_was_set_says_nothing():
-    config = expert_posterior.ParentScaleConfig(num_obs=FITTED, num_steps=1)
     start, _ = absorb(True)
     scale = expert_posterior.Scale(jnp.zeros(NUM_VARS), jnp.full(NUM_VARS, 2.0))
     row = single([0.5, -1.0, 2.0, 3.0])
     step = jax.jit(
         lambda intervened, valid: expert_posterior.absorb_row(
-            start, scale, 3, config, row, intervened, valid
+            start, scale, 3, row, intervened, valid
         ),
         compiler_options=FAST,
     )
@@ -218,8 +225,8 @@ def test_a_row_in_which_the_target_was_set_says_nothing():
 def test_features_of_a_set_ignore_the_other_variables():
     for linear in (True, False):
         phi = np.asarray(
-            expert_posterior.set_features(
-                jnp.asarray(SETS), jnp.array(linear), single(OMEGA), single(PHASE), single(X[0])
+            Features(jnp.asarray(SETS), jnp.array(linear), single(OMEGA), single(PHASE))(
+                single(X[0])
             )
         )
         for k, members in enumerate(SETS):
@@ -271,14 +278,14 @@ def test_automatic_features_follow_the_data():
     sets = jnp.array([[1, 0, 0], [1, 1, 0]], bool)
     fit = jax.jit(
         jax.vmap(
-            lambda rows: expert_posterior.initial_regression(
-                jr.key(0), sets, jnp.log(jnp.full(2, 0.5)), rows, 2, config
+            lambda rows: config.initial_regression(
+                jr.key(0), task_of(2, 3), rows, sets, jnp.log(jnp.full(2, 0.5))
             )
         ),
         compiler_options=FAST,
     )
     state = fit(single(rows))
-    assert state.linear.tolist() == [True, False]
+    assert state.features.linear.tolist() == [True, False]
     # observational rows condition the weights only
     np.testing.assert_allclose(state.log_probs, np.log(0.5), atol=1e-6)
     # in units of the variance of Y
@@ -287,7 +294,7 @@ def test_automatic_features_follow_the_data():
 
 @pytest.mark.parametrize("slots", [5, 7])
 def test_uniform_prior_holds_all_small_sets(slots):
-    sets, log_probs = expert_posterior.uniform_prior(jnp.array(1), jnp.arange(slots) < 5)
+    sets, log_probs = expert_posterior.uniform_prior(task_of(1, slots, 5))
     listed = {
         frozenset(np.flatnonzero(s).tolist())
         for s, p in zip(np.asarray(sets), np.asarray(log_probs), strict=True)
@@ -411,18 +418,16 @@ def case_features(case, dtype):
 @ft.cache
 def jit_follow():
     def follow(sets, log_prior, linear, omega, phase, x, y, updates):
-        start = expert_posterior.ParentSetRegression.fit(
-            sets, log_prior, linear, omega, phase, x, y, jnp.ones(len(sets), x.dtype)
-        )
+        def run(kind):
+            features, noise = Features(sets, linear, omega, phase), jnp.ones(len(sets), x.dtype)
 
-        def run(published):
             def step(state, row):
-                state = state.absorb(*row, published)
+                state = state.absorb(*row)
                 return state, state.log_probs
 
-            return jax.lax.scan(step, start, updates)[1]
+            return jax.lax.scan(step, kind.fit(features, log_prior, x, y, noise), updates)[1]
 
-        return run(True), run(False)
+        return run(PublishedRegression), run(expert_posterior.ParentSetRegression)
 
     return jax.jit(follow, compiler_options=FAST)
 
@@ -510,7 +515,7 @@ jit_effects = jax.jit(
     ),
     compiler_options=FAST,
 )
-jit_fit_published = jax.jit(expert_gp.fit_star_gp_published, compiler_options=FAST)
+jit_fit_published = jax.jit(fit_star_gp, compiler_options=FAST)
 
 
 def recorded_gps(case):
@@ -628,7 +633,7 @@ def jit_improvement():
         data = points, outcomes, jnp.full(points.shape, noise), used
         prior = grid, prior.mean, prior.deviation
         gp, _ = expert_gp.condition_causal_gp(prior, data, amplitude, lengthscale)
-        return expert_gp.log_expected_improvement(*gp(at), best)
+        return log_expected_improvement(*gp(at), best)
 
     return jax.jit(improvement, compiler_options=FAST)
 
@@ -874,12 +879,11 @@ def linear_system(case):
     )
 
 
-AS_PUBLISHED = expert_posterior.ParentScaleConfig(
+AS_PUBLISHED = PublishedConfig(
     num_obs=200,
     num_steps=10,
     prior="uniform",
     features="linear",
-    published=True,
     outcome_samples=1000,
 )
 
@@ -922,7 +926,7 @@ def test_a_case_is_replayed_from_its_raw_rows(name):
         compiler_options=FAST,
     )
     probs = np.exp(np.asarray(replay(scm, case_buffer(case, True)), float))
-    sets = np.asarray(expert_posterior.uniform_prior(scm.target, scm.var_mask)[0])
+    sets = np.asarray(expert_posterior.uniform_prior(scm.task)[0])
     order = [np.flatnonzero((sets == members).all(1))[0] for members in case["sets"]]
     np.testing.assert_allclose(probs[:, order].sum(1), 1.0, atol=1e-4)
     expected = case["posterior_published"][first - 1 :]
@@ -1130,7 +1134,7 @@ def test_a_buffer_that_fills_up_gives_nan(runs, problem):
 def test_a_buffer_that_is_too_small_and_predictions_without_sets_are_refused(problem):
     scm, buffers = problem
     buffer = jax.tree.map(lambda leaf: leaf[0, : CONFIG.num_obs + 3], buffers)
-    with pytest.raises(ValueError, match="63 places for 60 observations and 6 experiments"):
+    with pytest.raises(ValueError, match=r"63 places.* 6 experiments \(at least 60 rows"):
         eqx.filter_eval_shape(run_parent_scale, KEYS[0], scm, buffer, CONFIG)
     with pytest.raises(ValueError, match="candidate_sets"):
         run_parent_scale(KEYS[0], scm, buffer, CONFIG, predict=lambda buffer: jnp.zeros(1))

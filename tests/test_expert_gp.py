@@ -15,6 +15,9 @@ import scipy.stats
 from scipy.special import erfcx
 
 from lib import expert_gp
+from lib.improvement import expected_improvement, log_expected_improvement
+from lib.scm import refine
+from studies import published
 
 
 def single(array):
@@ -171,15 +174,14 @@ POINTS, NOISE = (
 )
 OUTCOMES, USED = np.array([-2.0, 0.5, 1.5, -0.3, np.nan, 1e9]), np.arange(6) < 4
 VALUES = np.linspace(-2.0, 4.0, 9)
-UNIT, SCALES = 2.0, (0.3, 1.0)
+SCALES = 0.3, 1.0
 
 
 @ft.cache
 def jit_fit():
     def fit(grid, deviation, points, outcomes, noise, used):
-        gp = expert_gp.fit_causal_gp(
-            grid, single(MEAN), deviation, points, outcomes, noise, used, UNIT, SCALES
-        )
+        prior, data = (grid, single(MEAN), deviation), (points, outcomes, noise, used)
+        gp = expert_gp.fit_causal_gp(prior, data, SCALES)
         return gp, *gp(single(VALUES))
 
     return jax.jit(fit)
@@ -204,7 +206,7 @@ def oracle(all_outcomes, length, amplitude, scale):
     covariance = prior + np.diag(scale * NOISE[USED] + 1e-5 * np.diag(prior))
     centre = np.interp(points, LINE, MEAN)
     score = scipy.stats.multivariate_normal.logpdf(outcomes, centre, covariance)
-    score -= 0.5 * np.log(length / (0.4 * 6.0)) ** 2 + 0.125 * np.log(amplitude / (0.1 * UNIT)) ** 2
+    score -= 0.5 * np.log(length / (0.4 * 6.0)) ** 2 + 0.125 * np.log(amplitude / 0.1) ** 2
     cross = kernel(VALUES, points)
     mean = np.interp(VALUES, LINE, MEAN) + cross @ np.linalg.solve(covariance, outcomes - centre)
     variance = np.diag(kernel(VALUES, VALUES)) - np.einsum(
@@ -218,7 +220,7 @@ def test_posterior_and_hyperparameters_agree_with_numpy(size):
     outcomes = np.where(USED, size * OUTCOMES, np.nan)
     gp, mean, deviation = fit(outcomes=outcomes)
     grid = itertools.product(
-        np.array(expert_gp.LENGTHSCALES) * 6.0, np.array(expert_gp.AMPLITUDES) * UNIT, SCALES
+        np.array(expert_gp.LENGTHSCALES) * 6.0, np.array(expert_gp.AMPLITUDES), SCALES
     )
     (length, amplitude, _), (_, expected_mean, expected_deviation) = max(
         ((h, oracle(outcomes, *h)) for h in grid), key=lambda pair: pair[1][0]
@@ -246,10 +248,10 @@ def test_without_outcomes_it_is_the_prior():
     gp, mean, deviation = fit(used=np.zeros(6, bool))
     np.testing.assert_allclose(gp.lengthscale, 0.4 * 6.0, rtol=1e-5)
     # of the grid the nearest to 0.1 on a log scale
-    np.testing.assert_allclose(gp.amplitude, 0.16 * UNIT, rtol=1e-5)
+    np.testing.assert_allclose(gp.amplitude, 0.16, rtol=1e-5)
     np.testing.assert_allclose(mean, np.interp(VALUES, LINE, MEAN), atol=1e-6)
     np.testing.assert_allclose(
-        deviation, np.sqrt(0.16 * UNIT + np.interp(VALUES, LINE, DEVIATION) ** 2), rtol=1e-5
+        deviation, np.sqrt(0.16 + np.interp(VALUES, LINE, DEVIATION) ** 2), rtol=1e-5
     )
 
 
@@ -263,8 +265,8 @@ def test_a_range_without_width_is_harmless():
 # --- acquisition ---
 
 log_improvement, improvement = (
-    jax.jit(expert_gp.log_expected_improvement),
-    jax.jit(expert_gp.expected_improvement),
+    jax.jit(log_expected_improvement),
+    jax.jit(expected_improvement),
 )
 
 
@@ -324,7 +326,7 @@ def test_refine_finds_the_peak_between_grid_values():
         return jnp.array([0.0, 3.0, 1.0])[variable] - (values - peaks[variable]) ** 2
 
     def search(table):
-        return expert_gp.refine(score, grid, table)
+        return refine(score, grid, table)
 
     table = jnp.stack([score(i, grid[i]) for i in range(3)])
     variable, value = jax.jit(search)(table)
@@ -364,9 +366,9 @@ def test_hyperparameters_whose_factor_fails_are_left_out_and_counted(monkeypatch
 
     grid = single(np.linspace(-2, 2, 9))
     points, ones = single([0.0, 0.2, 1.5]), jnp.ones(3)
-    causal = expert_gp.fit_causal_gp(
-        grid, jnp.zeros(9), jnp.zeros(9), points, single([0.0, 1.0, 0.0]), 1e-3 * ones, ones > 0
-    )
+    prior = grid, jnp.zeros(9), jnp.zeros(9)
+    data = points, single([0.0, 1.0, 0.0]), 1e-3 * ones, ones > 0
+    causal = expert_gp.fit_causal_gp(prior, data)
     assert 0 < causal.failures < len(expert_gp.LENGTHSCALES) * len(expert_gp.AMPLITUDES)
     assert all(np.isfinite(value).all() for value in causal(grid))
     assert float(causal.lengthscale) < 4 * max(expert_gp.LENGTHSCALES)
@@ -386,9 +388,7 @@ def test_published_hyperparameters_are_a_maximum_of_the_likelihood_within_limits
     wave, line = (
         jax.tree.map(
             np.asarray,
-            jax.jit(expert_gp.fit_star_gp_published)(
-                single(x), single(y[:, i]), sets[i : i + 1], EVERY[:1]
-            ),
+            jax.jit(published.fit_star_gp)(single(x), single(y[:, i]), sets[i : i + 1], EVERY[:1]),
         )
         for i in range(2)
     )

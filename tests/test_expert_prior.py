@@ -13,6 +13,8 @@ import pytest
 import scipy.stats
 
 from lib import expert_prior
+from lib.scm import Task
+from studies import published
 
 
 ROWS, REAL, SLOTS, BOOTSTRAPS = 300, 5, 8, 6
@@ -43,13 +45,17 @@ SYSTEMS = {
 }
 
 
-BOOTSTRAPPED = ft.partial(
-    expert_prior.doubly_robust_prior, num_bootstraps=BOOTSTRAPS, published=True
-)
-jit_priors = jax.jit(
-    jax.vmap(ft.partial(BOOTSTRAPPED, num_features=20)),
-    compiler_options=FAST,
-)
+NUM_FEATURES = 20
+
+
+def bootstrapped(key, rows, target, var_mask):
+    """The frequencies alone, which the published prior is."""
+    ranges = jnp.zeros((2, len(var_mask)))
+    task = Task(target, *ranges, var_mask)
+    return published.bootstrap_prior(key, rows, task, BOOTSTRAPS, NUM_FEATURES)
+
+
+jit_priors = jax.jit(jax.vmap(bootstrapped), compiler_options=FAST)
 
 
 def priors(systems, targets, slots=REAL):
@@ -137,7 +143,8 @@ def test_padding_changes_nothing(found):
 def test_standardise():
     rows = np.random.default_rng(0).normal(3.0, 5.0, (40, 3))
     rows[:, 1] = 7.0
-    result = np.asarray(expert_prior.standardise(jnp.asarray(rows, jnp.float32)))
+    single = jnp.asarray(rows, jnp.float32)
+    result = np.asarray(expert_prior.Scale.of(single)(single))
     np.testing.assert_allclose(result[:, [0, 2]], zscores(rows[:, [0, 2]]), atol=1e-4)
     assert (result[:, 1] == 0).all()
 
@@ -226,9 +233,9 @@ def test_selection_agrees_with_scipy():
 @pytest.mark.parametrize("drop_empty,kept", [(False, 1.0), (True, 0.75)])
 def test_equal_selections_are_counted_together(drop_empty, kept):
     selected = jnp.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]], bool)
-    sets, log_probs = expert_prior.set_frequencies(
-        selected, jnp.array([True, True, False]), drop_empty
-    )
+    sets, log_probs = expert_prior.set_frequencies(selected, jnp.array([True, True, False]))
+    if drop_empty:
+        log_probs = published.without_empty(sets, log_probs)
     expected = {frozenset({0}): 0.5, frozenset({0, 1}): 0.25} | (
         {} if drop_empty else {frozenset(): 0.25}
     )
@@ -240,7 +247,9 @@ def test_equal_selections_are_counted_together(drop_empty, kept):
 def test_only_empty_selections_give_single_variables():
     real = jnp.array([True, False, True, True])
     for drop_empty in (False, True):
-        sets, log_probs = expert_prior.set_frequencies(jnp.zeros((2, 4), bool), real, drop_empty)
+        sets, log_probs = expert_prior.set_frequencies(jnp.zeros((2, 4), bool), real)
+        if drop_empty:
+            log_probs = published.without_empty(sets, log_probs)
         assert sets.shape == (4, 4)  # as many places as variables
         assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(
             {frozenset({i}): 1 / 3 for i in (0, 2, 3)}
@@ -257,9 +266,9 @@ def test_the_union_adds_every_subset_of_the_variables_selected_most_often():
     real = np.arange(6) != 2
     # 3 before 5, which nobody selected either
     p_values = np.where(np.arange(6) == 3, 0.4, 0.9) * np.ones((10, 1))
-    frequencies = expert_prior.set_frequencies(jnp.asarray(selected), jnp.asarray(real), False)
+    frequencies = expert_prior.set_frequencies(jnp.asarray(selected), jnp.asarray(real))
     sets, log_probs = expert_prior.with_union(
-        *frequencies, jnp.asarray(selected), jnp.asarray(p_values), jnp.asarray(real)
+        *frequencies, jnp.asarray(selected), jnp.asarray(real), jnp.asarray(p_values)
     )
     found = members(np.asarray(sets), np.exp(np.asarray(log_probs, float)))
     inside = {0: 6.5 / 11, 1: 3.5 / 11, 4: 2.5 / 11, 3: 0.5 / 11}

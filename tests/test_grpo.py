@@ -31,9 +31,6 @@ CONFIG = grpo.GRPOConfig(
 )
 
 
-collect = eqx.filter_jit(grpo.collect_campaign)
-
-
 class Twins(InterventionDistribution):
     """Only ever samples the centres of its two likeliest cells, so that a group holds the same
     action many times.
@@ -67,30 +64,25 @@ def policy():
     )
 
 
-@pytest.fixture(scope="module")
-def surrogate():
-    return eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(2))
+collect = eqx.filter_jit(grpo.collect_campaign)
 
 
 @pytest.fixture(scope="module")
-def campaign(problem, policy, surrogate):
-    scm, truth, buffer = problem
-    return collect(
-        jr.key(3),
-        grpo.Simulator(surrogate, scm, truth, RewardConfig()),
-        policy,
-        buffer,
-        STEPS,
-        CONFIG,
-    )
+def simulator(problem):
+    surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(2))
+    return grpo.Simulator(surrogate, problem.scm, problem.truth, RewardConfig())
 
 
-def test_a_full_buffer_is_refused_or_marked(problem, policy, surrogate, campaign):
-    simulator = grpo.Simulator(surrogate, problem.scm, problem.truth, RewardConfig())
-    full = campaign[1]
+@pytest.fixture(scope="module")
+def campaign(problem, policy, simulator):
+    return collect(jr.key(3), simulator, policy, problem.buffer, STEPS, CONFIG)
+
+
+def test_a_full_buffer_is_refused_or_marked(policy, simulator, campaign):
+    arguments = jr.key(3), simulator, policy, campaign[1], STEPS, CONFIG
     with pytest.raises(ValueError, match="too few for its rows and 3 experiments"):
-        grpo.collect_campaign(jr.key(3), simulator, policy, full, STEPS, CONFIG)
-    groups, _ = collect(jr.key(3), simulator, policy, full, STEPS, CONFIG)
+        grpo.collect_campaign(*arguments)
+    groups, _ = collect(*arguments)
     assert jnp.isnan(groups.reward.total).all() and jnp.isfinite(campaign[0].reward.total).all()
 
 
@@ -107,86 +99,71 @@ def with_rewards(groups, rewards):
 
 def loop_advantages(rewards):
     """Centred per group, scaled by the deviation over live groups; dead groups get zeros."""
-    live = [np.max(group) - np.min(group) > MIN_SPREAD for group in rewards]
+    live = np.array([np.max(group) - np.min(group) > MIN_SPREAD for group in rewards], float)
     centred = [
-        [r - np.mean(group) if alive else 0.0 for r in group]
+        [(r - np.mean(group)) * alive for r in group]
         for group, alive in zip(rewards, live, strict=True)
     ]
-    used = [c**2 for group, alive in zip(centred, live, strict=True) if alive for c in group]
-    return np.array(centred) / np.sqrt((np.mean(used) if used else 0.0) + 1e-12), np.array(
-        live, float
+    variance = np.mean(
+        [c**2 for group, alive in zip(centred, live, strict=True) if alive for c in group] or [0]
     )
+    return np.array(centred) / np.sqrt(variance + 1e-12), live
 
 
 def log_probs(policy, groups):
-    return jax.vmap(
-        lambda group: jax.vmap(policy(group.state).log_prob)(group.variable, group.value)
-    )(groups)
+    def of_group(group):
+        return jax.vmap(policy(group.state).log_prob)(group.variable, group.value)
+
+    return jax.vmap(of_group)(groups)
 
 
 jit_log_probs = eqx.filter_jit(log_probs)
 REWARDS = np.array([[0.1, -0.4, 0.3, 0.9, 0.0, 0.2], [0.5] * GROUP, [1.0, 1.0, 1.0, 0.0, 1.0, 1.0]])
 
 
-def test_advantages_of_a_case_done_by_hand():
-    advantages, live = grpo.group_advantages(
-        jnp.array([[1.0, 3.0], [5.0, 5.0], [0.0, 4.0]]), CONFIG
-    )
-    scale = np.sqrt((1 + 1 + 4 + 4) / 4)
-    np.testing.assert_allclose(advantages, np.array([[-1, 1], [0, 0], [-2, 2]]) / scale, atol=1e-6)
-    assert live.tolist() == [1, 0, 1]
-
-
-def test_advantages_agree_with_a_loop_and_sum_to_zero():
-    for rewards in (
+@pytest.mark.parametrize(
+    "rewards",
+    [
         REWARDS,
         10.0 * REWARDS + 3.0,
         np.random.default_rng(0).normal(size=(3, GROUP)),
-    ):
-        advantages, live = grpo.group_advantages(jnp.asarray(rewards, jnp.float32), CONFIG)
-        expected, alive = loop_advantages(rewards)
-        np.testing.assert_allclose(advantages, expected, atol=1e-5)
-        np.testing.assert_allclose(advantages.sum(1), 0.0, atol=1e-5)
-        assert live.tolist() == alive.tolist()
-
-
-def test_equal_rewards_have_no_advantage():
-    advantages, live = grpo.group_advantages(jnp.full((2, 4), 0.7), CONFIG)
-    assert not advantages.any() and not live.any()
+        np.full((2, 4), 0.7),
+    ],
+)
+def test_advantages_agree_with_a_loop_and_sum_to_zero(rewards):
+    advantages, live = grpo.group_advantages(jnp.asarray(rewards, jnp.float32), CONFIG)
+    expected, alive = loop_advantages(rewards)
+    np.testing.assert_allclose(advantages, expected, atol=1e-5)
+    np.testing.assert_allclose(advantages.sum(1), 0.0, atol=1e-5)
+    assert live.tolist() == alive.tolist()
 
 
 def test_a_problem_has_room_for_its_campaign(problem):
     scm, truth, buffer = problem
+    observed = buffer.observational.sum()
     assert buffer.valid.shape[0] == DESIGN.max_obs + DESIGN.per_variable * PRIOR.max_vars + STEPS
-    assert DESIGN.min_obs <= buffer.observational.sum() <= DESIGN.max_obs
-    assert (
-        buffer.size - buffer.observational.sum() == 3
-        and buffer.size + STEPS <= buffer.valid.shape[0]
-    )
-    effects = eqx.filter_jit(lambda scm: scm.effect_table(value_grid(scm.low, scm.high, BINS)))(scm)
+    assert DESIGN.min_obs <= observed <= DESIGN.max_obs and buffer.size - observed == 3
+    effects = jax.jit(lambda scm: scm.effect_table(value_grid(scm.low, scm.high, BINS)))(scm)
     np.testing.assert_allclose(truth.effects, effects, atol=1e-5)
     assert (truth.parents == scm.parents).all() and abs(truth.baseline) < 0.3
 
 
 def test_a_campaign_adds_the_first_candidates_action_and_nothing_else(problem, campaign):
     groups, final = campaign
-    start = int(problem.buffer.size)
+    start, steps = int(problem.buffer.size), np.arange(STEPS)
     assert final.size == start + STEPS
     assert (final.values[:start] == problem.buffer.values[:start]).all()
+    variable, rows = np.asarray(groups.variable[:, 0]), np.asarray(final.values)[start:][:STEPS]
+    assert (
+        final.intervened[start + steps] == (variable[:, None] == np.arange(PRIOR.max_vars))
+    ).all()
+    assert (rows[steps, variable] == groups.value[:, 0]).all()
+    state = groups.state
+    assert (state.step == steps).all() and (state.steps_left == STEPS - steps).all()
     for t in range(STEPS):
-        variable, value = int(groups.variable[t, 0]), groups.value[t, 0]
-        assert final.intervened[start + t].tolist() == [
-            i == variable for i in range(PRIOR.max_vars)
-        ]
-        assert final.values[start + t, variable] == value
-        assert (
-            groups.state.buffer.valid[t].sum() == start + t
-            and groups.state.step[t] == t
-            and groups.state.steps_left[t] == STEPS - t
-        )
-        assert (groups.state.buffer.values[t, : start + t] == final.values[: start + t]).all()
-    rows = np.asarray(final.values[start : start + STEPS])[:, np.asarray(problem.scm.var_mask)]
-    assert len(np.unique(rows, axis=0)) == STEPS
+        assert state.buffer.valid[t].sum() == start + t
+        assert (state.buffer.values[t, : start + t] == final.values[: start + t]).all()
+    assert len(np.unique(rows[:, np.asarray(problem.scm.var_mask)], axis=0)) == STEPS
 
 
 def test_twins_share_their_noise(problem, campaign):
@@ -197,30 +174,20 @@ def test_twins_share_their_noise(problem, campaign):
     assert (problem.scm.noise_scale > 0.1).all()
     different = 0
     for t in range(STEPS):
-        actions = list(
-            zip(
-                np.asarray(groups.variable[t]).tolist(),
-                np.asarray(groups.value[t]).tolist(),
-                strict=True,
-            )
-        )
-        rewards = {action: set() for action in actions}
-        for action, reward in zip(actions, groups.reward.total[t], strict=True):
-            rewards[action].add(float(reward))
+        rewards = {}
+        columns = groups.variable[t], groups.value[t], groups.reward.total[t]
+        for variable, value, reward in zip(*(column.tolist() for column in columns), strict=True):
+            rewards.setdefault((variable, value), []).append(reward)
         assert all(max(r) - min(r) < 1e-5 for r in rewards.values())
         different += len({round(min(r), 4) for r in rewards.values()}) > 1
     assert different > 0
 
 
-def test_states_read_from_sums_are_those_of_the_whole_data(problem, surrogate, campaign):
-    groups, _ = campaign
-    last = jax.tree.map(lambda leaf: leaf[-1], groups.state)
-    whole = eqx.filter_jit(make_state)(surrogate, last.buffer, problem.scm.task, STEPS - 1, 1)
-    np.testing.assert_allclose(
-        last.output.effect_mean[problem.scm.candidates],
-        whole.output.effect_mean[problem.scm.candidates],
-        atol=1e-3,
-    )
+def test_states_read_from_sums_are_those_of_the_whole_data(problem, simulator, campaign):
+    task, last = problem.scm.task, jax.tree.map(lambda leaf: leaf[-1], campaign[0].state)
+    whole = eqx.filter_jit(make_state)(simulator.surrogate, last.buffer, task, STEPS - 1, 1)
+    one, two = (s.output.effect_mean[task.candidates] for s in (last, whole))
+    np.testing.assert_allclose(one, two, atol=1e-3)
     np.testing.assert_allclose(last.output.marginals(), whole.output.marginals(), atol=1e-3)
 
 
@@ -229,39 +196,24 @@ def test_a_group_of_one_is_refused():
         grpo.GRPOConfig(group_size=1)
 
 
-def test_actions_are_candidates_within_range_and_log_probs_are_the_policys(
-    problem, policy, campaign
-):
-    groups, _ = campaign
-    scm = problem.scm
-    allowed, low, high = (np.asarray(x) for x in (scm.candidates, scm.low, scm.high))
-    variable, value = np.asarray(groups.variable), np.asarray(groups.value)
-    assert (
-        allowed[variable].all()
-        and (value >= low[variable] - 1e-6).all()
-        and (value <= high[variable] + 1e-6).all()
-    )
+def test_log_probs_are_the_policys(policy, campaign):
+    groups = campaign[0]
     np.testing.assert_allclose(jit_log_probs(policy, groups), groups.log_prob, atol=1e-4)
 
 
 def test_at_the_old_policy_the_gradient_is_that_of_reinforce(policy, campaign, gradient):
     groups = with_rewards(campaign[0], REWARDS)
     advantages, live = loop_advantages(REWARDS)
-
-    def reinforce(policy):
-        return -(log_probs(policy, groups) * jnp.asarray(advantages, jnp.float32)).sum() / (
-            live.sum() * GROUP
-        )
-
+    weights = jnp.asarray(-advantages / live.sum() / GROUP, jnp.float32)
     (_, metrics), ours = gradient(policy, groups)
-    theirs = eqx.filter_jit(eqx.filter_grad(reinforce))(policy)
-    leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
-    assert max(float(jnp.abs(leaf).max()) for leaf, _ in leaves) > 1e-3
-    for left, right in leaves:
+    theirs = eqx.filter_jit(eqx.filter_grad(lambda p: (log_probs(p, groups) * weights).sum()))(
+        policy
+    )
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(ours)) > 1e-3
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
-    np.testing.assert_allclose(metrics.dead_groups, 1 / 3, atol=1e-6)
-    np.testing.assert_allclose([metrics.kl, metrics.clipped], 0.0, atol=1e-6)
-    np.testing.assert_allclose(metrics.reward, REWARDS.mean(), atol=1e-6)
+    found = metrics.dead_groups, metrics.kl, metrics.clipped, metrics.reward
+    np.testing.assert_allclose(found, [1 / 3, 0.0, 0.0, REWARDS.mean()], atol=1e-6)
 
 
 def test_equal_rewards_give_no_gradient(policy, campaign, gradient):
@@ -277,33 +229,22 @@ def test_clipped_objective_agrees_with_a_loop(policy, campaign, gradient):
     old = groups.log_prob - jnp.asarray(np.log(ratio), jnp.float32)
     (loss, metrics), _ = gradient(policy, eqx.tree_at(lambda g: g.log_prob, groups, old))
     advantages, live = loop_advantages(REWARDS)
-    terms = [
-        np.mean(
-            [
-                min(r * a, np.clip(r, 1 - CONFIG.clip, 1 + CONFIG.clip) * a)
-                for r, a in zip(ratio[g], advantages[g], strict=True)
-            ]
-        )
-        for g in range(STEPS)
-        if live[g]
-    ]
-    np.testing.assert_allclose(loss, -np.mean(terms), atol=1e-4)
-    np.testing.assert_allclose(metrics.clipped, (np.abs(ratio - 1) > CONFIG.clip).mean(), atol=1e-6)
+    clipped = np.clip(ratio, 1 - CONFIG.clip, 1 + CONFIG.clip)
+    terms = np.minimum(ratio * advantages, clipped * advantages)[live > 0]
+    np.testing.assert_allclose(loss, -terms.mean(), atol=1e-4)
+    np.testing.assert_allclose(metrics.clipped, (clipped != ratio).mean(), atol=1e-6)
 
 
 def test_an_update_favours_the_better_twin_and_dead_groups_leave_the_policy_alone(policy, campaign):
-    groups = campaign[0]
-    optimiser = optax.adam(CONFIG.learning_rate)
+    groups, optimiser = campaign[0], optax.adam(CONFIG.learning_rate)
     learner = Learner.of(policy, optimiser)
-    update = eqx.filter_jit(
-        lambda groups: grpo.grpo_step(learner, optimiser, policy, groups, CONFIG)
-    )
+    update = eqx.filter_jit(lambda g: grpo.grpo_step(learner, optimiser, policy, g, CONFIG))
     better = np.asarray(
         (groups.variable == groups.variable[:, :1]) & (groups.value == groups.value[:, :1])
     )
     assert not better.all(1).all()  # somewhere both twins were drawn
     (new, _), metrics = update(with_rewards(groups, better))
-    gain = np.asarray(jit_log_probs(new, groups)) - np.asarray(groups.log_prob)
+    gain = np.asarray(jit_log_probs(new, groups) - groups.log_prob)
     assert (gain * loop_advantages(better.astype(float))[0]).mean() > 0.004
     assert metrics.kl > 0  # before the last step, after the first
     (same, _), _ = update(with_rewards(groups, np.zeros((STEPS, GROUP))))

@@ -158,17 +158,15 @@ def test_the_target_is_the_last_variable_of_what_is_drawn():
 # every function, class and type of the three documents, by where it lives
 NAMES = {
     "01_extract_demos": "",
-    "02_train_surrogate": "SurrogateModelResult TrainingConfig pretrain_surrogate"
-    " train_surrogate_component train_surrogate_with_expert_data",
+    "02_train_surrogate": "SurrogateModelResult TrainingConfig extract_surrogate_training_data"
+    " pretrain_surrogate train_surrogate_component train_surrogate_with_expert_data",
     "03_warmstart_acquisition": "AcquisitionConfig AcquisitionModelResult train_acquisition"
     " train_acquisition_component train_acquisition_with_expert_warmstart",
     "04_train_e2e": "adjust_difficulty train_complete_acbo_system train_end_to_end",
     "05_evaluate": "EvaluationReport evaluate_surrogate_accuracy evaluate_system_performance",
     "lib.buffer": "ExperienceBuffer",
-    "lib.extraction": "ParentScaleTrajectory expert_demonstration extract_expert_trajectory"
-    " extract_multiple_trajectories",
     "lib.grpo": "GRPOConfig",
-    "lib.imitation": "ImitationConfig",
+    "lib.imitation": "AcquisitionTrainingExample ImitationConfig extract_acquisition_training_data",
     "lib.loop": "AcquisitionParams Sample State SurrogateParams apply_intervention"
     " compute_posterior compute_verifiable_reward generate_group_interventions get_current_state"
     " initialize_acquisition initialize_models initialize_surrogate intervention_step"
@@ -182,10 +180,10 @@ NAMES = {
     "lib.surrogate": "ParentSetPredictionModel SurrogateConfig SurrogateTrainingExample",
     "lib.system": "DeployedACBOSystem DeploymentConfig OptimizationResult TrainedACBOSystem"
     " deploy_trained_system",
-    "lib.trajectories": "AcquisitionTrainingExample ExpertTrajectory TrajectoryStep"
-    " augment_expert_demonstrations extract_acquisition_training_data"
-    " extract_expert_demonstrations extract_surrogate_training_data"
-    " validate_demonstration_quality validate_trajectory_consistency",
+    "lib.trajectories": "ExpertTrajectory ParentScaleTrajectory TrajectoryStep"
+    " augment_expert_demonstrations expert_demonstration extract_expert_demonstrations"
+    " extract_expert_trajectory extract_multiple_trajectories validate_demonstration_quality"
+    " validate_trajectory_consistency",
 }
 METHODS_OF_THE_SYSTEM = ("predict_posterior", "run_optimization", "select_intervention")
 
@@ -197,5 +195,4 @@ def test_every_name_of_the_documents_exists():
         assert not missing, f"{place}: {missing}"
     system = importlib.import_module("lib.system").TrainedACBOSystem
     assert all(hasattr(system, name) for name in METHODS_OF_THE_SYSTEM)
-    named = {name for names in NAMES.values() for name in names.split()}
-    assert len(named | set(METHODS_OF_THE_SYSTEM)) == 72
+    assert len({*" ".join(NAMES.values()).split(), *METHODS_OF_THE_SYSTEM}) == 72

@@ -29,22 +29,19 @@ from lib.surrogate import SurrogateOutput
 REAL, SLOTS, BINS, TOKEN, TARGET = 5, 6, 5, 12, 1
 
 
-def make_task(fixed=3):
-    """Variable 1 is the target, `fixed` has no range, the last slot is padding: three candidates
-    are left.
-    """
-    real = jnp.arange(SLOTS) < REAL
-    low = jnp.where(real, -1.0 - jnp.arange(SLOTS), 0.0)
-    return Task(
-        jnp.array(TARGET),
-        low,
-        jnp.where(jnp.arange(SLOTS) == fixed, low, jnp.where(real, 2.0, 0.0)),
-        real,
-    )
+THERE = jnp.arange(SLOTS) < REAL
+LOW = jnp.where(THERE, -1.0 - jnp.arange(SLOTS), 0.0)
+# variable 1 is the target, 3 has no range, the last slot is padding: three candidates are left
+HIGH = jnp.where(jnp.arange(SLOTS) == 3, LOW, jnp.where(THERE, 2.0, 0.0))
+TASK = Task(jnp.array(TARGET), LOW, HIGH, THERE)
 
 
-TASK = make_task()
 CANDIDATES = np.flatnonzero(TASK.candidates)
+PER_VARIABLE = "grid", "effect_mean", "effect_std", "tokens", "evidence"
+
+
+def per_variable(state):
+    return [getattr(state.output, name) for name in PER_VARIABLE]
 
 
 def make_distribution(seed, scale=1.5):
@@ -56,16 +53,16 @@ def make_distribution(seed, scale=1.5):
 
 def make_state(seed):
     """What a surrogate might say; nonsense wherever nobody may look."""
-    logit_key, mean_key, std_key, token_key, evidence_key = jr.split(jr.key(seed), 5)
+    keys = jr.split(jr.key(seed), 5)
     output = SurrogateOutput(
         TASK,
-        jr.normal(logit_key, (2, SLOTS)),
+        jr.normal(keys[0], (2, SLOTS)),
         jnp.log(jnp.array([0.3, 0.7])),
         value_grid(TASK.low, TASK.high, BINS),
-        jr.normal(mean_key, (SLOTS, BINS)),
-        jnp.exp(jr.normal(std_key, (SLOTS, BINS))),
-        jr.normal(token_key, (SLOTS, TOKEN)),
-        jr.normal(evidence_key, (SLOTS, BINS, NUM_EVIDENCE)),
+        jr.normal(keys[1], (SLOTS, BINS)),
+        jnp.exp(jr.normal(keys[2], (SLOTS, BINS))),
+        jr.normal(keys[3], (SLOTS, TOKEN)),
+        jr.normal(keys[4], (SLOTS, BINS, NUM_EVIDENCE)),
         jnp.array(0.5),
         jnp.array(2.0),
     )
@@ -90,31 +87,22 @@ def test_density_integrates_to_one(seed):
     distribution = make_distribution(seed)
     # midpoints, 400 is a multiple of twice the number of inner cells
     points = (jnp.arange(400) + 0.5) / 400
-    density = jax.jit(
-        jax.vmap(
-            jax.vmap(
-                lambda i, u: jnp.exp(distribution.log_prob(i, distribution.value(i, u))), (None, 0)
-            ),
-            (0, None),
-        )
-    )
-    integral = density(jnp.asarray(CANDIDATES), points).mean(1)
+
+    def density(i, u):
+        return jnp.exp(distribution.log_prob(i, distribution.value(i, u)))
+
+    each = jax.jit(jax.vmap(jax.vmap(density, (None, 0)), (0, None)))
+    integral = each(jnp.asarray(CANDIDATES), points).mean(1)
     np.testing.assert_allclose(integral, jnp.exp(distribution.logits).sum(1)[CANDIDATES], atol=1e-4)
     np.testing.assert_allclose(integral.sum(), 1.0, atol=1e-4)
 
 
 def test_cells_are_those_nearest_to_the_grid():
     distribution = make_distribution(0)
-    for i in CANDIDATES.tolist():
-        grid = np.asarray(value_grid(TASK.low, TASK.high, BINS))[i]
+    for i, grid in enumerate(np.asarray(value_grid(TASK.low, TASK.high, BINS))):
         values = np.linspace(grid[0], grid[-1], 37, dtype=np.float32)[1:-1:2]
-        nearest = np.abs(values[:, None] - grid).argmin(1)
-        assert (
-            np.asarray(
-                jax.vmap(lambda v, i=i: distribution.cell(jnp.array(i), v))(jnp.asarray(values))
-            )
-            == nearest
-        ).all()
+        cells = jax.vmap(distribution.cell, (None, 0))(jnp.array(i), jnp.asarray(values))
+        assert i not in CANDIDATES or (cells == np.abs(values[:, None] - grid).argmin(1)).all()
     np.testing.assert_allclose(
         jnp.exp(distribution.log_widths), [0.125, 0.25, 0.25, 0.25, 0.125], atol=1e-6
     )
@@ -122,47 +110,39 @@ def test_cells_are_those_nearest_to_the_grid():
 
 def test_samples_fall_within_range_on_candidates_as_often_as_they_should():
     distribution, count = make_distribution(2), 4000
-    variable, value = (
-        np.asarray(x) for x in jax.jit(jax.vmap(distribution.sample))(jr.split(jr.key(0), count))
-    )
+    drawn = jax.jit(jax.vmap(distribution.sample))(jr.split(jr.key(0), count))
+    cells = np.asarray(jax.jit(jax.vmap(distribution.cell))(*drawn))
+    variable, value = map(np.asarray, drawn)
     assert set(variable) <= set(CANDIDATES)
-    low, high = np.asarray(TASK.low)[variable], np.asarray(TASK.high)[variable]
-    assert (value >= low).all() and (value <= high).all()
-    cells = np.asarray(jax.jit(jax.vmap(distribution.cell))(variable, value))
+    assert (value >= TASK.low[variable]).all() and (value <= TASK.high[variable]).all()
     seen = np.zeros((SLOTS, BINS))
     np.add.at(seen, (variable, cells), 1)
-    probs = np.asarray(jnp.exp(distribution.logits), float)
-    assert (
-        scipy.stats.chisquare(
-            seen[CANDIDATES].ravel(), count * probs[CANDIDATES].ravel() / probs[CANDIDATES].sum()
-        ).pvalue
-        > 1e-4
-    )
+    expected = np.asarray(jnp.exp(distribution.logits), float)[CANDIDATES].ravel()
+    expected *= count / expected.sum()
+    assert scipy.stats.chisquare(seen[CANDIDATES].ravel(), expected).pvalue > 1e-4
     # a half cell at the low end, filled evenly
-    ends = value[(variable == CANDIDATES[0]) & (cells == 0)]
-    start, width = float(TASK.low[CANDIDATES[0]]), float((TASK.high - TASK.low)[CANDIDATES[0]]) / 8
+    first = CANDIDATES[0]
+    ends = value[(variable == first) & (cells == 0)]
+    start, width = float(TASK.low[first]), float((TASK.high - TASK.low)[first]) / 8
     assert scipy.stats.kstest(ends, "uniform", (start, width)).pvalue > 1e-4
 
 
 def test_mode_is_the_most_probable_cell():
     distribution = make_distribution(3)
     variable, value = distribution.mode()
-    assert (
-        distribution.logits[variable, distribution.cell(variable, value)]
-        == distribution.logits.max()
-    )
-    assert jnp.isclose(value, value_grid(TASK.low, TASK.high, BINS)[variable], atol=1e-6).any()
+    cell = distribution.cell(variable, value)
+    assert distribution.logits[variable, cell] == distribution.logits.max()
+    grid = value_grid(TASK.low, TASK.high, BINS)
+    np.testing.assert_allclose(value, grid[variable, cell], atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_entropy_of_a_uniform_distribution_is_the_log_of_its_variables(count):
-    chosen = np.isin(np.arange(SLOTS), CANDIDATES[:count])
+    chosen, widths = np.isin(np.arange(SLOTS), CANDIDATES[:count]), make_distribution(0).log_widths
     task = Task(TASK.target, TASK.low, jnp.where(chosen, TASK.high, TASK.low), TASK.var_mask)
-    widths = make_distribution(0).log_widths
-    uniform = InterventionDistribution(
-        task, jnp.where(chosen[:, None], widths[None] - np.log(count), -jnp.inf)
-    )
-    np.testing.assert_allclose(uniform.entropy(), np.log(count), atol=1e-5)
+    logits = jnp.where(chosen[:, None], widths[None] - np.log(count), -jnp.inf)
+    entropy = InterventionDistribution(task, logits).entropy()
+    np.testing.assert_allclose(entropy, np.log(count), atol=1e-5)
     assert make_distribution(4).entropy() < np.log(3)
 
 
@@ -217,65 +197,34 @@ def test_incumbent_is_the_lowest_candidate():
     )
 
 
-def reordered(state, order, target):
-    """The same state with variable `order[i]` in slot i."""
-    task, output = state.task, state.output
-    moved = {
-        "task": Task(jnp.array(target), task.low[order], task.high[order], task.var_mask[order]),
-        "logits": output.logits[:, order],
-    }
-    moved |= {
-        name: getattr(output, name)[order]
-        for name in ("grid", "effect_mean", "effect_std", "tokens", "evidence")
-    }
-    names = SurrogateOutput.__dataclass_fields__
-    return AcquisitionState(
-        state.buffer,
-        SurrogateOutput(**{n: moved.get(n, getattr(output, n)) for n in names}),
-        state.step,
-        state.steps_left,
-    )
-
-
 def test_permuting_variables_permutes_the_distribution(act):
-    order = np.array([4, 0, 3, 1, 2, 5])
-    np.testing.assert_allclose(
-        act(reordered(make_state(1), order, 3)).logits, act(make_state(1)).logits[order], atol=1e-4
+    order, state = np.array([4, 0, 3, 1, 2, 5]), make_state(1)
+    task = Task(jnp.array(3), *(x[order] for x in (TASK.low, TASK.high, TASK.var_mask)))
+    moved = eqx.tree_at(
+        lambda s: [*per_variable(s), s.output.logits, s.output.task],
+        state,
+        [*(x[order] for x in per_variable(state)), state.output.logits[:, order], task],
     )
+    np.testing.assert_allclose(act(moved).logits, act(state).logits[order], atol=1e-4)
 
 
 def test_what_is_said_of_padding_and_fixed_variables_does_not_matter(act):
-    state = make_state(2)
-    ignored = ~TASK.candidates
-    other = make_state(3).output
-    spoilt = eqx.tree_at(
-        lambda s: [
-            getattr(s.output, name) for name in ("effect_mean", "effect_std", "tokens", "evidence")
-        ],
-        state,
-        [
-            jnp.where(
-                ignored.reshape(-1, *[1] * (getattr(other, name).ndim - 1)),
-                3.0 * getattr(other, name),
-                getattr(state.output, name),
-            )
-            for name in ("effect_mean", "effect_std", "tokens", "evidence")
-        ],
-    )
+    state, other = make_state(2), make_state(3)
+    said = [
+        jnp.where(TASK.candidates.reshape(-1, *[1] * (one.ndim - 1)), one, 3.0 * two)
+        for one, two in zip(per_variable(state), per_variable(other), strict=True)
+    ]
+    spoilt = eqx.tree_at(per_variable, state, said)
     np.testing.assert_allclose(act(spoilt).logits, act(state).logits, atol=1e-5)
 
 
 def test_progress_and_predictions_matter(act):
     state = make_state(4)
+    mean = state.output.effect_mean.at[CANDIDATES[0], 0].add(-3.0)
+    lower = eqx.tree_at(lambda s: s.output.effect_mean, state, mean)
     later = eqx.tree_at(lambda s: s.steps_left, state, jnp.array(1))
-    lower = eqx.tree_at(
-        lambda s: s.output.effect_mean,
-        state,
-        state.output.effect_mean.at[CANDIDATES[0], 0].add(-3.0),
-    )
-    before = act(state).logits[CANDIDATES]
-    assert jnp.abs(act(later).logits[CANDIDATES] - before).max() > 1e-4
-    assert jnp.abs(act(lower).logits[CANDIDATES] - before).max() > 1e-3
+    for changed, difference in ((later, 1e-4), (lower, 1e-3)):
+        assert jnp.abs((act(changed).logits - act(state).logits)[CANDIDATES]).max() > difference
 
 
 def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):
@@ -296,16 +245,13 @@ def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):
 
 def test_units_of_the_target_do_not_matter(act):
     state = make_state(5)
-    scaled = eqx.tree_at(
-        lambda s: (s.output.effect_mean, s.output.effect_std, s.output.shift, s.output.spread),
-        state,
-        (
-            10.0 * state.output.effect_mean + 3.0,
-            10.0 * state.output.effect_std,
-            10.0 * state.output.shift + 3.0,
-            10.0 * state.output.spread,
-        ),
-    )
+
+    def said(state):
+        output = state.output
+        return output.effect_mean, output.shift, output.effect_std, output.spread
+
+    mean, shift, std, spread = (10.0 * x for x in said(state))
+    scaled = eqx.tree_at(said, state, (mean + 3.0, shift + 3.0, std, spread))
     np.testing.assert_allclose(act(scaled).logits, act(state).logits, atol=1e-4)
 
 
@@ -314,9 +260,8 @@ def test_no_gradient_reaches_the_surrogate_and_all_of_it_the_policy(policy):
 
     def objective(both):
         policy, output = both
-        return policy(
-            AcquisitionState(state.buffer, output, state.step, state.steps_left)
-        ).log_prob(jnp.array(CANDIDATES[0]), jnp.array(0.3))
+        there = eqx.tree_at(lambda s: s.output, state, output)
+        return policy(there).log_prob(jnp.array(CANDIDATES[0]), jnp.array(0.3))
 
     to_policy, to_output = eqx.filter_jit(eqx.filter_grad(objective))((policy, state.output))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(to_output))
@@ -330,27 +275,31 @@ def test_no_gradient_reaches_the_surrogate_and_all_of_it_the_policy(policy):
 # --- states that no decision can be based on ---
 
 
-def test_a_state_must_fit_its_data_its_target_and_something_to_set():
-    state = make_state(0)
-    check_state(state)
-    check_state(state, TARGET)
-    with pytest.raises(ValueError, match="about target 1, not 0"):
-        check_state(state, 0)
-    other_data = eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4))
-    with pytest.raises(ValueError, match="7 variables, its task 6"):
-        check_state(other_data)
-    padding = eqx.tree_at(lambda s: s.output.task.target, state, jnp.array(SLOTS - 1))
-    with pytest.raises(ValueError, match="target 5 is not one of the 5 variables"):
-        check_state(padding)
-    narrow = eqx.tree_at(lambda s: s.output.task.high, state, TASK.low)
-    with pytest.raises(ValueError, match="range of positive width"):
-        check_state(narrow)
+OTHER_DATA = lambda s: s.buffer, ExperienceBuffer.empty(SLOTS + 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "target", "said"),
+    [
+        (check_state, (lambda s: s.step, jnp.array(0)), 0, "about target 1, not 0"),
+        (check_state, OTHER_DATA, None, "7 variables, its task 6"),
+        (eqx.filter_jit(check_state), OTHER_DATA, None, "7 variables, its task 6"),
+        (
+            check_state,
+            (lambda s: s.output.task.target, jnp.array(SLOTS - 1)),
+            None,
+            "target 5 is not one of the 5 variables",
+        ),
+        (check_state, (lambda s: s.output.task.high, LOW), None, "range of positive width"),
+    ],
+)
+def test_a_state_must_fit_its_data_its_target_and_something_to_set(check, change, target, said):
+    where, value = change
+    with pytest.raises(ValueError, match=said):
+        check(eqx.tree_at(where, make_state(0), value), target)
 
 
 def test_inside_a_program_only_shapes_are_checked():
-    state = make_state(0)
-    eqx.filter_jit(check_state)(state, jnp.array(0))
-    with pytest.raises(ValueError, match="7 variables"):
-        eqx.filter_jit(check_state)(
-            eqx.tree_at(lambda s: s.buffer, state, ExperienceBuffer.empty(SLOTS + 1, 4))
-        )
+    check_state(make_state(0))
+    check_state(make_state(0), TARGET)
+    eqx.filter_jit(check_state)(make_state(0), jnp.array(0))

@@ -47,112 +47,77 @@ def score(before, variable, after, truth: GroundTruth | None = TRUTH, **weights)
 
 
 def test_possible_improvement_stays_positive():
-    np.testing.assert_allclose(TRUTH.possible_improvement, 2.0)
-    np.testing.assert_allclose(
-        GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents).possible_improvement, 0.05
-    )
+    low = GroundTruth(TRUTH.effects, jnp.array(-2.0), TRUTH.parents)
+    np.testing.assert_allclose([TRUTH.possible_improvement, low.possible_improvement], [2.0, 0.05])
 
 
-def test_what_is_recommended_is_worth_its_true_effect():
+ODDS = np.exp(-1 / 0.5 / 2.0)  # spread 2
+
+
+@pytest.mark.parametrize(
+    ("best", "spread", "temperature", "expected", "tolerance"),
+    [
+        ((0, 1), 1.0, 0.0, 1.0, 1e-6),
+        ((1, 2), 1.0, 0.0, -1.0, 1e-6),
+        ((0, 1), 2.0, 0.5, (1.0 + ODDS * (2 + 0 + 1 + 1 - 1)) / (1 + 5 * ODDS), 1e-6),
+        ((0, 1), 1.0, 0.01, 1.0, 1e-5),
+    ],
+)
+def test_what_is_recommended_is_worth_its_true_effect(
+    best, spread, temperature, expected, tolerance
+):
     """At a temperature, all cells count: one predicted at 0, five at 1 (those of the target and of
     padding, at -9, do not).
     """
-    np.testing.assert_allclose(
-        recommended_effect(TRUTH, make_state((0, 1)).output, 0.0), 1.0, atol=1e-6
-    )
-    np.testing.assert_allclose(
-        recommended_effect(TRUTH, make_state((1, 2)).output, 0.0), -1.0, atol=1e-6
-    )
-    odds = np.exp(-1 / 0.5 / 2.0)  # spread 2
-    expected = (1.0 + odds * (2 + 0 + 1 + 1 - 1)) / (1 + 5 * odds)
-    np.testing.assert_allclose(
-        recommended_effect(TRUTH, make_state((0, 1), spread=2.0).output, 0.5), expected, atol=1e-6
-    )
-    np.testing.assert_allclose(
-        recommended_effect(TRUTH, make_state((0, 1)).output, 0.01), 1.0, atol=1e-5
-    )
+    found = recommended_effect(TRUTH, make_state(best, spread=spread).output, temperature)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
-def test_a_hand_computed_case():
-    """Incumbent do(X0 = 0), worth 1; after an experiment on X1 the recommendation is do(X0 = 1),
-    worth 0: a gain of 1 of 2.
-    """
-    reward = score(make_state((0, 1)), 1, make_state((0, 2)))
-    np.testing.assert_allclose(reward.optimization, 0.5, atol=1e-6)
-    np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
-    assert reward.parent_intervention == 0.0
+RIGHT, WRONG = ((0, 1), (1.0, -1.0)), ((0, 1), (-30.0, 30.0))
+SLIGHT = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)
+GAIN = 2 * np.log(1 / (1 + np.exp(-1.0)) / 0.5)
 
 
-def test_losses_are_negative_and_clipped():
-    worse = score(make_state((0, 2)), 0, make_state((0, 0)))  # from 0 to 2: minus one share
-    np.testing.assert_allclose(worse.optimization, -1.0, atol=1e-6)
-    # nothing to gain: shares of .05 are clipped
-    slight = GroundTruth(TRUTH.effects, jnp.array(-1.0), TRUTH.parents)
-    np.testing.assert_allclose(
-        score(make_state((0, 2)), 0, make_state((0, 0)), slight).optimization, -1.0, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("incumbent", [(0, 1), (0, 2), (1, 2)])
-def test_repeating_the_incumbent_and_learning_nothing_earns_nothing(incumbent):
-    state = make_state(incumbent)
-    reward = score(state, incumbent[0], state)
-    np.testing.assert_allclose(reward.optimization, 0.0, atol=1e-6)
-    np.testing.assert_allclose(reward.structure_discovery, 0.0, atol=1e-6)
-
-
-def test_structure_is_the_gain_in_log_probability_of_the_true_set():
-    before, after = make_state((0, 1), (0.0, 0.0)), make_state((0, 1), (1.0, -1.0))
-    sigmoid = 1 / (1 + np.exp(-1.0))
-    np.testing.assert_allclose(
-        score(before, 0, after).structure_discovery, 2 * np.log(sigmoid / 0.5), atol=1e-5
-    )
-    np.testing.assert_allclose(
-        score(before, 0, make_state((0, 1), (-30.0, 30.0))).structure_discovery,
-        -MAX_GAIN,
-        atol=1e-6,
-    )
-    np.testing.assert_allclose(
-        score(make_state((0, 1), (-30.0, 30.0)), 0, after).structure_discovery, MAX_GAIN, atol=1e-6
-    )
-
-
-def test_parents_are_the_true_ones():
-    state = make_state((0, 1), (-9.0, 9.0))  # the surrogate is wrong about both
-    assert score(state, 0, state).parent_intervention == 1.0
-    assert score(state, 1, state).parent_intervention == 0.0
+@pytest.mark.parametrize(
+    ("before", "variable", "after", "truth", "expected"),
+    [
+        # incumbent do(X0 = 0), worth 1; after an experiment on X1 do(X0 = 1), worth 0: 1 of 2
+        (((0, 1),), 1, ((0, 2),), TRUTH, (0.5, 0.0, 0.0)),
+        # from 0 to 2: minus one share; where nothing is to gain, shares of .05 are clipped
+        *((((0, 2),), 0, ((0, 0),), truth, (-1.0, 0.0, 1.0)) for truth in (TRUTH, SLIGHT)),
+        # repeating the incumbent and learning nothing
+        *(((best,), best[0], (best,), TRUTH, (0, 0, best[0] == 0)) for best in ((0, 2), (1, 2))),
+        # the gain in log-probability of the true set, clipped
+        (((0, 1),), 0, RIGHT, TRUTH, (0.0, GAIN, 1.0)),
+        (((0, 1),), 0, WRONG, TRUTH, (0.0, -MAX_GAIN, 1.0)),
+        (WRONG, 0, RIGHT, TRUTH, (0.0, MAX_GAIN, 1.0)),
+        # parents are the true ones, although the surrogate is wrong about both
+        *((WRONG, i, WRONG, TRUTH, (0.0, 0.0, 1.0 - i)) for i in (0, 1)),
+    ],
+)
+def test_cases_worked_out_by_hand(before, variable, after, truth, expected):
+    reward = score(make_state(*before), variable, make_state(*after), truth)
+    found = reward.optimization, reward.structure_discovery, reward.parent_intervention
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_weights_add_up():
-    before, after = make_state((0, 1)), make_state((1, 2), (2.0, -1.0))
     weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
-    reward = score(before, 0, after, **weights)
-    expected = (
-        3.0 * reward.optimization
-        + 0.5 * reward.structure_discovery
-        + 0.25 * reward.parent_intervention
-    )
-    np.testing.assert_allclose(reward.total, expected, atol=1e-6)
-    assert (
-        min(abs(reward.optimization), abs(reward.structure_discovery), reward.parent_intervention)
-        > 0.1
-    )
+    reward = score(make_state((0, 1)), 0, make_state((1, 2), (2.0, -1.0)), **weights)
+    parts = reward.optimization, reward.structure_discovery, reward.parent_intervention
+    np.testing.assert_allclose(reward.total, np.dot([3.0, 0.5, 0.25], parts), atol=1e-6)
+    assert np.abs(parts).min() > 0.1
 
 
 def test_what_has_nothing_to_do_with_the_action_does_not_move_the_reward():
     before, after = make_state((0, 1)), make_state((0, 2), (1.0, 0.0))
-    reference = score(before, 0, after)
-    other_rows = TRUTH.effects.at[1, :2].set(0.5)  # another variable, still above the minimum
+    # another variable, still above the minimum
+    others = GroundTruth(TRUTH.effects.at[1, :2].set(0.5), TRUTH.baseline, TRUTH.parents)
     # target and padding
     spoilt = eqx.tree_at(lambda s: s.output.logits, after, after.output.logits.at[:, 2:].set(-50.0))
-    for changed in (
-        score(before, 0, after, GroundTruth(other_rows, TRUTH.baseline, TRUTH.parents)),
-        score(before, 0, spoilt),
-    ):
-        assert all(
-            jnp.allclose(a, b, atol=1e-6)
-            for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(changed), strict=True)
-        )
+    for changed in (score(before, 0, after, others), score(before, 0, spoilt)):
+        one, two = (jax.tree.leaves(reward) for reward in (changed, score(before, 0, after)))
+        np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_without_truth_only_predictions_count():
@@ -160,10 +125,8 @@ def test_without_truth_only_predictions_count():
     deployment can know.
     """
     before, after = make_state((0, 1), spread=2.0), make_state((1, 2), (3.0, -3.0), spread=2.0)
-    lower = eqx.tree_at(
-        lambda s: s.output.effect_mean, after, after.output.effect_mean.at[1, 2].set(-0.5)
-    )
-    reward = score(before, 0, lower, None)
+    mean = after.output.effect_mean.at[1, 2].set(-0.5)
+    reward = score(before, 0, eqx.tree_at(lambda s: s.output.effect_mean, after, mean), None)
     np.testing.assert_allclose(reward.optimization, 0.5 / 2, atol=1e-6)
     p = 1 / (1 + np.exp(-3.0))
     drop = 2 * np.log(2) + 2 * (p * np.log(p) + (1 - p) * np.log(1 - p))
@@ -197,14 +160,12 @@ def test_exploits_earn_less_than_learning():
     assert learned.total > repeated.total >= 0.0
 
 
-def test_a_campaign_cannot_earn_by_going_round_in_circles():
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_campaign_cannot_earn_by_going_round_in_circles(temperature):
     """Rewards telescope: leaving the best action and finding it again earns what staying does, at
     any temperature.
     """
     path = [make_state(best) for best in ((0, 1), (0, 2), (1, 0), (0, 1))]
-    for temperature in (0.0, 0.5):
-        rewards = [
-            score(a, 0, b, parent_weight=0.0, temperature=temperature)
-            for a, b in itertools.pairwise(path)
-        ]
-        np.testing.assert_allclose(sum(float(r.total) for r in rewards), 0.0, atol=1e-6)
+    settings = dict(parent_weight=0.0, temperature=temperature)
+    rewards = [float(score(a, 0, b, **settings).total) for a, b in itertools.pairwise(path)]
+    np.testing.assert_allclose(sum(rewards), 0.0, atol=1e-6)

@@ -1,5 +1,6 @@
 """What the scripts share before they start."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -15,36 +16,34 @@ from lib.settings import errors_for_people, preset_arguments, stage_key, use_com
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], ["small"]),
-        (["--steps", "10"], ["small", "--steps", "10"]),
-        (["paper", "--steps", "10"], ["paper", "--steps", "10"]),
-        (["hour"], ["hour"]),
-        (["--help"], ["--help"]),
-        (["smoke", "-h"], ["smoke", "-h"]),
-        (["--steps", "10", "--help"], ["--steps", "10", "--help"]),
+        ("", "small"),
+        ("--steps 10", "small --steps 10"),
+        ("paper --steps 10", "paper --steps 10"),
+        ("hour", "hour"),
+        ("--help", "--help"),
+        ("smoke -h", "smoke -h"),
+        ("--steps 10 --help", "--steps 10 --help"),
     ],
 )
 def test_preset_arguments(given, expected):
-    before = list(given)
-    assert preset_arguments(given) == expected
-    assert given == before
+    arguments = given.split()
+    assert preset_arguments(arguments) == expected.split() and arguments == given.split()
 
 
 @pytest.mark.parametrize(
-    "error", [DataError("data.csv, row 3: wrong"), ArtifactError(Path("x.eqx"), "wrong")]
+    ("error", "status", "said"),
+    [
+        *(
+            (error, 2, f"error: {re.escape(str(error))}\n")
+            for error in (DataError("data.csv, row 3: wrong"), ArtifactError(Path("x"), "wrong"))
+        ),
+        (KeyboardInterrupt(), 130, r"(?s).*checkpoint.*"),
+    ],
 )
-def test_errors_of_people_are_one_line(error, capsys):
+def test_errors_of_people_are_one_line_and_interrupts_have_a_status(error, status, said, capsys):
     with pytest.raises(SystemExit) as leaving, errors_for_people():
         raise error
-    assert leaving.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed == f"error: {error}\n"
-
-
-def test_an_interrupt_leaves_with_its_own_status(capsys):
-    with pytest.raises(SystemExit) as leaving, errors_for_people():
-        raise KeyboardInterrupt
-    assert leaving.value.code == 130 and "checkpoint" in capsys.readouterr().err
+    assert leaving.value.code == status and re.fullmatch(said, capsys.readouterr().err)
 
 
 def test_bugs_keep_their_traceback():
@@ -68,15 +67,9 @@ def test_stages_and_uses_have_keys_of_their_own():
     """None of them is what another stage splits off or folds in, although all start at the same
     seed.
     """
-    uses = [
-        (stage, use)
-        for stage in ("demos", "surrogate", "policy", "acbo", "evaluation")
-        for use in ("problems", "play")
-    ]
-    keys = [stage_key(0, *use) for use in uses]
-    derived = [jr.key(0), *jr.split(jr.key(0), 64)]
-    for key in keys:
-        derived += [key, *jr.split(key, 64)]
-    numbers = np.stack([jr.key_data(key) for key in derived])
+    stages = "demos", "surrogate", "policy", "acbo", "evaluation"
+    keys = [stage_key(0, stage, use) for stage in stages for use in ("problems", "play")]
+    every = [one for key in (jr.key(0), *keys) for one in (key, *jr.split(key, 64))]
+    numbers = np.stack([jr.key_data(key) for key in every])
     assert len(np.unique(numbers, axis=0)) == len(numbers)
     assert (jr.key_data(stage_key(0, "demos", "play")) == jr.key_data(keys[1])).all()

@@ -4,6 +4,7 @@ cut into examples that hold no later rows.
 Models and rewards are those of the original's recorded runs (`recorded.py`).
 """
 
+import importlib
 import types
 from dataclasses import replace
 
@@ -15,12 +16,11 @@ import numpy as np
 import pytest
 from recorded import each_case, read_case
 
-import lib.extraction
-from lib import extraction
 from lib.artifacts import ArtifactError, save_arrays
 from lib.buffer import ExperienceBuffer
 from lib.expert import ExpertRun, check_expert_input, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
+from lib.imitation import extract_acquisition_training_data
 from lib.problems import sample_problem
 from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, value_grid
 from lib.scm_prior import SCMPrior
@@ -28,9 +28,10 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.trajectories import (
     augment_expert_demonstrations,
     check_trajectory,
-    extract_acquisition_training_data,
+    expert_demonstration,
     extract_expert_demonstrations,
-    extract_surrogate_training_data,
+    extract_expert_trajectory,
+    extract_multiple_trajectories,
     improvements,
     join,
     load_trajectories,
@@ -60,9 +61,7 @@ def trajectories():
         scms, buffers = jax.vmap(lambda k: sample_problem(k, PRIOR, NUM_OBS, 1, CAPACITY))(
             jr.split(problem_key, BATCH)
         )
-        return extraction.extract_multiple_trajectories(
-            jr.split(expert_key, BATCH), scms, buffers, CONFIG
-        )
+        return extract_multiple_trajectories(jr.split(expert_key, BATCH), scms, buffers, CONFIG)
 
     return jax.jit(make, compiler_options=FAST)(jr.key(0))
 
@@ -163,7 +162,7 @@ def test_failures_are_those_of_the_run(trajectories):
         recommended_value=jnp.zeros(STEPS + 1),
         failures=jnp.array(7),
     )
-    again = extraction.extract_expert_trajectory(run, one.scm, jr.wrap_key_data(one.key_data))
+    again = extract_expert_trajectory(run, one.scm, jr.wrap_key_data(one.key_data))
     assert eqx.tree_equal(again, edit(one, lambda t: t.failures, lambda _: jnp.array(7)))
     assert trajectories.failures.shape == (BATCH,)
 
@@ -178,9 +177,9 @@ def test_a_demonstration_gets_room_and_steps(monkeypatch, trajectories):
         asked.update(buffer=buffer, config=config)
         return types.SimpleNamespace(buffer=buffer)
 
-    monkeypatch.setattr(lib.extraction, "run_parent_scale", expert)
+    monkeypatch.setattr("lib.trajectories.run_parent_scale", expert)
     one = take(trajectories, np.array(0))
-    buffer = extraction.expert_demonstration(one.scm, one.buffer, 7, config=CONFIG, key=jr.key(0))
+    buffer = expert_demonstration(one.scm, one.buffer, 7, config=CONFIG, key=jr.key(0))
     assert asked["config"].num_steps == 7 and asked["config"].num_obs == NUM_OBS
     assert buffer.valid.shape[0] == CAPACITY + 7 and buffer.size == one.buffer.size
 
@@ -267,9 +266,10 @@ def test_a_demonstration_from_unusable_data_is_refused_and_a_traced_one_cannot_b
     (scm, buffer), key = start, jr.key(0)
     flat = edit(buffer, lambda b: b.values, jnp.zeros_like)
     with pytest.raises(ValueError, match="constant"):
-        extraction.expert_demonstration(scm, flat, 2, config=CONFIG, key=key)
+        expert_demonstration(scm, flat, 2, config=CONFIG, key=key)
     eqx.filter_eval_shape(
-        lambda buffer: extraction.expert_demonstration(scm, buffer, 2, config=CONFIG, key=key), flat
+        lambda buffer: expert_demonstration(scm, buffer, 2, config=CONFIG, key=key),
+        flat,
     )
     with pytest.raises(ValueError, match="constant"):  # a constant of the program
         eqx.filter_eval_shape(lambda: run_parent_scale(key, scm, flat, CONFIG))
@@ -590,14 +590,15 @@ def test_join_undoes_take(trajectories):
 
 def test_surrogate_examples_pair_data_with_the_belief_they_led_to(trajectories):
     capacity = CAPACITY + 4
-    run = jax.jit(lambda t: extract_surrogate_training_data(t, capacity), compiler_options=FAST)
+    extract = importlib.import_module("02_train_surrogate").extract_surrogate_training_data
+    run = jax.jit(lambda t: extract(t, capacity), compiler_options=FAST)
     examples = run(trajectories)
     count = BATCH * (STEPS + 1)
     assert (
         examples.buffer.values.shape == (count, capacity, NUM_VARS)
         and examples.posterior.log_probs.shape[0] == count
     )
-    tight = eqx.filter_eval_shape(extract_surrogate_training_data, trajectories, 1)
+    tight = eqx.filter_eval_shape(extract, trajectories, 1)
     # demonstrations longer than the students' data are not cut
     assert tight.buffer.values.shape == (count, CAPACITY, NUM_VARS)
     for i in range(BATCH):

@@ -60,7 +60,7 @@ from lib.system import TrainedACBOSystem
 
 
 STORED = Path(__file__).parent / "guard.npz"
-TRAINING = ("stage", "gradient")  # names that begin so: tolerance 1e-4
+TRAINING = ("stage", "gradient", "suggest")  # names that begin so: tolerance 1e-4
 SHIPPED = TrainedACBOSystem.load(ROOT / "pretrained" / "acbo.eqx")
 
 
@@ -80,63 +80,59 @@ def norms(tree) -> np.ndarray:
 def shipped() -> dict:
     """Posterior, effects and policy of the shipped system on ten stored data sets."""
     with np.load(ROOT / "tests" / "cases" / "shipped.npz") as file:
-        inputs = {n.removeprefix("in/"): file[n] for n in file.files if n.startswith("in/")}
+        inputs = {n[3:]: jnp.asarray(file[n]) for n in file.files if n.startswith("in/")}
 
     @eqx.filter_jit
     def read(one):
         buffer = ExperienceBuffer(one["values"], one["intervened"], one["valid"])
         state = SHIPPED.state(buffer, Task(one["target"], one["low"], one["high"], one["var_mask"]))
-        probabilities = jnp.exp(SHIPPED.policy(state).logits)
         return {
             "marginals": state.output.marginals(),
             "effect_mean": state.output.effect_mean,
             "effect_std": state.output.effect_std,
             "probs": state.posterior.probs,
-            "policy": probabilities,
+            "policy": jnp.exp(SHIPPED.policy(state).logits),
         }
 
-    return jax.lax.map(read, jax.tree.map(jnp.asarray, inputs))
+    return jax.lax.map(read, inputs)
 
 
 def stages() -> dict:
     """Toy runs of stages 1 to 4: what they log, and the norms of the weights that they write."""
-    with tempfile.TemporaryDirectory() as folder:
-        return toy_run(Path(folder) / "toy")
-
-
-def toy_run(folder: Path) -> dict:
-    """The same, in `folder`."""
+    made = dict(num_models=4, num_steps=3, min_trajectory_length=3)
+    alone = ImitationConfig(use_behavioral_cloning=False)
     found = {}
-    changes = {
-        "01_extract_demos": dict(num_models=4, num_steps=3, min_trajectory_length=3),
-        "02_train_surrogate": dict(steps=2, warmup_steps=1),
-        "03_warmstart_acquisition": dict(iterations=2),
-        "04_train_e2e": dict(rounds=2, levels=2),
-    }
-    logs = {"01": "demos", "02": "surrogate", "03": "policy", "04": "acbo"}
-
-    def run(name, folder, prefix="", **change):
-        script = importlib.import_module(name)
-        config = replace(script.PRESETS["smoke"][1], folder=folder, **change)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            script.main(config)
-        for line in (folder / "logs" / f"{logs[name[:2]]}.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            step = record.pop("step")
-            del record["time"]
-            for key, value in record.items():
-                found[f"stage {name[:2]}/{step}/{prefix}{key}"] = np.array(value)
-
-    for name, change in changes.items():
-        if name[:2] != "03":
-            run(name, folder, **change)
-            continue
-        run(name, folder, "warm_", **change)
-        (folder / "cold").mkdir()
-        shutil.copy(folder / "surrogate.eqx", folder / "cold")
-        alone = ImitationConfig(use_behavioral_cloning=False)
-        run(name, folder / "cold", "cold_", imitation=alone, **change)
-    system = TrainedACBOSystem.load(folder / "acbo.eqx")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, cold = Path(temporary) / "toy", Path(temporary) / "cold"
+        cold.mkdir()
+        for name, log, prefix, there, change in (
+            ("01_extract_demos", "demos", "", folder, made),
+            ("02_train_surrogate", "surrogate", "", folder, dict(steps=2, warmup_steps=1)),
+            ("03_warmstart_acquisition", "policy", "warm_", folder, dict(iterations=2)),
+            (
+                "03_warmstart_acquisition",
+                "policy",
+                "cold_",
+                cold,
+                dict(iterations=2, imitation=alone),
+            ),
+            ("04_train_e2e", "acbo", "", folder, dict(rounds=2, levels=2)),
+        ):
+            if there == cold:
+                shutil.copy(folder / "surrogate.eqx", cold)
+            script = importlib.import_module(name)
+            config = replace(script.PRESETS["smoke"][1], folder=there, **change)
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                script.main(config)
+            for line in (there / "logs" / f"{log}.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                start = f"stage {name[:2]}/{record['step']}/{prefix}"
+                for key in record.keys() - {"step", "time"}:
+                    found[start + key] = np.array(record[key])
+        system = TrainedACBOSystem.load(folder / "acbo.eqx")
     return found | {
         "stage 04/surrogate": norms(system.surrogate),
         "stage 04/policy": norms(eqx.tree_at(shifts, system.policy, (None,) * 3)),
@@ -151,13 +147,9 @@ def gradients() -> dict:
     problems = draw_problems(jr.key(2), 2, prior, CampaignDesign(num_steps=2), bins)
     config, rewards = GRPOConfig(), RewardConfig()
 
-    @eqx.filter_jit
-    def surrogate(model):
-        def loss(model):
-            losses = mean_losses(model, [examples], None)
-            return losses.parent_nll + losses.effect_nll, losses
-
-        return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+    def loss(model):
+        losses = mean_losses(model, [examples], None)
+        return losses.parent_nll + losses.effect_nll, losses
 
     @eqx.filter_jit
     def policy(model):
@@ -167,12 +159,10 @@ def gradients() -> dict:
 
         groups = jax.vmap(one)(jr.split(jr.key(3), 2), problems)
         groups = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+        both = eqx.filter_value_and_grad(grpo_loss, has_aux=True)
+        return both(model, SHIPPED.policy, groups, replace(config, kl_weight=0.1)), groups
 
-        def loss(model):
-            return grpo_loss(model, SHIPPED.policy, groups, replace(config, kl_weight=0.1))
-
-        return eqx.filter_value_and_grad(loss, has_aux=True)(model), groups
-
+    surrogate = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
     (_, losses), gradient = surrogate(SHIPPED.surrogate)
     ((_, metrics), policy_gradient), groups = policy(SHIPPED.policy)
     return {
@@ -195,18 +185,15 @@ def gradients() -> dict:
 def campaigns() -> dict:
     """The expert's beliefs and choices, and what every method recommends after each experiment."""
     prior = SCMPrior(max_vars=5, min_size=5, max_size=5)
-    design = CampaignDesign(40, 40, 2, 3)
-    problems, optima = held_out_problems(
-        jr.key(4), 2, prior, design, SHIPPED.surrogate.config.num_bins
-    )
-    keys = jr.split(jr.key(5), 2)
+    bins = SHIPPED.surrogate.config.num_bins
+    problems, optima = held_out_problems(jr.key(4), 2, prior, CampaignDesign(40, 40, 2, 3), bins)
+    given = jr.split(jr.key(5), 2), problems.scm, problems.buffer
     found = {"optima": optima}
     for name in METHODS:
-        played = play(name, SHIPPED, keys, problems.scm, problems.buffer, num_obs=40, num_steps=3)
+        played = play(name, SHIPPED, *given, num_obs=40, num_steps=3)
         found[f"method/{name}"] = played["recommended"]
-    first = jax.tree.map(lambda leaf: leaf[0], problems)
-    config = ParentScaleConfig(num_obs=40, num_steps=3)
-    run = eqx.filter_jit(run_parent_scale)(keys[0], first.scm, first.buffer, config)
+    first = jax.tree.map(lambda leaf: leaf[0], given)
+    run = eqx.filter_jit(run_parent_scale)(*first, ParentScaleConfig(num_obs=40, num_steps=3))
     return found | {
         "expert/probs": jnp.exp(run.log_probs),
         "expert/surface": run.surface,
@@ -217,16 +204,11 @@ def campaigns() -> dict:
 
 def answer() -> dict:
     """Numbers of the shipped system's answer on the example."""
-    script = importlib.import_module("06_deploy")
-    folder = ROOT / "examples"
+    script, folder = importlib.import_module("06_deploy"), ROOT / "examples"
+    data, bounds = folder / "experiments.csv", folder / "bounds.csv"
     with contextlib.redirect_stdout(io.StringIO()):
-        found = script.suggest(
-            script.Suggest(
-                folder / "experiments.csv", "yield", objective="max", bounds=folder / "bounds.csv"
-            )
-        )
-    numbers, names = {}, sorted(found["parents"])
-    numbers["suggest/parents"] = np.array([found["parents"][n] for n in names])
+        found = script.suggest(script.Suggest(data, "yield", objective="max", bounds=bounds))
+    numbers = {"suggest/parents": np.array([p for _, p in sorted(found["parents"].items())])}
     for name in ("next_experiment", "recommended_action"):
         action = found[name]
         values = *action["settings"].values(), *(action[k] for k in ("predicted", "low", "high"))
@@ -234,65 +216,40 @@ def answer() -> dict:
     return numbers
 
 
-PARTS = {
-    "shipped": shipped,
-    "gradients": gradients,
-    "campaigns": campaigns,
-    "answer": answer,
-    "stages": stages,
-}
-PREFIXES = {
-    "gradients": ("gradient", "rewards", "candidates"),
-    "campaigns": ("optima", "method", "expert"),
-    "answer": ("suggest",),
-    "stages": ("stage",),
-}
+PARTS = {part.__name__: part for part in (shipped, gradients, campaigns, answer, stages)}
 
 
-def part_of(name: str) -> str:
-    """Which part of the guard an array is from."""
-    return next((part for part, starts in PREFIXES.items() if name.startswith(starts)), "shipped")
-
-
-def store(parts: list[str]) -> Path:
-    """Compute `parts` in this tree and write them beside this file."""
-    found = {}
-    for part in parts:
-        found |= {name: np.asarray(value) for name, value in PARTS[part]().items()}
-    np.savez_compressed(STORED, **found)
-    return STORED
+def computed(parts: list[str]) -> dict[str, np.ndarray]:
+    """What `parts` give in this tree."""
+    return {name: np.asarray(x) for part in parts for name, x in PARTS[part]().items()}
 
 
 def of_commit(commit: str, parts: list[str]) -> dict[str, np.ndarray]:
     """What the guard of `commit` gives, by its own code."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        git = ("git", "-C", str(ROOT), "worktree")
+        tree, git = Path(folder) / "tree", ("git", "-C", str(ROOT), "worktree")
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
         try:
             there = tree / "tests" / "cases" / "guard.py"
             subprocess.run([sys.executable, str(there), "--store", *parts], check=True, cwd=tree)
             with np.load(there.with_suffix(".npz")) as file:
-                return {n: file[n] for n in file.files if part_of(n) in parts}
+                return dict(file)
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
 
 def compare(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> int:
     """Print the largest differences; how many lie beyond their tolerance."""
-    worst = []
-    for name in sorted(before.keys() | now.keys()):
-        if name not in before or name not in now:
-            worst.append((np.inf, 0.0, name + (" is gone" if name in before else " is new")))
-            continue
+    worst = [(np.inf, 0.0, f"{name} is gone") for name in before.keys() - now.keys()]
+    worst += [(np.inf, 0.0, f"{name} is new") for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
         a, b = before[name].astype(float), now[name].astype(float)
-        same = a.shape == b.shape and np.array_equal(np.isfinite(a), np.isfinite(b))
-        finite = np.isfinite(a)
-        scale = 1.0 + np.abs(a[finite])
-        error = np.max(np.abs(a[finite] - b[finite]) / scale, initial=0.0) if same else np.inf
-        worst.append((error, 1e-4 if name.startswith((*TRAINING, "suggest")) else 1e-5, name))
-    worst.sort(reverse=True)
-    for error, allowed, name in worst[:12]:
+        same, finite = a.shape == b.shape, np.isfinite(a)
+        error = np.inf
+        if same and np.array_equal(finite, np.isfinite(b)):
+            error = np.max(np.abs(a[finite] - b[finite]) / (1.0 + np.abs(a[finite])), initial=0.0)
+        worst.append((error, 1e-4 if name.startswith(TRAINING) else 1e-5, name))
+    for error, allowed, name in sorted(worst, reverse=True)[:12]:
         print(f"{error:.1e}  {name}" + ("" if error <= allowed else "  BEYOND"))
     bad = sum(error > allowed for error, allowed, _ in worst)
     print(f"{len(worst)} compared, {bad} beyond their tolerance")
@@ -311,10 +268,10 @@ def main() -> int:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     parts = args.parts or list(PARTS)
-    before = {} if args.store else of_commit(args.against, parts)
-    with np.load(store(parts)) as file:
-        now = dict(file)
-    return 0 if args.store else int(compare(before, now) > 0)
+    if args.store:
+        np.savez_compressed(STORED, **computed(parts))
+        return 0
+    return int(compare(of_commit(args.against, parts), computed(parts)) > 0)
 
 
 if __name__ == "__main__":
