@@ -255,9 +255,9 @@ def test_checkpoints(tmp_path):
     assert load_checkpoint(path, tree, "mine") is None
     save_checkpoint(path, tree, fingerprint="mine", step=5)
     loaded = load_checkpoint(path, tree, "mine")
-    assert loaded is not None and loaded.step == 5
+    assert loaded is not None and loaded[1] == 5
     assert eqx.tree_equal(
-        eqx.filter(loaded.tree, eqx.is_array_like), eqx.filter(tree, eqx.is_array_like)
+        eqx.filter(loaded[0], eqx.is_array_like), eqx.filter(tree, eqx.is_array_like)
     )
     assert load_checkpoint(path, tree, "other") is None
     with pytest.raises(ArtifactError, match="wrong shapes"):
