@@ -230,7 +230,7 @@ def iterate(
             return 0.0
         rows = jr.randint(demo_key, (imitation.imitation_batch,), 0, demos.variable.shape[0])
         chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
-        return imitation.imitation_weight * clone_loss(policy, chosen, imitation.surface_weight)[0]
+        return imitation.imitation_weight * clone_loss(policy, chosen)[0]
 
     optimiser = make_optimiser(config)
     learner, metrics = grpo_step(state.learner, optimiser, reference, groups, grpo, imitate)
@@ -318,7 +318,7 @@ def train_acquisition_with_expert_warmstart(
             raise ValueError("cloning needs training_examples, or use_behavioral_cloning=False")
         cloned = clone(clone_key, cloned, training_examples, imitation)
     if imitation.use_behavioral_cloning and held_out is not None:
-        measured = eqx.filter_jit(clone_loss)(cloned, held_out, imitation.surface_weight)[1]
+        measured = eqx.filter_jit(clone_loss)(cloned, held_out)[1]
         agreement = {name: float(value) for name, value in measured._asdict().items()}
         agreement |= {"validation_states": len(held_out.variable)}
         print("clone: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))

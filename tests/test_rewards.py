@@ -125,12 +125,9 @@ def test_parents_are_the_true_ones():
 
 def test_weights_add_up():
     before, after = make_state((0, 1)), make_state((1, 2), (2.0, -1.0))
-    weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
-    reward = score(before, 0, after, **weights)
+    reward = score(before, 0, after, structure_weight=0.5, parent_weight=0.25)
     expected = (
-        3.0 * reward.optimization
-        + 0.5 * reward.structure_discovery
-        + 0.25 * reward.parent_intervention
+        reward.optimization + 0.5 * reward.structure_discovery + 0.25 * reward.parent_intervention
     )
     np.testing.assert_allclose(reward.total, expected, atol=1e-6)
     assert (
