@@ -161,7 +161,6 @@ def play(
     keys: Key[Array, " batch"],
     scms: AbstractSCM,
     buffers: ExperienceBuffer,
-    *,
     num_obs: int,
     num_steps: int,
 ) -> dict[str, Array]:
