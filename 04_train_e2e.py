@@ -145,11 +145,6 @@ class TrainState(NamedTuple):
     surrogate: Learner
     policy: Learner
 
-    @property
-    def system(self) -> TrainedACBOSystem:
-        """Both models as they are now."""
-        return TrainedACBOSystem(self.surrogate.module, self.policy.module)
-
 
 def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, CampaignDesign]:
     """Problems of round `step`: small linear systems with many rows first, the whole distribution
@@ -270,7 +265,7 @@ def train_end_to_end(
             kept = (step + 1) % config.checkpoint_every == 0 and step + 1 < num_steps
             progress.keep(step + 1, {"largest": prior.max_size} | record, state if kept else None)
         bar.set_postfix(reward=f"{record['reward']:.3f}", nll=f"{record['parent_nll']:.3f}")
-    return state.system, record
+    return TrainedACBOSystem(state.surrogate.module, state.policy.module), record
 
 
 def train_complete_acbo_system(
