@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import scipy.stats
+from jaxtyping import TypeCheckError
 
 from lib import metrics
 
@@ -250,12 +251,13 @@ def test_write_results_refuses(tmp_path):
     record = make_records()[0]
     for records, message in (
         ([record, record], "two records"),
-        (
-            [replace(record, table="optimization")],
-            "unknown table 'optimization'; the tables are success",
-        ),
         ([replace(record, value=float("nan"))], "not a result"),
     ):
         with pytest.raises(ValueError, match=message):
             metrics.write_results(tmp_path, records, 7)
     assert not list(tmp_path.iterdir())
+
+
+def test_cells_are_of_a_table_that_there_is():
+    with pytest.raises(TypeCheckError, match="optimization"):
+        metrics.cells("optimization", "d=5", "acbo", {"regret": 0.1}, 1)
