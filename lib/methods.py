@@ -25,7 +25,7 @@ from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
 from lib.problems import CampaignDesign, Problem, held_out_problems, in_batches
 from lib.scm import AbstractSCM, Intervention
-from lib.scm_prior import SCMPrior, multimodal
+from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, run_campaign
 
 
@@ -226,12 +226,6 @@ class OptimizationScenario:
         reached = np.asarray(play(name, system, *problem, **lengths)["recommended"])
         ends = (np.asarray(x)[:, None] for x in (optima, problems.truth.baseline))
         return normalised_regret(reached, *ends)
-
-
-def exploration_scenario(size: int, max_vars: int) -> OptimizationScenario:
-    """Where it pays to look around: few rows, wide ranges, responses with several valleys."""
-    prior = multimodal(SCMPrior(max_vars=max_vars, min_size=size, max_size=size))
-    return OptimizationScenario(f"exploration, d={size}", prior, num_obs=24, num_steps=20)
 
 
 def evaluate_acquisition_performance(
