@@ -124,21 +124,19 @@ def surrogate_records(
     records, truth, possible = [], scores["parents"], scores["possible"]
     n, ours = len(truth), metrics.parent_f1(scores["acbo"] > 0.5, truth, possible)
     for name in (*STRUCTURE_BASELINES, "acbo"):
-        guess = scores[name] > 0.5
+        f1, paired = ours, {}
         if name != "acbo":
             threshold = metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
-            guess = scores[name] >= threshold
-        f1 = metrics.parent_f1(guess, truth, possible)
+            f1 = metrics.parent_f1(scores[name] >= threshold, truth, possible)
+            below = metrics.paired_difference(ours.per_problem, f1.per_problem)
+            paired = {"F1 below acbo's, paired": below}
         figures = {
             "parent F1": f1.mean,
             "pooled F1": f1.pooled,
             "AUROC": metrics.auroc(scores[name], truth, possible),
             "AUPRC": metrics.average_precision(scores[name], truth, possible),
         }
-        if name != "acbo":
-            paired = metrics.paired_difference(ours.per_problem, f1.per_problem)
-            figures["F1 below acbo's, paired"] = paired
-        records += metrics.cells("surrogate", task, name, figures, n)
+        records += metrics.cells("surrogate", task, name, figures | paired, n)
     usable, error = np.isfinite(effects), effects - scores["effect_mean"]
     inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
     exact = ((scores["acbo"] > 0.5) == truth).all(1).astype(float)

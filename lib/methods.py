@@ -94,17 +94,14 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     """
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
-    def campaign(decide):
+    def campaign(decide, *how):
         return lambda key, scm, buffer: run_campaign(
-            key, scm, buffer, num_steps, lambda k, b, _: decide(scm, k, b)
+            key, scm, buffer, num_steps, lambda k, b, _: decide(*how, scm, k, b)
         )
 
-    def regression(choose):
-        def decide(scm, key, buffer):
-            choice = choose(buffer, scm.task)
-            return choice, choice
-
-        return campaign(decide)
+    def regression(choose, scm, key, buffer):
+        choice = choose(buffer, scm.task)
+        return choice, choice
 
     def random(scm, key, buffer):
         done = (buffer.intervened & scm.candidates[None]).any(1) & buffer.valid
@@ -113,12 +110,9 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         variable = jnp.argmax(buffer.intervened[best])
         return baselines.random_choice(key, scm.task), (variable, buffer.values[best, variable])
 
-    def on_surface(choose):
-        def decide(scm, key, buffer):
-            output = system.surrogate.predict(buffer, scm.task)
-            return choose(key, output), output.best()
-
-        return campaign(decide)
+    def on_surface(choose, scm, key, buffer):
+        output = system.surrogate.predict(buffer, scm.task)
+        return choose(key, output), output.best()
 
     def processes(scm, key, buffer):
         most = buffer.valid.shape[0] - num_obs
@@ -136,15 +130,17 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
 
     methods = {
         "random": campaign(random),
-        "least_squares": regression(baselines.least_squares),
-        "additive_ridge": regression(baselines.additive_ridge),
+        "least_squares": campaign(regression, baselines.least_squares),
+        "additive_ridge": campaign(regression, baselines.additive_ridge),
         "bo": ft.partial(run_gp_ei, config=expert),
         "cbo_known_graph": known_graph,
         "parent_scale": ft.partial(run_parent_scale, config=expert),
         "parent_scale_amortized": integrate_with_existing_pipeline(system, config=expert),
-        "surrogate_greedy": on_surface(lambda key, output: output.best()),
-        "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
-        "surrogate_thompson": on_surface(thompson_choice),
+        "surrogate_greedy": campaign(on_surface, lambda key, output: output.best()),
+        "surrogate_ei": campaign(
+            on_surface, lambda key, output: expected_improvement_choice(output)
+        ),
+        "surrogate_thompson": campaign(on_surface, thompson_choice),
         **dict.fromkeys(UNCHECKED, ft.partial(of_system, None)),
         "gaussian_processes": campaign(processes),
         "acbo": ft.partial(of_system, BELIEFS),
