@@ -386,7 +386,7 @@ def main(config: Config) -> Path:
         del policies["bc_policy"]
     inputs = [folder / name for name in ("surrogate.eqx", "acbo.eqx", "curves.npz")]
     cold = folder / "cold" / "curves.npz"
-    inputs += [*policies.values(), *[cold] * (cloned and cold.exists())]
+    inputs += [*policies.values()] + ([cold] if cloned and cold.exists() else [])
     config = replace(config, prior=inherit(config.prior, read_header(folder / "acbo.eqx")))
     surrogate, header = load_surrogate(folder / "surrogate.eqx")
     systems = {"acbo": TrainedACBOSystem.load(folder / "acbo.eqx")}

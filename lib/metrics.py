@@ -367,7 +367,8 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
     typeset = ft.partial(tabulate.tabulate, tablefmt=style, disable_numparse=True)
 
     def grid(part, name):
-        names, methods = (dict.fromkeys(of(r) for r in part) for of in (name, lambda r: r.method))
+        names = dict.fromkeys(name(r) for r in part)
+        methods = dict.fromkeys(r.method for r in part)
         found = {(r.method, name(r)): cell(r) for r in part}
         rows = [[method, *(found.get((method, n), "") for n in names)] for method in methods]
         return typeset(rows, ["method", *names])
