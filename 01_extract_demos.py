@@ -26,12 +26,13 @@ from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
 from lib import settings
-from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_arrays, save_checkpoint
+from lib.artifacts import save_arrays
 from lib.buffer import DataError
 from lib.expert_posterior import ParentScaleConfig
 from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
+from lib.training import Progress
 from lib.trajectories import (
     ExpertTrajectory,
     augment_expert_demonstrations,
@@ -141,11 +142,8 @@ def draw_batch(key: jax.Array, config: Config):
     def one(key):
         scm_key, data_key = jr.split(key)
         scm, family = sample_scm_and_family(scm_key, config.prior)
-        return (
-            scm,
-            family,
-            initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity),
-        )
+        buffer = initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity)
+        return scm, family, buffer
 
     return jax.vmap(one)(jr.split(key, config.batch))
 
@@ -158,13 +156,9 @@ def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     @eqx.filter_jit
     def read(trajectories):
         def one(trajectory):
-            posterior = trajectory.posterior(-1)
-            return (
-                posterior.marginals(),
-                trajectory.scm.parents,
-                posterior.log_prob(trajectory.scm.parents),
-                posterior.entropy(),
-            )
+            posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
+            marginals, entropy = posterior.marginals(), posterior.entropy()
+            return marginals, parents, posterior.log_prob(parents), entropy
 
         return jax.vmap(one)(trajectories)
 
@@ -204,12 +198,11 @@ def yields(
 def main(config: Config) -> Path:
     """Make the demonstrations and write them; returns the artifact's path."""
     settings.use_compilation_cache(config.folder.parent / "cache")
-    out, checkpoint_path = config.folder / "demos.npz", config.folder / "demos.ckpt"
     problem_key, expert_key, augment_key = (
         settings.stage_key(config.seed, "demos", name)
         for name in ("problems", "expert", "augmentation")
     )
-    num_batches = -(-config.num_models // config.batch)
+    out, num_batches = config.folder / "demos.npz", -(-config.num_models // config.batch)
 
     # --- start, or continue ---
     def run_batch(index):
@@ -220,39 +213,18 @@ def main(config: Config) -> Path:
 
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
-    mark = fingerprint(__file__, config)
-    resumed = load_checkpoint(checkpoint_path, nothing, mark)
-    runs, start = resumed if resumed else (nothing, 0)
+    progress = Progress(config.folder, "demos", __file__, config)
+    runs, start = progress.resume(nothing)
 
     # --- run the expert ---
-    log = TrainingLog(config.folder / "logs" / "demos.jsonl", start)
-    with tqdm(
-        total=num_batches * config.batch,
-        initial=start * config.batch,
-        desc="expert",
-        unit="model",
-        mininterval=2,
-    ) as bar:
-        for index in range(start, num_batches):
-            batch, families, consistent = run_batch(index)
-            runs = jax.tree.map(
-                lambda whole, part, i=index: whole.at[i].set(part),
-                runs,
-                (batch, families, consistent),
-            )
-            if index + 1 < num_batches:
-                save_checkpoint(checkpoint_path, runs, fingerprint=mark, step=index + 1)
-            quality = describe(batch)
-            log.write(
-                step=index + 1,
-                consistent=float(consistent.mean()),
-                failures=int(batch.failures.sum()),
-                **quality,
-            )
-            bar.update(config.batch)
-            bar.set_postfix(
-                f1=f"{quality['parent_f1']:.2f}", true_set=f"{quality['true_set_probability']:.2f}"
-            )
+    bar = tqdm(range(start, num_batches), "expert", initial=start, total=num_batches, unit="batch")
+    for index in bar:
+        batch, _, consistent = run = run_batch(index)
+        runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
+        counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
+        record = counts | describe(batch)
+        progress.keep(index + 1, record, runs if index + 1 < num_batches else None)
+        bar.set_postfix(f1=record["parent_f1"], true_set=record["true_set_probability"])
 
     # --- filter, split, augment, write ---
     trajectories, families, consistent = jax.tree.map(
@@ -289,13 +261,9 @@ def main(config: Config) -> Path:
         step=num_batches,
         metrics=metrics | {"yield": by_kind},
     )
-    checkpoint_path.unlink(missing_ok=True)
-    print(
-        "  ".join(
-            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in metrics.items()
-        )
-    )
+    progress.finish()
+    rounded = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics.items()}
+    print("  ".join(f"{name} {value}" for name, value in rounded.items()))
     rows = [
         [kind, label, n["models"], n["kept"], f"{n['kept'] / n['models']:.0%}"]
         for kind, part in by_kind.items()

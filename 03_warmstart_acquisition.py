@@ -112,12 +112,6 @@ class AcquisitionConfig:
                 f"multimodal_share = {self.multimodal_share} must be in [0, 1], "
                 f"average = {self.average} in [0, 1)"
             )
-        if self.validation_problems < 1 or not 1 <= self.checkpoint_every <= self.iterations:
-            raise ValueError(
-                f"validation_problems = {self.validation_problems} must be at least 1, "
-                f"checkpoint_every = {self.checkpoint_every} between 1 and iterations = "
-                f"{self.iterations}"
-            )
         if self.iterations % self.checkpoint_every:
             raise ValueError(
                 f"iterations = {self.iterations} must be a multiple of checkpoint_every = "
@@ -207,7 +201,7 @@ def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins:
 
 @eqx.filter_jit
 def iterate(
-    keys: tuple[jax.Array, jax.Array],
+    keys: list[jax.Array],
     state: TrainState,
     reference: AcquisitionPolicyNetwork,
     surrogate: ParentSetPredictionModel,
@@ -230,7 +224,7 @@ def iterate(
             return 0.0
         rows = jr.randint(demo_key, (imitation.imitation_batch,), 0, demos.variable.shape[0])
         chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
-        return imitation.imitation_weight * clone_loss(policy, chosen, imitation.surface_weight)[0]
+        return imitation.imitation_weight * clone_loss(policy, chosen)[0]
 
     optimiser = make_optimiser(config)
     learner, metrics = grpo_step(state.learner, optimiser, reference, groups, grpo, imitate)
@@ -247,9 +241,9 @@ def improve(
     progress: Progress | None,
 ) -> TrainState:
     """GRPO from the policy `start`, or on from a checkpoint; `demos` are for `imitation_weight`."""
-    uses = ("problems", "play", "demonstrations", "validation", "validation noise")
-    problem_key, play_key, demo_key, held_out_key, noise_key = (
-        settings.stage_key(config.seed, "policy", use) for use in uses
+    step_keys, (held_out_key, noise_key) = (
+        [settings.stage_key(config.seed, "policy", use) for use in uses]
+        for uses in (("problems", "play", "demonstrations"), ("validation", "validation noise"))
     )
     num_bins, every = surrogate.config.num_bins, config.checkpoint_every
     held_out = draw_batch(held_out_key, config, config.validation_problems, num_bins)
@@ -268,9 +262,8 @@ def improve(
 
     bar = tqdm(range(first, config.iterations), "policy", initial=first, total=config.iterations)
     for step in bar:
-        number, step_key = config.problems_per_iteration, jr.fold_in(problem_key, step)
-        problems = draw_batch(step_key, config, number, num_bins)
-        keys = jr.fold_in(play_key, step), jr.fold_in(demo_key, step)
+        problem_key, *keys = (jr.fold_in(key, step) for key in step_keys)
+        problems = draw_batch(problem_key, config, config.problems_per_iteration, num_bins)
         state = iterate(keys, state, start, surrogate, problems, demos, jnp.array(step), config)
         now = {name: float(curve[step]) for name, curve in state.curves._asdict().items()}
         checkpoint, rest = divmod(step + 1, every)
@@ -308,20 +301,18 @@ def train_acquisition_with_expert_warmstart(
     clone_key, warm_key, cold_key = (
         settings.stage_key(config.seed, "policy", use) for use in ("clone", "warm", "cold")
     )
-    token_dim, build = (
-        3 * surrogate.config.model_hidden_dim,
-        eqx.filter_jit(AcquisitionPolicyNetwork),
-    )
-    cloned, agreement = build(policy_config, token_dim, key=warm_key), {}
+    token_dim = 3 * surrogate.config.model_hidden_dim
+    build, agreement = eqx.filter_jit(AcquisitionPolicyNetwork), {}
+    cloned = build(policy_config, token_dim, key=warm_key)
     if imitation.use_behavioral_cloning:
         if training_examples is None:
             raise ValueError("cloning needs training_examples, or use_behavioral_cloning=False")
         cloned = clone(clone_key, cloned, training_examples, imitation)
-    if imitation.use_behavioral_cloning and held_out is not None:
-        measured = eqx.filter_jit(clone_loss)(cloned, held_out, imitation.surface_weight)[1]
-        agreement = {name: float(value) for name, value in measured._asdict().items()}
-        agreement |= {"validation_states": len(held_out.variable)}
-        print("clone: " + "  ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
+        if held_out is not None:
+            measured = eqx.filter_jit(clone_loss)(cloned, held_out)[1]
+            agreement = {name: float(value) for name, value in measured._asdict().items()}
+            agreement |= {"validation_states": len(held_out.variable)}
+            print("clone: " + "  ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
     start = cloned if imitation.warm else build(policy_config, token_dim, key=cold_key)
     state = improve(config, surrogate, start, training_examples, progress)
     cloned = eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span)

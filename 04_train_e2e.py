@@ -19,7 +19,7 @@ Deviations from multi_stage_training.md, stage 3:
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -95,8 +95,6 @@ class Config:
     """Fresh causal models in such a step, two data sets each."""
     surrogate_learning_rate: float = 5e-4
     """Peak learning rate of the surrogate, with cosine decay."""
-    effect_weight: float = 1.0
-    """Weight of the effect head's NLL."""
 
     # --- bookkeeping ---
     checkpoint_every: int = 5
@@ -147,11 +145,6 @@ class TrainState(NamedTuple):
     surrogate: Learner
     policy: Learner
 
-    @property
-    def system(self) -> TrainedACBOSystem:
-        """Both models as they are now."""
-        return TrainedACBOSystem(self.surrogate.module, self.policy.module)
-
 
 def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, CampaignDesign]:
     """Problems of round `step`: small linear systems with many rows first, the whole distribution
@@ -162,32 +155,24 @@ def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, C
     level = min(step * (config.levels + 1) // config.rounds, config.levels - 1)
     if level == config.levels - 1:
         return config.prior, config.campaign
-    share = (level + 1) / config.levels
-    largest = config.prior.min_size + round(share * (config.prior.max_size - config.prior.min_size))
-    mechanisms = config.prior.mechanisms[:1] if level == 0 else config.prior.mechanisms
-    prior = replace(
-        config.prior,
-        max_size=largest,
-        mechanisms=mechanisms,
-        max_noise=max(config.prior.min_noise, share * config.prior.max_noise),
+    share, prior, campaign = (level + 1) / config.levels, config.prior, config.campaign
+    easier = replace(
+        prior,
+        max_size=prior.min_size + round(share * (prior.max_size - prior.min_size)),
+        mechanisms=prior.mechanisms[:1] if level == 0 else prior.mechanisms,
+        max_noise=max(prior.min_noise, share * prior.max_noise),
     )
-    return prior, replace(
-        config.campaign,
-        min_obs=round(config.campaign.max_obs * (1 - share))
-        + round(share * config.campaign.min_obs),
-    )
+    min_obs = round(campaign.max_obs * (1 - share)) + round(share * campaign.min_obs)
+    return easier, replace(campaign, min_obs=min_obs)
 
 
 def make_optimisers(
     config: Config,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Optimisers of the surrogate and of the policy, with cosine decay to zero."""
-    surrogate = optax.cosine_decay_schedule(
-        config.surrogate_learning_rate, config.rounds * config.surrogate_steps
-    )
-    policy = optax.cosine_decay_schedule(
-        config.grpo.learning_rate, config.rounds * config.grpo.grpo_epochs
-    )
+    decay, rounds, grpo = optax.cosine_decay_schedule, config.rounds, config.grpo
+    surrogate = decay(config.surrogate_learning_rate, rounds * config.surrogate_steps)
+    policy = decay(grpo.learning_rate, rounds * grpo.grpo_epochs)
     return surrogate_optimiser(surrogate), clipped_adam(policy)
 
 
@@ -232,7 +217,6 @@ def improve_surrogate(
 ) -> tuple[TrainState, SurrogateLosses]:
     """`surrogate_steps` gradient steps on fresh simulations and on the collected data."""
     optimiser, _ = make_optimisers(config)
-    weights = LossWeights(effects=config.effect_weight)
     num_bins = state.surrogate.module.config.num_bins
 
     def step(learner, key):
@@ -243,7 +227,7 @@ def improve_surrogate(
         fresh = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fresh)
         collected = collected_examples(cut_key, problems, buffers, fresh.buffer.valid.shape[1])
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
-        return surrogate_step(learner, optimiser, [examples], None, weights)
+        return surrogate_step(learner, optimiser, [examples], None, LossWeights())
 
     keys = jr.split(key, config.surrogate_steps)
     learner, losses = filter_scan(step, state.surrogate, keys)
@@ -262,31 +246,26 @@ def train_end_to_end(
     checkpoint; the system, and what the last round logged.
     """
     config = replace(config or Config(), rounds=num_steps)
-    problem_key, play_key, surrogate_key = (
-        settings.stage_key(config.seed, "acbo", use) for use in ("problems", "play", "surrogate")
-    )
+    keys = [settings.stage_key(config.seed, "acbo", u) for u in ("problems", "play", "surrogate")]
     models = surrogate_params, acquisition_params
     state = TrainState(*map(Learner.of, models, make_optimisers(config)))
     state, start = progress.resume(state) if progress else (state, 0)
     num_bins, record = surrogate_params.config.num_bins, {}
     bar = tqdm(range(start, num_steps), "end to end", initial=start, total=num_steps)
     for step in bar:
+        problem_key, play_key, surrogate_key = (jr.fold_in(key, step) for key in keys)
         prior, campaign = adjust_difficulty(step, config)
-        problems = draw_problems(
-            jr.fold_in(problem_key, step), config.problems_per_round, prior, campaign, num_bins
-        )
+        problems = draw_problems(problem_key, config.problems_per_round, prior, campaign, num_bins)
         state, buffers, metrics = improve_policy(
-            jr.fold_in(play_key, step), state, acquisition_params, problems, config
+            play_key, state, acquisition_params, problems, config
         )
-        state, losses = improve_surrogate(
-            jr.fold_in(surrogate_key, step), state, problems, buffers, config
-        )
+        state, losses = improve_surrogate(surrogate_key, state, problems, buffers, config)
         record = {k: float(v) for k, v in (metrics._asdict() | losses._asdict()).items()}
         if progress:
             kept = (step + 1) % config.checkpoint_every == 0 and step + 1 < num_steps
             progress.keep(step + 1, {"largest": prior.max_size} | record, state if kept else None)
         bar.set_postfix(reward=f"{record['reward']:.3f}", nll=f"{record['parent_nll']:.3f}")
-    return state.system, record
+    return TrainedACBOSystem(state.surrogate.module, state.policy.module), record
 
 
 def train_complete_acbo_system(
@@ -316,17 +295,15 @@ def main(config: Config) -> Path:
     """Train both models of the folder, write the system; returns its path."""
     settings.use_compilation_cache(config.folder.parent / "cache")
     inputs = [config.folder / "surrogate.eqx", config.folder / "policy.eqx"]
-    (surrogate, made), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
-    config = replace(config, prior=inherit(config.prior, made))
+    (surrogate, header), (policy, _) = load_surrogate(inputs[0]), load_policy(inputs[1])
+    config = replace(config, prior=inherit(config.prior, header))
     progress = Progress(config.folder, "acbo", __file__, config, inputs)
     system, record = train_end_to_end(
         surrogate, policy, config.rounds, config=config, progress=progress
     )
     out = config.folder / "acbo.eqx"
-    header: dict[str, Any] = dict(
-        seed=config.seed, step=config.rounds, parents=inputs, metrics=record
-    )
-    system.save(out, config=asdict(config), **header)
+    made = dict(seed=config.seed, step=config.rounds, parents=inputs, metrics=record)
+    system.save(out, config=asdict(config), **made)
     progress.finish()
     return out
 

@@ -24,7 +24,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -33,37 +33,26 @@ import numpy as np
 from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
-from lib import settings
-from lib.accuracy import (
-    Arrays,
-    accuracy,
-    mean_f1,
-    posterior_seconds,
-    regret_records,
-    structure_scores,
-    surrogate_records,
-)
+from lib import accuracy, metrics, settings
+from lib.accuracy import Arrays, mean_f1, regret_records, structure_scores
 from lib.artifacts import fingerprint, load_arrays, read_header, stored
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
 from lib.methods import EXPERT_FAMILY, METHODS, UNCHECKED, OptimizationScenario, play
-from lib.metrics import (
-    Estimate,
-    Record,
-    cells,
-    convergence_ratio,
-    draw_regret,
-    normalised_regret,
-    render,
-    summarise,
-    write_results,
-)
+from lib.metrics import Estimate, Record, cells
 from lib.problems import Example, GroundTruth, Problem, initial_buffer
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 from lib.trajectories import ExpertTrajectory
+
+
+ON_LITERATURE = ("random", "additive_ridge", "parent_scale", "acbo")
+LITERATURE_OBS = 200  # observational rows at the start, on the benchmarks
+# Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of
+# 1,000 samples): result files of the original code.
+PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
 
 
 @dataclass(frozen=True)
@@ -94,10 +83,8 @@ class Config:
     """Initial interventions per variable."""
     num_steps: int = 10
     """Experiments per campaign."""
-    literature: tuple[str, ...] = ("toy", "epidemiology", "healthcare")
+    literature: tuple[str, ...] = tuple(PUBLISHED)
     """Benchmarks of the literature."""
-    literature_obs: int = 200
-    """Observational rows at the start, on these."""
     literature_seeds: int = 10
     """Repetitions of each benchmark."""
     literature_steps: int = 15
@@ -124,14 +111,7 @@ PRESETS = {
         Config(
             Path("artifacts/smoke"),
             # one of each kind: the tests play them all
-            methods=(
-                "random",
-                "additive_ridge",
-                "parent_scale",
-                "surrogate_ei",
-                *UNCHECKED,
-                "acbo",
-            ),
+            methods=(*ON_LITERATURE[:-1], "surrogate_ei", *UNCHECKED, "acbo"),
             num_problems=16,
             expert_problems=4,
             num_steps=2,
@@ -166,19 +146,21 @@ PRESETS = {
     ),
 }
 
-ON_LITERATURE = ("random", "additive_ridge", "parent_scale", "acbo")
-# Best Y after 30 trials as published for CBO-U (mean over runs; an outcome there is the mean of
-# 1,000 samples): result files of the original code.
-PUBLISHED = {"toy": -1.925, "epidemiology": -1.397, "healthcare": 13.166}
-
 
 class Run(NamedTuple):
-    """An evaluation under way: its settings, who plays with which system, and its files."""
+    """An evaluation under way: its settings, who plays with which system, its files, and the places
+    for variables that the surrogate was trained with.
+    """
 
     config: Config
     systems: dict[str, TrainedACBOSystem]
     inputs: list[Path]
+    bucket: int
     fingerprint: str
+
+    def key(self, *use: str) -> jax.Array:
+        """The random key of one use."""
+        return settings.stage_key(self.config.seed, "evaluation", *use)
 
     def stored(self, name: str, compute: Callable[..., dict[str, jax.Array]], *args) -> Arrays:
         """`compute(*args)`, or what an earlier run with the same settings and inputs gave."""
@@ -186,13 +168,13 @@ class Run(NamedTuple):
         header = dict(config=asdict(config), seed=config.seed, parents=self.inputs)
         return stored(path, self.fingerprint, lambda: compute(*args), **header)
 
-    def play(self, name: str, keys, scms, buffers, num_obs: int, num_steps: int):
-        """Results of `lib.methods.play`, with the system that `name` is about: the unchecked
-        policies are one program.
+    def play(self, task: str, name: str, problem: tuple, num_obs: int, num_steps: int) -> Arrays:
+        """Results of `lib.methods.play` on a `problem`, keys, systems and buffers, by the system
+        that `name` is about: the unchecked policies are one program.
         """
         system = self.systems.get(name, self.systems["acbo"])
-        name = "acbo_unchecked" if name in UNCHECKED else name
-        return play(name, system, keys, scms, buffers, num_obs=num_obs, num_steps=num_steps)
+        program = "acbo_unchecked" if name in UNCHECKED else name
+        return self.stored(f"{name}_{task}", play, program, system, *problem, num_obs, num_steps)
 
 
 class EvaluationReport(NamedTuple):
@@ -223,10 +205,8 @@ def evaluate_system_performance(
     optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(scms)
     scenario = OptimizationScenario(f"d={scms.low.shape[1]}", num_obs=num_obs, num_steps=num_steps)
     key = settings.stage_key(seed, "evaluation", "play")
-    regret = {
-        name: scenario.regret(name, system, test_scms, optima, key)
-        for name in (baseline_method, "acbo")
-    }
+    who = baseline_method, "acbo"
+    regret = {name: scenario.regret(name, system, test_scms, optima, key) for name in who}
     records = regret_records(scenario.name, regret, np.asarray(scms.mechanism))
     return EvaluationReport(records, {scenario.name: regret})
 
@@ -237,42 +217,97 @@ def evaluate_surrogate_accuracy(
     """Accuracy on all that held-out demonstrations ended with, against the truth about their
     systems (phase4_training_infrastructure.md).
     """
-    num_bins = surrogate.config.num_bins
 
     @eqx.filter_jit
-    def examples(trajectories):
-        def one(scm, buffer):
-            truth = GroundTruth.of(scm, num_bins)
-            return Example(buffer, scm.task, truth.parents, truth.effects)
+    @jax.vmap
+    def examples(scm, buffer):
+        truth = GroundTruth.of(scm, surrogate.config.num_bins)
+        return Example(buffer, scm.task, truth.parents, truth.effects)
 
-        return jax.vmap(one)(trajectories.scm, trajectories.buffer)
+    held_out = examples(test_trajectories.scm, test_trajectories.buffer)
+    return accuracy.accuracy(surrogate, (held_out,))
 
-    return accuracy(surrogate, (examples(test_trajectories),))
 
-
-# --- optimisation ---
+# --- what is played ---
 
 
 def play_all(run: Run, size: int, problems: Problem, optima: np.ndarray) -> tuple[Arrays, Arrays]:
     """Simple regret by method, and what the expert's play gave."""
     config, task = run.config, f"d={size}"
-    key = settings.stage_key(config.seed, "evaluation", "play", task)
-    problem = jr.split(key, config.num_problems), problems.scm, problems.buffer
-    baseline, regret, expert = np.asarray(problems.truth.baseline), {}, {}
-    few = min(config.expert_problems, config.num_problems)
+    keys = jr.split(run.key("play", task), config.num_problems)
+    problem = keys, problems.scm, problems.buffer
+    baseline, regret, played = np.asarray(problems.truth.baseline), {}, {}
     methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
     for name in tqdm(methods, desc=f"methods, {task}"):
-        count = few if name in EXPERT_FAMILY else config.num_problems
+        count = config.expert_problems if name in EXPERT_FAMILY else config.num_problems
         part = jax.tree.map(lambda leaf, n=count: leaf[:n], problem)
-        lengths = config.num_obs, config.num_steps
-        result = run.stored(f"{name}_d{size}", run.play, name, *part, *lengths)
-        expert = result if name == "parent_scale" else expert
+        played[name] = run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
         known = optima[:count, None], baseline[:count, None]
-        regret[name] = normalised_regret(result["recommended"], *known)
-    return regret, expert
+        regret[name] = metrics.normalised_regret(played[name]["recommended"], *known)
+    return regret, played["parent_scale"]
 
 
-# --- the design's criteria (phase4_training_infrastructure.md), and the literature ---
+def literature_records(run: Run) -> list[Record]:
+    """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps`
+    experiments.
+    """
+    config, records, count = run.config, [], run.config.literature_seeds
+    lengths = LITERATURE_OBS, config.literature_steps
+    capacity = sum(lengths) + config.per_variable * run.bucket
+    data_keys, keys = (jr.split(run.key("literature", use), count) for use in ("data", "play"))
+
+    @eqx.filter_jit
+    @eqx.filter_vmap(in_axes=(0, None))
+    def first(key, scm):
+        return scm, initial_buffer(key, scm, LITERATURE_OBS, config.per_variable, capacity)
+
+    for benchmark in tqdm(config.literature, desc="literature"):
+        scm = Benchmark(benchmark, run.bucket)
+        problem = keys, *first(data_keys, scm)
+        known: dict[str, tuple[float | Estimate, int]] = {
+            "optimum": (float(scm.optimum().mean), 1),
+            "doing nothing": (float(scm.mean_outcome(Intervention.none(run.bucket))), 1),
+            "CBO-U as published (best of 30 trials)": (PUBLISHED[benchmark], 10),
+        }
+        for name in ON_LITERATURE:
+            reached = run.play(benchmark, name, problem, *lengths)["recommended"]
+            known[name] = metrics.summarise(reached[:, -1]), count
+        for name, (value, n) in known.items():
+            records += cells("literature", benchmark, name, {"E[Y | do]": value}, n)
+    return records
+
+
+# --- the design's criteria (phase4_training_infrastructure.md) ---
+
+UNITS = {
+    "accuracy_drop": "share of the expert's parent F1 lost; negative: better than the expert",
+    "speedup": "our expert's seconds per posterior over the surrogate's",
+    "surrogate_latency": "ms per posterior, one problem",
+    "expert_agreement": "share of held-out expert steps, variable",
+    "expert_value_agreement": "of these, value within 10 % of the range",
+    "convergence_ratio": "warm iterations / cold iterations",
+    "transfer_drop": "share of parent F1 lost against {}",
+    "peak_memory": "MiB",
+}
+
+
+def training_rows(run: Run) -> list[tuple[str, str, str, float, int]]:
+    """Task, method, criterion, value and number of measurements of what cloning gave, if anything
+    was cloned.
+    """
+    folder = run.config.folder
+    if "bc_policy" not in run.systems:
+        return []
+    said = read_header(folder / "bc_policy.eqx")["metrics"]
+    names = {"expert_agreement": "variable_agreement", "expert_value_agreement": "value_agreement"}
+    states = int(said["validation_states"])
+    rows = [("demos", "bc_policy", name, said[of], states) for name, of in names.items()]
+    curves = folder / "curves.npz", folder / "cold" / "curves.npz"
+    if curves[1].exists():
+        gains = [load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves]
+        ratio = metrics.convergence_ratio(np.stack(gains))
+        rows.append(("training", "grpo_policy", "convergence_ratio", ratio, 1))
+    return rows
 
 
 def success_records(
@@ -281,142 +316,90 @@ def success_records(
     """The criteria, on the problems of the largest trained size; `transfer` are the scores at the
     size that was never trained on.
     """
-    config, surrogate = run.config, run.systems["acbo"].surrogate
-    count, records = len(expert["marginals"]), []
-    ours = mean_f1(scores, scores["acbo"][:count])
+    config, count, records = run.config, len(expert["marginals"]), []
     theirs = mean_f1(scores, expert["marginals"])
+    ours = mean_f1(scores, scores["acbo"][:count])
     for name, f1 in (("parent_scale", theirs), ("acbo", ours)):
-        part = f"{task}/expert's problems"
-        records += cells("surrogate", part, name, {"parent F1": f1}, count)
-
-    def criterion(task, method, metric, value, n, unit):
-        records.extend(cells("success", task, method, {metric: value}, n, unit))
-
-    drop = float(1 - ours.value / max(theirs.value, 1e-9))
-    share = "share of the expert's parent F1 lost; negative: better than the expert"
-    criterion(task, "acbo", "accuracy_drop", drop, count, share)
+        records += cells("surrogate", f"{task}/expert's problems", name, {"parent F1": f1}, count)
     # speed: one posterior for one problem, after compilation, on this machine
     scm, buffer = (jax.tree.map(lambda leaf: leaf[0], x) for x in problems[::2])
-    slow, fast = posterior_seconds(surrogate, scm, buffer, config.num_obs)
-    times = "our expert's seconds per posterior over the surrogate's"
-    criterion(task, "acbo", "speedup", slow / fast, 1, times)
-    each = "ms per posterior, one problem"
-    criterion(task, "acbo", "surrogate_latency", 1000 * fast, 20, each)
-    curves = [folder / "curves.npz" for folder in (config.folder, config.folder / "cold")]
-    if "bc_policy" in run.systems:
-        said = read_header(config.folder / "bc_policy.eqx")["metrics"]
-        clone, steps = ("demos", "bc_policy"), int(said["validation_states"])
-        variable, value = said["variable_agreement"], said["value_agreement"]
-        share = "share of held-out expert steps, variable"
-        criterion(*clone, "expert_agreement", variable, steps, share)
-        share = "of these, value within 10 % of the range"
-        criterion(*clone, "expert_value_agreement", value, steps, share)
-    if "bc_policy" in run.systems and curves[1].exists():
-        gains = [load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves]
-        ratio, unit = convergence_ratio(np.stack(gains)), "warm iterations / cold iterations"
-        criterion("training", "grpo_policy", "convergence_ratio", ratio, 1, unit)
+    surrogate = run.systems["acbo"].surrogate
+    slow, fast = accuracy.posterior_seconds(surrogate, scm, buffer, config.num_obs)
     kept, moved = mean_f1(scores, scores["acbo"]), mean_f1(transfer, transfer["acbo"])
-    lost = float(1 - moved.value / max(kept.value, 1e-9))
-    size, share = f"d={config.transfer_size}", f"share of parent F1 lost against {task}"
-    criterion(size, "acbo", "transfer_drop", lost, config.num_problems, share)
+    lost = 1 - moved.value / max(kept.value, 1e-9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    criterion("evaluation", "acbo", "peak_memory", peak, 1, "MiB")
-    return records
-
-
-def literature_records(run: Run, bucket: int) -> list[Record]:
-    """Benchmarks of the literature: E[Y | do] of the recommended action after `literature_steps`
-    experiments.
-    """
-    config, records, count = run.config, [], run.config.literature_seeds
-    num_obs, num_steps = config.literature_obs, config.literature_steps
-    capacity = num_obs + config.per_variable * bucket + num_steps
-    data_keys, keys = (
-        jr.split(settings.stage_key(config.seed, "evaluation", "literature", use), count)
-        for use in ("data", "play")
-    )
-    for benchmark in tqdm(config.literature, desc="literature"):
-        scm = Benchmark(benchmark, bucket)
-
-        @eqx.filter_jit
-        @eqx.filter_vmap
-        def first(key, scm=scm):
-            return scm, initial_buffer(key, scm, num_obs, config.per_variable, capacity)
-
-        scms, buffers = first(data_keys)
-        known: dict[str, tuple[float | Estimate, int]] = {
-            "optimum": (float(scm.optimum().mean), 1),
-            "doing nothing": (float(scm.mean_outcome(Intervention.none(bucket))), 1),
-            "CBO-U as published (best of 30 trials)": (PUBLISHED[benchmark], 10),
-        }
-        for name in ON_LITERATURE:
-            problem = keys, scms, buffers, num_obs, num_steps
-            result = run.stored(f"{name}_{benchmark}", run.play, name, *problem)
-            known[name] = summarise(result["recommended"][:, -1]), len(keys)
-        for name, (value, n) in known.items():
-            records += cells("literature", benchmark, name, {"E[Y | do]": value}, n)
+    rows = [
+        (task, "acbo", "accuracy_drop", 1 - ours.value / max(theirs.value, 1e-9), count),
+        (task, "acbo", "speedup", slow / fast, 1),
+        (task, "acbo", "surrogate_latency", 1000 * fast, 20),
+        *training_rows(run),
+        (f"d={config.transfer_size}", "acbo", "transfer_drop", lost, config.num_problems),
+        ("evaluation", "acbo", "peak_memory", peak, 1),
+    ]
+    for where, method, metric, value, n in rows:
+        records += cells("success", where, method, {metric: value}, n, UNITS[metric].format(task))
     return records
 
 
 # --- the run ---
 
 
+def measure_parents(run: Run, size: int) -> tuple[Problem, np.ndarray, Arrays, list[Record]]:
+    """Held-out problems of one size and their optima, what is said of their parents, and records of
+    it.
+    """
+    config, surrogate, task = run.config, run.systems["acbo"].surrogate, f"d={size}"
+    prior = replace(config.prior, max_vars=max(run.bucket, size), min_size=size, max_size=size)
+    lengths = config.num_obs, config.per_variable, config.num_steps
+    scenario = OptimizationScenario(task, prior, *lengths)
+    sizes = config.num_problems, surrogate.config.num_bins
+    problems, optima = scenario.draw(run.key("problems", task), *sizes)
+    validation, _ = scenario.draw(run.key("validation", task), *sizes)
+    scores = run.stored(f"structure_d{size}", structure_scores, surrogate, problems)
+    tuning = run.stored(f"structure_validation_d{size}", structure_scores, surrogate, validation)
+    records = accuracy.surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
+    return problems, np.asarray(optima), scores, records
+
+
 def evaluate(run: Run) -> EvaluationReport:
     """Every comparison, in the order of the tables."""
-    config, surrogate = run.config, run.systems["acbo"].surrogate
-    trained = read_header(config.folder / "surrogate.eqx")["config"]["prior"]["max_vars"]
-    records, regret, transfer = [], {}, {}
-    largest: dict[str, Any] = {}
-    for size in (*config.sizes, config.transfer_size):
+    config, records, regret, found = run.config, [], {}, {}
+    for size in config.sizes:
         task = f"d={size}"
-        prior = replace(config.prior, max_vars=max(trained, size), min_size=size, max_size=size)
-        scenario = OptimizationScenario(
-            task, prior, config.num_obs, config.per_variable, config.num_steps
-        )
-        draw = config.num_problems, surrogate.config.num_bins
-        uses = (("evaluation", use, task) for use in ("problems", "validation"))
-        (problems, optima), (validation, _) = (
-            scenario.draw(settings.stage_key(config.seed, *use), *draw) for use in uses
-        )
-        scores = run.stored(f"structure_d{size}", structure_scores, surrogate, problems)
-        file = f"structure_validation_d{size}"
-        tuning = run.stored(file, structure_scores, surrogate, validation)
-        records += surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
-        if size == config.transfer_size:
-            transfer = scores
-            continue
-        regret[task], expert = play_all(run, size, problems, np.asarray(optima))
-        records += regret_records(task, regret[task], np.asarray(problems.scm.mechanism))
-        if size == max(config.sizes):
-            largest = dict(task=task, problems=problems, scores=scores, expert=expert)
-    records += success_records(run, **largest, transfer=transfer)
-    return EvaluationReport(records + literature_records(run, trained), regret)
+        problems, optima, scores, of_parents = measure_parents(run, size)
+        regret[task], expert = play_all(run, size, problems, optima)
+        mechanism = np.asarray(problems.scm.mechanism)
+        records += of_parents + regret_records(task, regret[task], mechanism)
+        found[size] = task, problems, scores, expert
+    _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
+    records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)
+    return EvaluationReport(records + literature_records(run), regret)
 
 
 def main(config: Config) -> Path:
     """Run every comparison, print and write the tables; returns the results folder."""
     settings.use_compilation_cache(config.folder.parent / "cache")
-    results, policy_path = config.folder / "results", config.folder / "policy.eqx"
-    cloned = read_header(policy_path)["config"]["imitation"]["use_behavioral_cloning"]
-    names = ("surrogate.eqx", "policy.eqx", *["bc_policy.eqx"] * cloned, "curves.npz", "acbo.eqx")
-    inputs = [config.folder / name for name in names]
-    config = replace(config, prior=inherit(config.prior, read_header(inputs[-1])))
-    surrogate = load_surrogate(inputs[0])[0]
-    systems = {"acbo": TrainedACBOSystem.load(inputs[-1])}
-    for path in inputs[1 : 2 + cloned]:
-        name = path.stem if path.stem == "bc_policy" else "grpo_policy"
+    folder, results = config.folder, config.folder / "results"
+    policies = {"grpo_policy": folder / "policy.eqx", "bc_policy": folder / "bc_policy.eqx"}
+    cloned = read_header(folder / "policy.eqx")["config"]["imitation"]["use_behavioral_cloning"]
+    if not cloned:
+        del policies["bc_policy"]
+    inputs = [folder / name for name in ("surrogate.eqx", "acbo.eqx", "curves.npz")]
+    cold = folder / "cold" / "curves.npz"
+    inputs += [*policies.values()] + ([cold] if cloned and cold.exists() else [])
+    config = replace(config, prior=inherit(config.prior, read_header(folder / "acbo.eqx")))
+    surrogate, header = load_surrogate(folder / "surrogate.eqx")
+    systems = {"acbo": TrainedACBOSystem.load(folder / "acbo.eqx")}
+    for name, path in policies.items():
         systems[name] = TrainedACBOSystem(surrogate, load_policy(path)[0])
-    cold = config.folder / "cold" / "curves.npz"
-    inputs += [cold] if cloned and cold.exists() else []
-    results.mkdir(parents=True, exist_ok=True)
-    run = Run(config, systems, inputs, fingerprint(__file__, config, inputs))
-    report = evaluate(run)
-    write_results(results, report.records, config.seed)
+    bucket, mark = header["config"]["prior"]["max_vars"], fingerprint(__file__, config, inputs)
+    report = evaluate(Run(config, systems, inputs, bucket, mark))
+    metrics.write_results(results, report.records, config.seed)
     for task, regret in report.regret.items():
         size = task.removeprefix("d=")
-        draw_regret(regret, results / f"regret_d{size}.png", f"{size} variables")
+        metrics.draw_regret(regret, results / f"regret_d{size}.png", f"{size} variables")
     for table in dict.fromkeys(record.table for record in report.records):
-        print(f"\n## {table}\n\n{render(report.records, table)}")
+        print(f"\n## {table}\n\n{metrics.render(report.records, table)}")
     print(f"\nwritten to {results}")
     return results
 

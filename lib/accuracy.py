@@ -30,12 +30,14 @@ def predictions(model: ParentSetPredictionModel, examples: Example) -> dict[str,
     def one(example):
         output = model.predict(example.buffer, example.task)
         mean, effects = output.effect_mean, example.effects
-        chosen = jnp.argmin(jnp.where(jnp.isfinite(effects), mean, jnp.inf))
+        usable = jnp.isfinite(effects)
+        chosen = jnp.argmin(jnp.where(usable, mean, jnp.inf))
         return {
             "marginals": output.marginals(),
             "parents": example.parents,
             "possible": example.task.possible_parents,
             "log_prob": output.log_prob(example.parents),
+            "usable": usable,
             "effects": effects / output.spread,
             "error": (effects - mean) / output.spread,
             "std": output.effect_std / output.spread,
@@ -52,29 +54,24 @@ def accuracy(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -
     parts = [jax.device_get(predictions(model, batch)) for batch in validation]
     slots = max(part["parents"].shape[1] for part in parts)
 
-    def of_problems(name):
-        """`[problems, vars]`, the buckets padded to the largest."""
-        wide = [((0, 0), (0, slots - part[name].shape[1])) for part in parts]
-        return np.concatenate([np.pad(part[name], w) for part, w in zip(parts, wide, strict=True)])
+    def padded(x):
+        """Variables, the second axis where there is one, up to those of the largest bucket."""
+        wide = [(0, 0), (0, slots - x.shape[1]), (0, 0)] if x.ndim > 1 else [(0, 0)]
+        return np.pad(x, wide[: x.ndim])
 
-    def of_effects(name):
-        """All that exist, as a vector: interventions that are not allowed have none."""
-        return np.concatenate([part[name][np.isfinite(part["effects"])] for part in parts])
-
-    def mean(name):
-        return float(np.concatenate([part[name] for part in parts]).mean())
-
-    marginals, truth, possible = map(of_problems, ("marginals", "parents", "possible"))
-    error, std, effects = map(of_effects, ("error", "std", "effects"))
+    found = {name: np.concatenate([padded(part[name]) for part in parts]) for name in parts[0]}
+    marginals, truth, possible = (found[name] for name in ("marginals", "parents", "possible"))
+    # interventions that are not allowed have no effect
+    error, std, effects = (found[name][found["usable"]] for name in ("error", "std", "effects"))
     return {
-        "validation_set_nll": -mean("log_prob"),
+        "validation_set_nll": -float(found["log_prob"].mean()),
         "validation_effect_nll": float((0.5 * (error / std) ** 2 + np.log(std)).mean()),
         "validation_parent_f1": metrics.parent_f1(marginals > 0.5, truth, possible).pooled.value,
         "validation_parent_auroc": metrics.auroc(marginals, truth, possible).value,
         "validation_ece": metrics.expected_calibration_error(marginals, truth, possible).value,
         "validation_effect_r2": float(1 - (error**2).mean() / effects.var()),
         "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
-        "validation_regret": mean("regret"),
+        "validation_regret": float(found["regret"].mean()),
     }
 
 
@@ -127,21 +124,19 @@ def surrogate_records(
     records, truth, possible = [], scores["parents"], scores["possible"]
     n, ours = len(truth), metrics.parent_f1(scores["acbo"] > 0.5, truth, possible)
     for name in (*STRUCTURE_BASELINES, "acbo"):
-        guess = scores[name] > 0.5
+        f1, paired = ours, {}
         if name != "acbo":
             threshold = metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
-            guess = scores[name] >= threshold
-        f1 = metrics.parent_f1(guess, truth, possible)
+            f1 = metrics.parent_f1(scores[name] >= threshold, truth, possible)
+            below = metrics.paired_difference(ours.per_problem, f1.per_problem)
+            paired = {"F1 below acbo's, paired": below}
         figures = {
             "parent F1": f1.mean,
             "pooled F1": f1.pooled,
             "AUROC": metrics.auroc(scores[name], truth, possible),
             "AUPRC": metrics.average_precision(scores[name], truth, possible),
         }
-        if name != "acbo":
-            paired = metrics.paired_difference(ours.per_problem, f1.per_problem)
-            figures["F1 below acbo's, paired"] = paired
-        records += metrics.cells("surrogate", task, name, figures, n)
+        records += metrics.cells("surrogate", task, name, figures | paired, n)
     usable, error = np.isfinite(effects), effects - scores["effect_mean"]
     inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
     exact = ((scores["acbo"] > 0.5) == truth).all(1).astype(float)

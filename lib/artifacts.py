@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import equinox as eqx
 import jax
@@ -73,11 +73,7 @@ def save_module(path: Path | str, module: eqx.Module, **about: Unpack[About]) ->
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
-    path = Path(path)
-    payload = serialise(path, module)
-    header = make_header(about)
-    header["checksum"] = checksum(header, payload)
-    replace_file(path, encode(header) + b"\n" + payload)
+    write_leaves(Path(path), module, make_header(about))
 
 
 def load_module(
@@ -147,25 +143,17 @@ def digest(path: Path) -> str:
 # --- checkpoints and logs of a running stage ---
 
 
-class Checkpoint(NamedTuple):
-    """What a stopped run goes on from: its state and how many steps it has done."""
-
-    tree: Any
-    step: int
-
-
 def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -> str:
     """SHA-256 of what a stage's result depends on: the bytes of its `script` and of all of `lib`,
     its config (a dataclass, paths left out), the files it reads, and the versions in use. Finished
     artifacts are loaded whatever code wrote them; only what is half done must not go on with other
     code.
     """
-    code, inputs = [digest(Path(script)), code_digest()], [digest(path) for path in parents]
     content = {
         "schema": SCHEMA,
-        "code": code,
+        "code": [digest(Path(script)), code_digest()],
         "config": plain(dataclasses.asdict(config)),
-        "parents": inputs,
+        "parents": [digest(path) for path in parents],
         "versions": versions(),
     }
     return hashlib.sha256(encode(content)).hexdigest()
@@ -197,15 +185,12 @@ def save_checkpoint(path: Path, tree: Any, *, fingerprint: str, step: int) -> No
     """Replace the checkpoint at `path` by `tree`, a pytree without typed keys (store the seed, and
     fold the step in). `ArtifactError` for NaN.
     """
-    payload = serialise(path, tree)
-    header = {"schema": SCHEMA, "fingerprint": fingerprint, "step": int(step)}
-    header["checksum"] = checksum(header, payload)
-    replace_file(path, encode(header) + b"\n" + payload)
+    write_leaves(path, tree, {"schema": SCHEMA, "fingerprint": fingerprint, "step": int(step)})
 
 
-def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | None:
-    """The checkpoint at `path`, in the form of `like`; None if there is none, or if it belongs to
-    another config, other inputs, other code or other versions.
+def load_checkpoint(path: Path, like: Any, fingerprint: str) -> tuple[Any, int] | None:
+    """The checkpoint at `path`, in the form of `like`, and how many steps it has done; None if
+    there is none, or if it belongs to another config, other inputs, other code or other versions.
 
     Raises `ArtifactError` if it is damaged: a killed run never leaves half a file, so something
     else changed it.
@@ -221,7 +206,7 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> Checkpoint | Non
             "the checkpoint is truncated or was edited; delete it to start "
             "the stage from the beginning",
         )
-    return Checkpoint(deserialise(path, payload, like, None), header["step"])
+    return deserialise(path, payload, like, None), header["step"]
 
 
 class TrainingLog:
@@ -350,12 +335,13 @@ def checksum(header: Mapping[str, Any], payload: bytes) -> str:
 # --- bytes ---
 
 
-def serialise(path: Path, tree: Any) -> bytes:
-    """The leaves of `tree`, in order, as `.npy` blocks; `path` is for the message of NaN in one."""
+def write_leaves(path: Path, tree: Any, header: dict[str, Any]) -> None:
+    """Write the header with its checksum, then the leaves of `tree`, in order, as `.npy` blocks."""
     refuse_nan(path, tree)
     stream = io.BytesIO()
     eqx.tree_serialise_leaves(stream, tree)
-    return stream.getvalue()
+    header |= {"checksum": checksum(header, stream.getvalue())}
+    replace_file(path, encode(header) + b"\n" + stream.getvalue())
 
 
 def deserialise(path: Path, payload: bytes, like: Any, stage: str | None) -> Any:

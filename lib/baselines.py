@@ -42,11 +42,9 @@ def least_squares(buffer: ExperienceBuffer, task: Task) -> Choice:
     return best_on_grid(least_squares_surface(buffer, task, 2), task)
 
 
-def additive_ridge(buffer: ExperienceBuffer, task: Task, num_values: int = 33) -> Choice:
-    """The least prediction of an additive cubic regression over `num_values` values of every
-    candidate.
-    """
-    return best_on_grid(additive_ridge_surface(buffer, task, num_values), task)
+def additive_ridge(buffer: ExperienceBuffer, task: Task) -> Choice:
+    """The least prediction of an additive cubic regression over 33 values of every candidate."""
+    return best_on_grid(additive_ridge_surface(buffer, task, 33), task)
 
 
 def least_squares_surface(
@@ -94,11 +92,20 @@ def all_ones(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
     return task.possible_parents.astype(buffer.values.dtype)
 
 
-def absolute_correlation(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
-    """|Pearson correlation| of each variable with the target."""
+def standardised(
+    buffer: ExperienceBuffer, task: Task
+) -> tuple[Float[Array, "samples vars"], Bool[Array, " samples"]]:
+    """Values in deviations from their means over the usable rows, zero in all others; and which
+    rows these are.
+    """
     rows = usable_rows(buffer, task.target)
     location, scale = column_moments(buffer.values, rows)
-    z = jnp.where(rows[:, None], (buffer.values - location[None]) / scale[None], 0.0)
+    return jnp.where(rows[:, None], (buffer.values - location[None]) / scale[None], 0.0), rows
+
+
+def absolute_correlation(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
+    """|Pearson correlation| of each variable with the target."""
+    z, rows = standardised(buffer, task)
     correlation = jnp.take(z, task.target, axis=1) @ z / jnp.maximum(rows.sum(), 1)
     return jnp.where(task.possible_parents, jnp.minimum(jnp.abs(correlation), 1.0), 0.0)
 
@@ -118,15 +125,10 @@ def f_test_log_p(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
     A variable with k distinct values has at most k - 1 powers. With no degree of freedom left for
     the residual there is no evidence: log p is 0.
     """
-    rows, tested = usable_rows(buffer, task.target), task.possible_parents
-    x = jnp.where(tested, buffer.values, 0.0)
-    location, scale = column_moments(x, rows)
-    z = jnp.where(rows[:, None], (x - location[None]) / scale[None], 0.0)
-    basis = jax.vmap(orthogonal_powers, (1, None), 1)(z, rows)  # samples vars powers
+    (z, rows), tested = standardised(buffer, task), task.possible_parents
+    x, y = jnp.where(tested[None], z, 0.0), jnp.take(z, task.target, axis=1)
+    basis = jax.vmap(orthogonal_powers, (1, None), 1)(x, rows)  # samples vars powers
     rank = (jnp.abs(basis).max(0) > 0).sum(1)
-    y = jnp.take(buffer.values, task.target, axis=1)
-    mean, deviation = column_moments(y, rows)
-    y = jnp.where(rows, (y - mean) / deviation, 0.0)
 
     size = basis.shape[1] * TEST_DEGREE
     design = basis.reshape(-1, size)

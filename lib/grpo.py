@@ -36,6 +36,10 @@ from lib.surrogate import ParentSetPredictionModel
 from lib.training import Learner, filter_scan
 
 
+CLIP = 0.2  # of the probability ratio
+MIN_SPREAD = 1e-4  # a group whose rewards spread less than this is dead: it carries no signal
+
+
 @dataclass(frozen=True)
 class GRPOConfig:
     """Settings of GRPO."""
@@ -46,16 +50,12 @@ class GRPOConfig:
     """Gradient steps on each batch of groups."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam."""
-    clip: float = 0.2
-    """Clipping of the probability ratio."""
     kl_weight: float = 0.01
     """Weight of the exact KL to the cloned policy (a cold start has none and pays none)."""
     entropy_weight: float = 0.03
     """Weight of the entropy bonus: in the long run the policy is a softmax of advantages at this
     temperature.
     """
-    min_spread: float = 1e-4
-    """A group whose rewards spread less than this is dead: it carries no signal."""
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -134,7 +134,7 @@ def collect_campaign(
     fits = buffer.has_room(num_steps)
 
     def step(known, t):
-        action_key, noise_key, _ = jr.split(jr.fold_in(key, t), 3)
+        action_key, noise_key = jr.split(jr.fold_in(key, t))
         distribution = policy(known[0])
         variable, value = sample_group(action_key, distribution, config.group_size)
         # deviation 1: the same exogenous noise for the whole group
@@ -223,13 +223,13 @@ class GRPOMetrics(NamedTuple):
 
 
 def group_advantages(
-    rewards: Float[Array, "batch group"], config: GRPOConfig
+    rewards: Float[Array, "batch group"],
 ) -> tuple[Float[Array, "batch group"], Float[Array, " batch"]]:
     """Advantages, centred per group and scaled by the deviation of all live groups, and which are
     live (1 or 0). Dead ones get zeros.
     """
     # deviation 3
-    live = (rewards.max(1) - rewards.min(1) > config.min_spread).astype(rewards.dtype)
+    live = (rewards.max(1) - rewards.min(1) > MIN_SPREAD).astype(rewards.dtype)
     centred = (rewards - rewards.mean(1, keepdims=True)) * live[:, None]
     variance = (centred**2).mean(1).sum() / jnp.maximum(live.sum(), 1.0)
     return centred / jnp.sqrt(variance + 1e-12), live  # deviation 2
@@ -244,7 +244,7 @@ def grpo_loss(
     """Clipped surrogate objective plus KL and entropy terms over a batch of groups (leading axis
     `batch`).
     """
-    advantages, live = group_advantages(groups.reward.total, config)
+    advantages, live = group_advantages(groups.reward.total)
 
     def per_group(group):
         distribution = policy(group.state)
@@ -254,7 +254,7 @@ def grpo_loss(
 
     log_prob, kl, entropy = jax.vmap(per_group)(groups)
     ratio = jnp.exp(log_prob - groups.log_prob)
-    clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     gain = jnp.minimum(ratio * advantages, clipped * advantages).mean(1)
     objective = (gain * live).sum() / jnp.maximum(live.sum(), 1.0)
     loss = -objective + config.kl_weight * kl.mean() - config.entropy_weight * entropy.mean()
@@ -267,7 +267,7 @@ def grpo_loss(
         entropy=entropy.mean(),
         kl=kl.mean(),
         dead_groups=1 - live.mean(),
-        clipped=(jnp.abs(ratio - 1) > config.clip).mean(),
+        clipped=(jnp.abs(ratio - 1) > CLIP).mean(),
     )
 
 

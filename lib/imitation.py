@@ -17,6 +17,10 @@ from lib.training import Learner, clipped_adam, filter_scan
 from lib.trajectories import ExpertTrajectory
 
 
+# share of the target that is the expert's acquisition surface, normalised; the rest is its choice
+SURFACE_WEIGHT = 0.5
+
+
 @dataclass(frozen=True)
 class ImitationConfig:
     """Learning from the expert (`ImitationConfig` of phase4_training_infrastructure.md)."""
@@ -37,10 +41,6 @@ class ImitationConfig:
     """Passes over the demonstrations while cloning."""
     imitation_batch: int = 64
     """Expert states in a step."""
-    surface_weight: float = 0.5
-    """Share of the target that is the expert's acquisition surface, normalised; the rest is its
-    choice.
-    """
     learning_rate: float = 2e-3
     """Learning rate of Adam while cloning."""
 
@@ -100,7 +100,7 @@ class CloneMetrics(NamedTuple):
 
 
 def clone_loss(
-    policy: AcquisitionPolicyNetwork, examples: AcquisitionTrainingExample, surface_weight: float
+    policy: AcquisitionPolicyNetwork, examples: AcquisitionTrainingExample
 ) -> tuple[Float[Array, ""], CloneMetrics]:
     """Cross-entropy to the expert's choice and to its normalised acquisition surface, mean over the
     examples (leading axis `batch`).
@@ -113,7 +113,7 @@ def clone_loss(
         total = example.surface.sum()
         share = example.surface / jnp.where(total > 0, total, 1.0)
         # where the expert expects no improvement anywhere, only its choice is left
-        weight = jnp.where(total > 0, surface_weight, 0.0)
+        weight = jnp.where(total > 0, SURFACE_WEIGHT, 0.0)
         choice, surface = log_probs[example.variable, index], (share * log_probs).sum()
         variable, value = distribution.mode()
         near = jnp.abs(value - example.value) <= 0.1 * (task.high - task.low)[variable]
@@ -139,7 +139,7 @@ def clone(
 
     def step(learner, rows):
         chosen = jax.tree.map(lambda leaf: leaf[rows], examples)
-        return learner.descend(optimiser, lambda p: clone_loss(p, chosen, config.surface_weight))
+        return learner.descend(optimiser, lambda p: clone_loss(p, chosen))
 
     orders = jax.vmap(lambda k: jr.permutation(k, count))(jr.split(key, config.imitation_epochs))
     rows = orders[:, : count // batch * batch].reshape(-1, batch)

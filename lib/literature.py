@@ -1,8 +1,9 @@
 """The systems of the causal Bayesian optimisation literature that have fixed equations.
 
-`BENCHMARKS` maps names to systems; the function of each states its equations, its ranges and its
-optimum over single-variable interventions. All are minimised. Optima are minima of the *expected*
-outcome; the y* of some papers are minima of noisy outcomes, which lie lower.
+`BENCHMARKS` maps names to systems; studies/expert.py adds one that only it plays. The function of
+each states its equations, its ranges and its optimum over single-variable interventions. All are
+minimised. Optima are minima of the *expected* outcome; the y* of some papers are minima of noisy
+outcomes, which lie lower.
 
 Sources: CBO-U (Durand, Annadani, Bauer, Parbhoo 2025), CEO (Branchini et al., AISTATS 2023), each
 as its code has it.
@@ -24,8 +25,7 @@ from lib.scm import AbstractSCM, Intervention
 
 
 NUM_REFERENCE = 8192  # a power of two, as Sobol sequences want
-
-
+normal = jax.scipy.special.ndtri  # standard normal quantiles
 Values = dict[str, Array]
 Do = Callable[[str, Array], Array]
 
@@ -52,19 +52,6 @@ def toy(u: Values, do: Do) -> tuple[Array, ...]:
     x = do("X", normal(u["X"]))
     z = do("Z", 4.0 + jnp.exp(-x) + normal(u["Z"]))
     return x, z, do("Y", jnp.cos(z) - jnp.exp(-z / 20.0) + normal(u["Y"]))
-
-
-def graph4(u: Values, do: Do) -> tuple[Array, ...]:
-    """X = eX; Z = 1.5 tanh(X) + eZ; T = cos(X) + exp(-X) + eT; Y = Z^2 + sin(T) + eY;
-    all e ~ N(0, 1).
-
-    Range T [-2, 8]; nothing else may be set. y* = 0.887 at do(T = -pi / 2), and the same at
-    do(T = 3 pi / 2); without intervention E[Y] = 2.18. Source: CBO-U (`Graph4`).
-    """
-    x = do("X", normal(u["X"]))
-    z = do("Z", 1.5 * jnp.tanh(x) + normal(u["Z"]))
-    t = do("T", jnp.cos(x) + jnp.exp(-x) + normal(u["T"]))
-    return x, z, t, do("Y", z**2 + jnp.sin(t) + normal(u["Y"]))
 
 
 def epidemiology(u: Values, do: Do) -> tuple[Array, ...]:
@@ -109,7 +96,6 @@ def healthcare(u: Values, do: Do) -> tuple[Array, ...]:
 
 BENCHMARKS = {
     "toy": System(("X", "Z", "Y"), ("Z",), {"X": (-5.0, 5.0), "Z": (-5.5, 13.0)}, toy),
-    "graph4": System(("X", "Z", "T", "Y"), ("Z", "T"), {"T": (-2.0, 8.0)}, graph4),
     "epidemiology": System(
         ("B", "T", "L", "R", "Y"),
         ("B", "T", "L", "R"),
@@ -180,11 +166,6 @@ class Benchmark(AbstractSCM):
         u = {name: noise[:, i] for name, i in index.items()}
         rows = jnp.stack(BENCHMARKS[self.name].equations(u, do), 1)
         return jnp.pad(rows, ((0, 0), (0, noise.shape[1] - rows.shape[1])))
-
-
-def normal(u: Float[Array, " samples"]) -> Float[Array, " samples"]:
-    """Standard normal quantiles."""
-    return jax.scipy.special.ndtri(u)
 
 
 @ft.cache

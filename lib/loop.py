@@ -12,7 +12,6 @@ with optimisers that remember. `params` are modules. What the documents leave op
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,12 +25,7 @@ from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import CampaignDesign, GroundTruth, initial_buffer
 from lib.rewards import RewardComponents, RewardConfig, experiment_reward
-from lib.scm import (
-    AbstractSCM,
-    Intervention,
-    SyntheticSCM,
-    Task,
-)
+from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task
 from lib.scm_prior import SCMPrior, sample_scm
 from lib.surrogate import (
     ParentSetPredictionModel,
@@ -163,16 +157,12 @@ def get_current_state(
 # --- experiments ---
 
 
-class MutilatedSCM(NamedTuple):
-    """A model together with the intervention that is in force."""
-
-    scm: AbstractSCM
-    intervention: Intervention
+MutilatedSCM = tuple[AbstractSCM, Intervention]  # a model and the intervention in force
 
 
 def apply_intervention(scm: AbstractSCM, intervention: Intervention) -> MutilatedSCM:
     """The mutilated model in which `intervention` holds."""
-    return MutilatedSCM(scm, intervention)
+    return scm, intervention
 
 
 def sample_from_scm(

@@ -4,6 +4,7 @@ good the actions are that it recommends.
 A method sees the data, the target and the ranges; only `cbo_known_graph` is told the parents.
 """
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
 from lib.problems import CampaignDesign, Problem, held_out_problems, in_batches
 from lib.scm import AbstractSCM, Intervention
-from lib.scm_prior import SCMPrior, multimodal
+from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, run_campaign
 
 
@@ -91,72 +92,58 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     `gaussian_processes` is the check's processes around doing nothing alone. Raises `ValueError`
     for an unknown name.
     """
-    # the one that teaches
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
-    def campaign(decide):
+    def campaign(decide, *how):
         return lambda key, scm, buffer: run_campaign(
-            key, scm, buffer, num_steps, lambda k, b, t: decide(scm, k, b, t)
+            key, scm, buffer, num_steps, lambda k, b, _: decide(*how, scm, k, b)
         )
 
-    def regression(choose):
-        def decide(scm, key, buffer, step):
-            choice = choose(buffer, scm.task)
-            return choice, choice
+    def regression(choose, scm, key, buffer):
+        choice = choose(buffer, scm.task)
+        return choice, choice
 
-        return campaign(decide)
-
-    def random(scm, key, buffer, step):
+    def random(scm, key, buffer):
         done = (buffer.intervened & scm.candidates[None]).any(1) & buffer.valid
         outcome = jnp.take(buffer.values, scm.target, axis=1)
         best = jnp.argmin(jnp.where(done, outcome, jnp.inf))
         variable = jnp.argmax(buffer.intervened[best])
         return baselines.random_choice(key, scm.task), (variable, buffer.values[best, variable])
 
-    def on_surface(choose):
-        def decide(scm, key, buffer, step):
-            output = system.surrogate.predict(buffer, scm.task)
-            return choose(key, output), output.best()
+    def on_surface(choose, scm, key, buffer):
+        output = system.surrogate.predict(buffer, scm.task)
+        return choose(key, output), output.best()
 
-        return campaign(decide)
-
-    def processes(scm, key, buffer, step):
+    def processes(scm, key, buffer):
         most = buffer.valid.shape[0] - num_obs
         checked = check(system.surrogate, buffer, scm.task, most, PROCESSES)
         return checked.choose(checked.gain), checked.recommended()
 
-    def of_system(beliefs):
+    def of_system(beliefs, key, scm, buffer):
         """The system's own campaign, which looks at no more experiments than there can be."""
-        return lambda key, scm, buffer: system.play(
-            key,
-            scm,
-            buffer,
-            num_steps,
-            beliefs=beliefs,
-            most=buffer.valid.shape[0] - num_obs,
-        )
+        most = buffer.valid.shape[0] - num_obs
+        return system.play(key, scm, buffer, num_steps, beliefs=beliefs, most=most)
 
     def known_graph(key, scm, buffer):
-        return run_parent_scale(
-            key, scm, buffer, expert, candidate_sets=(scm.parents[None], jnp.zeros(1))
-        )
+        truth = scm.parents[None], jnp.zeros(1)
+        return run_parent_scale(key, scm, buffer, expert, candidate_sets=truth)
 
     methods = {
         "random": campaign(random),
-        "least_squares": regression(baselines.least_squares),
-        "additive_ridge": regression(baselines.additive_ridge),
-        "bo": lambda key, scm, buffer: run_gp_ei(key, scm, buffer, expert),
+        "least_squares": campaign(regression, baselines.least_squares),
+        "additive_ridge": campaign(regression, baselines.additive_ridge),
+        "bo": ft.partial(run_gp_ei, config=expert),
         "cbo_known_graph": known_graph,
-        "parent_scale": lambda key, scm, buffer: run_parent_scale(key, scm, buffer, expert),
+        "parent_scale": ft.partial(run_parent_scale, config=expert),
         "parent_scale_amortized": integrate_with_existing_pipeline(system, config=expert),
-        "surrogate_greedy": on_surface(lambda key, output: output.best()),
-        "surrogate_ei": on_surface(lambda key, output: expected_improvement_choice(output)),
-        "surrogate_thompson": on_surface(thompson_choice),
-        "bc_policy": of_system(None),
-        "grpo_policy": of_system(None),
-        "acbo_unchecked": of_system(None),
+        "surrogate_greedy": campaign(on_surface, lambda key, output: output.best()),
+        "surrogate_ei": campaign(
+            on_surface, lambda key, output: expected_improvement_choice(output)
+        ),
+        "surrogate_thompson": campaign(on_surface, thompson_choice),
+        **dict.fromkeys(UNCHECKED, ft.partial(of_system, None)),
         "gaussian_processes": campaign(processes),
-        "acbo": of_system(BELIEFS),
+        "acbo": ft.partial(of_system, BELIEFS),
     }
     if name not in methods:
         raise ValueError(f"unknown method '{name}': choose from {', '.join(methods)}")
@@ -170,7 +157,6 @@ def play(
     keys: Key[Array, " batch"],
     scms: AbstractSCM,
     buffers: ExperienceBuffer,
-    *,
     num_obs: int,
     num_steps: int,
 ) -> dict[str, Array]:
@@ -238,12 +224,6 @@ class OptimizationScenario:
         return normalised_regret(reached, *ends)
 
 
-def exploration_scenario(size: int, max_vars: int) -> OptimizationScenario:
-    """Where it pays to look around: few rows, wide ranges, responses with several valleys."""
-    prior = multimodal(SCMPrior(max_vars=max_vars, min_size=size, max_size=size))
-    return OptimizationScenario(f"exploration, d={size}", prior, num_obs=24, num_steps=20)
-
-
 def evaluate_acquisition_performance(
     system: TrainedACBOSystem,
     scenarios: Sequence[OptimizationScenario],
@@ -267,10 +247,8 @@ def evaluate_acquisition_performance(
             for name in ("acbo", *rivals)
         }
         records += regret_records(scenario.name, regret, np.asarray(problems.scm.mechanism))
-    figures = {(r.task, r.method, r.metric): (r.value, r.low, r.high) for r in records}
-    ends = zip(("", "/low", "/high"), zip(*figures.values(), strict=True), strict=True)
     return {
-        "/".join(cell) + end: value
-        for end, values in ends
-        for cell, value in zip(figures, values, strict=True)
+        "/".join((r.task, r.method, r.metric)) + end: value
+        for r in records
+        for end, value in (("", r.value), ("/low", r.low), ("/high", r.high))
     }

@@ -4,17 +4,18 @@ deterministic.
 Every interval is over independent problems (SCMs), never over steps or variables of one problem.
 """
 
+import functools as ft
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,12 +25,14 @@ from jaxtyping import Array, Bool, Float, Shaped
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
+from lib.artifacts import replace_file
+
 
 HostArray = np.ndarray | Array
 Scores = Float[HostArray, "batch vars"]
 Flags = Bool[HostArray, "batch vars"]
 NUM_RESAMPLES = 2000
-TABLES = (
+Table = Literal[
     "success",
     "surrogate",
     "effects",
@@ -38,8 +41,7 @@ TABLES = (
     "literature",
     "transfer",
     "ablation",
-)
-FORMATS = {"md": "github", "tex": "latex"}
+]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ def summarise(values: Shaped[HostArray, " n"]) -> Estimate:
     """Mean over problems with its t interval; a single problem has the interval [-inf, inf]. Raises
     `ValueError` for no values or for NaN.
     """
-    values = checked(values)
+    values = np.asarray(values, float)
+    if values.ndim != 1 or len(values) == 0 or np.isnan(values).any():
+        raise ValueError(
+            "need a vector of at least one number without NaN, got shape "
+            f"{values.shape} with {int(np.isnan(values).sum())} NaN"
+        )
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Estimate(mean, -np.inf, np.inf)
@@ -108,17 +115,6 @@ def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def checked(values) -> Float[np.ndarray, " n"]:
-    """A non-empty vector without NaN."""
-    values = np.asarray(values, float)
-    if values.ndim != 1 or len(values) == 0 or np.isnan(values).any():
-        raise ValueError(
-            "need a vector of at least one number without NaN, got shape "
-            f"{values.shape} with {int(np.isnan(values).sum())} NaN"
-        )
-    return values
-
-
 # --- structure ---
 # `[batch, vars]` arrays; `mask` marks the variables that count (not the target, not padding)
 
@@ -137,30 +133,17 @@ def parent_f1(said: Flags, truth: Flags, mask: Flags) -> ParentF1:
     """F1 = 2 TP / (2 TP + FP + FN) of decisions `said` against true parents; 1 where there is
     nothing to find and nothing was said.
     """
-    counts = confusion(said, truth, mask)
-    per_problem = f1_of(counts.T)
-    return ParentF1(
-        summarise(per_problem), bootstrap(lambda c: float(f1_of(c.sum(0))), counts), per_problem
-    )
-
-
-def confusion(said, truth, mask) -> Float[np.ndarray, "batch 3"]:
-    """True positives, false positives and false negatives of each problem."""
     said, truth, mask = (np.asarray(x, bool) for x in (said, truth, mask))
-    return np.stack(
-        [
-            (said & truth & mask).sum(1),
-            (said & ~truth & mask).sum(1),
-            (~said & truth & mask).sum(1),
-        ],
-        1,
-    ).astype(float)
+    counts = np.stack([(x & mask).sum(1) for x in (said & truth, said, truth)], 1)
+    per_problem = f1_of(*counts.T)
+    pooled_f1 = bootstrap(lambda c: float(f1_of(*c.sum(0))), counts)
+    return ParentF1(summarise(per_problem), pooled_f1, per_problem)
 
 
-def f1_of(counts) -> Float[np.ndarray, "*shape"]:
-    """F1 from true positives, false positives and false negatives along the first axis."""
-    tp, wrong = counts[0], counts[1] + counts[2]
-    return np.where(tp + wrong > 0, 2 * tp / np.maximum(2 * tp + wrong, 1), 1.0)
+def f1_of(hits, said, parents) -> Float[np.ndarray, "*shape"]:
+    """F1 from how many of those said are parents, and how many were said and are parents."""
+    total = said + parents
+    return np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
 
 
 def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
@@ -179,10 +162,8 @@ def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
     change = np.zeros(len(score))
     for p in np.unique(problem):
         own = problem == p
-        parents, said = label[own].sum(), np.arange(own.sum() + 1)
-        hits = np.concatenate([[0], label[own].cumsum()])
-        f1 = np.where(said + parents > 0, 2 * hits / np.maximum(said + parents, 1), 1.0)
-        change[own] = np.diff(f1)
+        hits, said = np.append(0, label[own].cumsum()), np.arange(own.sum() + 1)
+        change[own] = np.diff(f1_of(hits, said, label[own].sum()))
     last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
     best = int(np.argmax(np.where(last, change.cumsum(), -np.inf)))
     return float(score[best] if best + 1 == len(score) else 0.5 * (score[best] + score[best + 1]))
@@ -292,20 +273,15 @@ def convergence_ratio(returns: Float[HostArray, "runs checkpoints"]) -> float:
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     """Median wall-clock seconds of a call, the first (compiling) one left out."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
+    times = timeit.repeat(lambda: jax.block_until_ready(call()), number=1, repeat=repeats + 1)
+    return float(np.median(times[1:]))
 
 
 # --- tables ---
 
 
 def cells(
-    table: str,
+    table: Table,
     task: str,
     method: str,
     figures: Mapping[str, Estimate | float],
@@ -338,14 +314,12 @@ def write_results(folder: Path, records: Sequence[Record], seed: int) -> None:
     """Write `metrics.json`, the list of all records, and every table as `<table>.md` (with its
     `stamp`), `.csv` and `.tex` in `folder`. Each file is replaced at once.
 
-    Raises `ValueError` for an unknown table, for a cell that occurs twice, and for NaN; an infinite
-    bound becomes null in JSON.
+    Raises `ValueError` for a cell that occurs twice, and for NaN; an infinite bound becomes null in
+    JSON.
     """
     seen = set()
     for record in records:
         cell = (record.table, record.task, record.method, record.metric)
-        if record.table not in TABLES:
-            raise ValueError(f"unknown table '{record.table}'; the tables are {', '.join(TABLES)}")
         if cell in seen:
             raise ValueError(f"two records for {cell}")
         if np.isnan([record.value, record.low, record.high]).any() or np.isinf(record.value):
@@ -353,18 +327,13 @@ def write_results(folder: Path, records: Sequence[Record], seed: int) -> None:
                 f"{cell}: {record.value} [{record.low}, {record.high}] is not a result"
             )
         seen.add(cell)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {k: None if isinstance(v, float) and np.isinf(v) else v for k, v in asdict(r).items()}
         for r in records
     ]
-    replace_text(folder / "metrics.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    replace_file(folder / "metrics.json", text.encode())
     for table in dict.fromkeys(r.table for r in records):
-        for suffix, style in FORMATS.items():
-            source = f"\n{stamp(seed)}\n" if suffix == "md" else ""
-            replace_text(
-                folder / f"{table}.{suffix}", render(records, table, style) + "\n" + source
-            )
         header = "task,method,metric,value,low,high,n,unit\n"
         lines = [
             f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},'
@@ -372,7 +341,13 @@ def write_results(folder: Path, records: Sequence[Record], seed: int) -> None:
             for r in records
             if r.table == table
         ]
-        replace_text(folder / f"{table}.csv", header + "".join(lines))
+        files = {
+            "md": f"{render(records, table)}\n\n{stamp(seed)}\n",
+            "tex": render(records, table, "latex") + "\n",
+            "csv": header + "".join(lines),
+        }
+        for suffix, text in files.items():
+            replace_file(folder / f"{table}.{suffix}", text.encode())
 
 
 def render(records: Sequence[Record], table: str, style: str = "github") -> str:
@@ -389,19 +364,14 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
             f"{', '.join(dict.fromkeys(r.table for r in records)) or 'nothing'}"
         )
 
-    def typeset(body, header):
-        return tabulate.tabulate(body, header, tablefmt=style, disable_numparse=True)
+    typeset = ft.partial(tabulate.tabulate, tablefmt=style, disable_numparse=True)
 
     def grid(part, name):
         names = dict.fromkeys(name(r) for r in part)
-        cells = {(r.method, name(r)): cell(r) for r in part}
-        return typeset(
-            [
-                [method, *(cells.get((method, n), "") for n in names)]
-                for method in dict.fromkeys(r.method for r in part)
-            ],
-            ["method", *names],
-        )
+        methods = dict.fromkeys(r.method for r in part)
+        found = {(r.method, name(r)): cell(r) for r in part}
+        rows = [[method, *(found.get((method, n), "") for n in names)] for method in methods]
+        return typeset(rows, ["method", *names])
 
     if table == "success":
         return typeset(
@@ -425,13 +395,6 @@ def cell(record: Record) -> str:
     """`value [low, high]` to three significant digits; the value alone without an interval."""
     value, low, high = (f"{v:.3g}" for v in (record.value, record.low, record.high))
     return value if np.isinf(record.low) and np.isinf(record.high) else f"{value} [{low}, {high}]"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write beside `path`, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def draw_regret(regret: Mapping[str, np.ndarray], path: Path, title: str) -> None:

@@ -16,10 +16,10 @@ from lib.surrogate import SurrogateOutput
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Weights of the components in `total`."""
+    """Weights of the components in `total`, beside the noise-free improvement of the recommended
+    action as a share of the possible improvement, which has weight 1.
+    """
 
-    optimization_weight: float = 1.0
-    """Noise-free improvement of the recommended action, as a share of the possible improvement."""
     temperature: float = 0.1
     """Recommend each action with a probability that falls by e per this many deviations of the
     target in its predicted mean; 0 recommends the best.
@@ -94,9 +94,5 @@ def experiment_reward(
         parent = truth.parents[variable].astype(float)
     optimization = jnp.clip(gain, -1.0, 1.0)
     structure = jnp.clip(structure, -MAX_GAIN, MAX_GAIN)
-    total = (
-        config.optimization_weight * optimization
-        + config.structure_weight * structure
-        + config.parent_weight * parent
-    )
+    total = optimization + config.structure_weight * structure + config.parent_weight * parent
     return RewardComponents(optimization, structure, parent, total)

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from jaxtyping import Array
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ from lib.artifacts import fingerprint, stored
 from lib.buffer import DataError, ExperienceBuffer
 from lib.expert import run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
-from lib.literature import BENCHMARKS, Benchmark
+from lib.literature import BENCHMARKS, Benchmark, Do, System, Values, normal
 from lib.metrics import Estimate, Record, cells, normalised_regret, render, summarise, write_results
 from lib.problems import initial_buffer
 from lib.scm import AbstractSCM, Intervention
@@ -49,6 +50,20 @@ from studies.erdos_renyi import ERDOS_RENYI_SIZES, erdos_renyi
 from studies.published import PublishedConfig
 
 
+def graph4(u: Values, do: Do) -> tuple[Array, ...]:
+    """X = eX; Z = 1.5 tanh(X) + eZ; T = cos(X) + exp(-X) + eT; Y = Z^2 + sin(T) + eY;
+    all e ~ N(0, 1).
+
+    Range T [-2, 8]; nothing else may be set. y* = 0.887 at do(T = -pi / 2), and the same at
+    do(T = 3 pi / 2); without intervention E[Y] = 2.18. Source: CBO-U (`Graph4`).
+    """
+    x = do("X", normal(u["X"]))
+    z = do("Z", 1.5 * jnp.tanh(x) + normal(u["Z"]))
+    t = do("T", jnp.cos(x) + jnp.exp(-x) + normal(u["T"]))
+    return x, z, t, do("Y", z**2 + jnp.sin(t) + normal(u["Y"]))
+
+
+BENCHMARKS["graph4"] = System(("X", "Z", "T", "Y"), ("Z", "T"), {"T": (-2.0, 8.0)}, graph4)
 METHODS = ("parent_scale", "cbo_known_graph")
 SYSTEMS = (
     *("toy", "graph4", "epidemiology", "healthcare"),

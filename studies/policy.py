@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from lib import settings
 from lib.accuracy import regret_records
-from lib.methods import ON_SURFACE, OptimizationScenario, exploration_scenario
+from lib.methods import ON_SURFACE, OptimizationScenario
 from lib.metrics import Record, bootstrap, cells, render, write_results
 from lib.problems import Problem, in_batches
-from lib.scm_prior import SCMPrior
+from lib.scm_prior import SCMPrior, multimodal
 from lib.system import TrainedACBOSystem
 
 
@@ -76,6 +76,12 @@ def of_size(size: int, config: Config) -> OptimizationScenario:
     """Problems as in training."""
     prior = SCMPrior(max_vars=max(size, 8), min_size=size, max_size=size)
     return OptimizationScenario(f"d={size}", prior, config.num_obs, num_steps=config.num_steps)
+
+
+def exploration_scenario(size: int) -> OptimizationScenario:
+    """Where it pays to look around: few rows, wide ranges, responses with several valleys."""
+    prior = multimodal(SCMPrior(max_vars=size, min_size=size, max_size=size))
+    return OptimizationScenario(f"exploration, d={size}", prior, num_obs=24, num_steps=20)
 
 
 def measure_regret(
@@ -136,7 +142,7 @@ def main(config: Config) -> Path:
         name: TrainedACBOSystem.load(path) for name, path in zip(names, config.systems, strict=True)
     }
     scenarios = [of_size(size, config) for size in config.sizes]
-    scenarios += [exploration_scenario(size, size) for size in config.exploration_sizes]
+    scenarios += [exploration_scenario(size) for size in config.exploration_sizes]
     records = [r for one in scenarios for r in measure_regret(systems, one, config)]
     records += [r for d in config.band_sizes for r in measure_bands(systems, d, config)]
     write_results(config.folder, records, config.seed)

@@ -275,8 +275,8 @@ def test_checkpoints(tmp_path):
     assert load_checkpoint(path, tree, "mine") is None
     save_checkpoint(path, tree, fingerprint="mine", step=5)
     loaded = load_checkpoint(path, tree, "mine")
-    assert loaded is not None and loaded.step == 5
-    assert eqx.tree_equal(*(eqx.filter(t, eqx.is_array_like) for t in (loaded.tree, tree)))
+    assert loaded is not None and loaded[1] == 5
+    assert eqx.tree_equal(*(eqx.filter(t, eqx.is_array_like) for t in (loaded[0], tree)))
     assert load_checkpoint(path, tree, "other") is None
     with pytest.raises(ArtifactError, match="wrong shapes"):
         load_checkpoint(path, tree["model"], "mine")

@@ -14,6 +14,7 @@ from lib.scm import Intervention, experiment_key
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import TrainedACBOSystem
+from studies.policy import exploration_scenario
 
 
 SIZES = SurrogateConfig(
@@ -64,12 +65,9 @@ def test_the_system_is_held_against_its_rivals(system):
 
 
 def test_exploration_means_few_rows_wide_ranges_and_valleys():
-    scenario, usual = methods.exploration_scenario(5, 8), SCMPrior()
-    assert (
-        scenario.num_obs < 50
-        and scenario.prior.max_vars == 8
-        and scenario.prior.min_size == scenario.prior.max_size == 5
-    )
+    scenario, usual = exploration_scenario(5), SCMPrior()
+    sizes = scenario.prior.min_size, scenario.prior.max_size, scenario.prior.max_vars
+    assert scenario.num_obs < 50 and sizes == (5, 5, 5)
     assert scenario.prior.mechanisms == ("fourier",) and scenario.prior.min_range > usual.min_range
     assert scenario.prior.max_lengthscale < usual.max_lengthscale
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import scipy.stats
+from jaxtyping import TypeCheckError
 
 from lib import metrics
 
@@ -224,21 +225,17 @@ def test_write_results(tmp_path):
     assert latex.startswith("% d=10\n\\begin{tabular}") and "0.988 [0.9, 1.05]" in latex
 
 
-RECORD = make_records()[0]
-
-
-@pytest.mark.parametrize(
-    ("records", "said"),
-    [
-        ([RECORD, RECORD], "two records"),
-        (
-            [replace(RECORD, table="optimization")],
-            "unknown table 'optimization'; the tables are success",
-        ),
-        ([replace(RECORD, value=float("nan"))], "not a result"),
-    ],
-)
-def test_write_results_refuses(tmp_path, records, said):
-    with pytest.raises(ValueError, match=said):
-        metrics.write_results(tmp_path, records, 7)
+def test_write_results_refuses(tmp_path):
+    record = make_records()[0]
+    for records, said in (
+        ([record, record], "two records"),
+        ([replace(record, value=float("nan"))], "not a result"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            metrics.write_results(tmp_path, records, 7)
     assert not list(tmp_path.iterdir())
+
+
+def test_cells_are_of_a_table_that_there_is():
+    with pytest.raises(TypeCheckError, match="optimization"):
+        metrics.cells("optimization", "d=5", "acbo", {"regret": 0.1}, 1)

@@ -102,10 +102,10 @@ def test_cases_worked_out_by_hand(before, variable, after, truth, expected):
 
 
 def test_weights_add_up():
-    weights = dict(optimization_weight=3.0, structure_weight=0.5, parent_weight=0.25)
+    weights = dict(structure_weight=0.5, parent_weight=0.25)
     reward = score(make_state((0, 1)), 0, make_state((1, 2), (2.0, -1.0)), **weights)
     parts = reward.optimization, reward.structure_discovery, reward.parent_intervention
-    np.testing.assert_allclose(reward.total, np.dot([3.0, 0.5, 0.25], parts), atol=1e-6)
+    np.testing.assert_allclose(reward.total, np.dot([1.0, 0.5, 0.25], parts), atol=1e-6)
     assert np.abs(parts).min() > 0.1
 
 
