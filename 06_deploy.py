@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -34,7 +34,7 @@ from lib.literature import Benchmark
 from lib.problems import initial_buffer
 from lib.scm import Intervention, Task
 from lib.surrogate import observed_task
-from lib.system import DeploymentConfig, TrainedACBOSystem, deploy_trained_system
+from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
 
 
 HERE = Path(__file__).resolve().parent
@@ -109,10 +109,10 @@ def read_task(
     Raises `DataError` for more columns than the system takes, for a target that is no column, for
     bounds in another unit than the data, and where nothing may be set.
     """
-    if len(names) > (most := DeploymentConfig.buckets[-1]):
+    if len(names) > BUCKETS[-1]:
         raise DataError(
-            f"{config.data}: {len(names)} variables, at most {most} are supported: leave out "
-            "columns that cannot matter"
+            f"{config.data}: {len(names)} variables, at most {BUCKETS[-1]} are supported: leave "
+            "out columns that cannot matter"
         )
     if config.target not in names:
         raise DataError(
@@ -121,7 +121,7 @@ def read_task(
         )
     task = observed_task(buffer, names.index(config.target))
     low, high = (
-        np.array([float(units.written(i, x)) for i, x in enumerate(np.asarray(ends))])
+        np.array([units.written(i, x) for i, x in enumerate(np.asarray(ends))])
         for ends in (task.low, task.high)
     )
     if config.bounds is not None:
@@ -160,17 +160,16 @@ def suggest(config: Suggest) -> dict:
             "columns in different units"
         )
 
-    answer = in_own_units(config, names, buffer, units, task, (low, high), said)
+    answer = in_own_units(config, names, buffer, units, task, low, high, said)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 
 
-def in_own_units(config, names, buffer, units, task, ends, said) -> dict:
-    """What the system `said`, in the columns' own units and digits; `ends` are those of the ranges,
-    low and high `[vars]`.
+def in_own_units(config, names, buffer, units, task, low, high, said) -> dict:
+    """What the system `said`, in the columns' own units and digits; `low` and `high` `[vars]` are
+    the ends of the ranges.
     """
-    target, (low, high) = int(task.target), ends
-    shift, spread = units.shift, units.spread
+    target, shift, spread = int(task.target), units.shift, units.spread
     # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
     digits = [
         min(d, 6 - math.floor(math.log10(s))) for d, s in zip(units.digits, spread, strict=True)
@@ -180,25 +179,20 @@ def in_own_units(config, names, buffer, units, task, ends, said) -> dict:
         """Predictions get two digits more than their column, or a narrow band would be rounded
         away.
         """
-        raw = (float(shift[target] + spread[target] * y) for y in numbers)
-        rounded = (round(y, digits[target] + 2) + 0.0 for y in raw)  # + 0: no -0
+        raw = shift[target] + spread[target] * np.array(numbers, float)
+        rounded = (round(y, digits[target] + 2) + 0.0 for y in raw.tolist())  # + 0: no -0
         return dict(zip(("predicted", "low", "high"), rounded, strict=True))
 
-    def effect(variable, value) -> dict:
-        """do(variable = value) as a person reads it: the value with its column's digits, or more
+    def effect(i, value) -> dict:
+        """do(variable i = value) as a person reads it: the value with its column's digits, or more
         where the range has none with so few, and what is predicted there.
         """
-        i = int(variable)
         raw = float(np.clip(shift[i] + spread[i] * float(value), low[i], high[i]))
         rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))
         written = next(one for one in rounded if low[i] <= one <= high[i])
         at = (written - shift[i]) / spread[i]
-        curves = (np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high))
+        curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
         return {"settings": {names[i]: written}, **outcomes(curves)}
-
-    def cell(variable, value) -> tuple[int, int]:
-        """Where a setting lies on the grid."""
-        return int(variable), int(np.abs(said.grid[int(variable)] - value).argmin())
 
     sign = -1.0 if config.objective == "max" else 1.0
     settable = np.flatnonzero(np.asarray(task.candidates))
@@ -207,13 +201,9 @@ def in_own_units(config, names, buffer, units, task, ends, said) -> dict:
     lowest = min(settable, key=lambda i: sign * said.mean[i, best[i]])
     nothing = outcomes(said.nothing)
     action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
-    gain, most = (
-        float(spread[target] * g) for g in (said.gain[cell(*said.experiment)], said.gain.max())
-    )
-    again = said.action[0] >= 0 and cell(*said.experiment) == cell(*said.action)
-    likely = np.argsort(-said.marginals[: len(names)])
-    padding = [""] * (said.mean.shape[0] - len(names))
-    sets = said.parent_sets.to_dict((*names, *padding))
+    tried, value = said.experiment
+    nearest = np.abs(said.grid[tried] - value).argmin()
+    gain, most = (float(spread[target] * g) for g in (said.gain[tried, nearest], said.gain.max()))
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
     surfaces = (
         (surrogate, "the surrogate's"),
@@ -234,52 +224,65 @@ def in_own_units(config, names, buffer, units, task, ends, said) -> dict:
         "recommended_action": action
         | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
         "next_experiment": effect(*said.experiment)
-        | {"expected_gain": round(gain, digits[target] + 2), "reason": REASONS[bool(again)]},
+        | {
+            "expected_gain": round(gain, digits[target] + 2),
+            "reason": REASONS[said.experiment == said.action],
+        },
         "stop": {
             "expected_gain": round(most, digits[target] + 2),
             "worth_it": most > config.worth * float(spread[target] * said.spread),
         },
-        "parents": {names[i]: float(said.marginals[i]) for i in likely if i != target},
-        "parent_sets": [{"parents": sorted(s), "probability": p} for s, p in sets.items()],
+        "parents": {
+            names[i]: float(said.marginals[i])
+            for i in np.argsort(-said.marginals[: len(names)])
+            if i != target
+        },
+        "parent_sets": [
+            {"parents": sorted(members), "probability": p}
+            for members, p in said.parent_sets.to_dict(names).items()
+        ],
         "best_effects": sorted(effects, key=lambda one: sign * one["predicted"]),
         "check": check,
         "notes": [],
-        "warnings": warnings_of(names, buffer, units, task, check),
+        "warnings": warnings_of(names, buffer, task, check),
         "version": VERSION,
         "system": config.system.name,
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
 
 
-def warnings_of(names, buffer, units, task, check) -> list[str]:
+def warnings_of(names, buffer, task, check) -> list[str]:
     """What limits the answer, each in one sentence."""
-    observational, done = np.asarray(buffer.observational), check["experiments"]
-    observed = units.raw(np.asarray(buffer.values)[observational])
-    found = []
-    if len(buffer.valid) < 2 * len(names):
-        found.append(
+    done, in_band = check["experiments"], check["in_band"]
+    observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
+    ends = np.stack([task.low, task.high])
+    reach = np.abs(ends - observed.mean(0)).max(0) / observed.std(0)
+    limits = [
+        (
+            len(buffer.valid) < 2 * len(names),
             f"{len(buffer.valid)} rows for {len(names)} columns: so few rows cannot tell which "
-            "column matters"
-        )
-    if not done:
-        found.append(
+            "column matters",
+        ),
+        (
+            not done,
             "no experiment to check against: what looks like an effect may have a common cause "
-            "that is not in the file"
-        )
-    elif check["in_band"] < 0.7 * done:
-        found.append(
-            f"{done - check['in_band']} of {done} experiments lay outside the 90 % band predicted "
-            "for them: be wary of what no experiment has shown yet"
-        )
-    for i in np.flatnonzero(np.asarray(task.candidates)):
-        ends = units.raw(np.stack([task.low, task.high]))[:, i]
-        reach = np.abs(ends - observed[:, i].mean()).max() / observed[:, i].std()
-        if reach > CheckConfig.far:
-            found.append(
-                f"'{names[i]}': its range reaches {reach:.0f} deviations from what was observed: "
-                "the surrogate was not trained on such and counts for less there"
+            "that is not in the file",
+        ),
+        (
+            in_band < 0.7 * done,
+            f"{done - in_band} of {done} experiments lay outside the 90 % band predicted "
+            "for them: be wary of what no experiment has shown yet",
+        ),
+        *(
+            (
+                reach[i] > CheckConfig.far,
+                f"'{names[i]}': its range reaches {reach[i]:.0f} deviations from what was "
+                "observed: the surrogate was not trained on such and counts for less there",
             )
-    return found
+            for i in np.flatnonzero(np.asarray(task.candidates))
+        ),
+    ]
+    return [sentence for holds, sentence in limits if holds]
 
 
 def text(number: float) -> str:
@@ -289,31 +292,33 @@ def text(number: float) -> str:
 
 def as_text(answer: dict) -> str:
     """The answer for a person, with the digits that the JSON has."""
-    target, parents, stop = answer["target"], answer["parents"].items(), answer["stop"]
-    sets = ([f"{{{', '.join(s['parents'])}}}", s["probability"]] for s in answer["parent_sets"])
+    target, check, stop = answer["target"], answer["check"], answer["stop"]
+    best, following = answer["recommended_action"], answer["next_experiment"]
 
     def setting(one: dict) -> list[str]:
         """Variable, value, and what is expected of it."""
-        ((name, value),) = one["settings"].items() or [("(nothing)", math.nan)]
-        chosen = [name, text(value) if one["settings"] else ""]
-        return [*chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+        name, value = next(iter(one["settings"].items()), ("(nothing)", None))
+        chosen = "" if value is None else text(value)
+        return [name, chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
 
     def sentence(one: dict) -> str:
         name, value, predicted, band = setting(one)
         chosen = f"set {name} = {value}" if value else "set nothing"
         return f"{chosen}   ({target} {predicted} expected, {band})"
 
-    rows = [
-        setting(one) for one in (*answer["best_effects"], {"settings": {}, **answer["nothing"]})
-    ]
-    tables = (
-        ([f"parent of {target}?", "probability"], [[n, f"{p:.2f}"] for n, p in parents]),
-        (["most probable parent sets", "probability"], [[n, f"{p:.2f}"] for n, p in sets]),
-        (["set", "to", f"expected {target}", "90 % band"], rows),
-    )
-    parts = [tabulate(rows, headers=header, disable_numparse=True) for header, rows in tables]
-    check, best, following = (answer[k] for k in ("check", "recommended_action", "next_experiment"))
-    parts += [
+    effects = *answer["best_effects"], {"settings": {}, **answer["nothing"]}
+    tables = {
+        (f"parent of {target}?", "probability"): [
+            [name, f"{p:.2f}"] for name, p in answer["parents"].items()
+        ],
+        ("most probable parent sets", "probability"): [
+            [f"{{{', '.join(one['parents'])}}}", f"{one['probability']:.2f}"]
+            for one in answer["parent_sets"]
+        ],
+        ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
+    }
+    parts = [
+        *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),
         f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
         f"predicted; {check['surface']} surface is believed most (surrogate "
         f"{text(check['surrogate_weight'])}), bands {text(check['widened_by'])} times as wide.",
@@ -337,14 +342,13 @@ def demo(config: Demo) -> list[float]:
     """Campaigns on a benchmark: prints every experiment of the first and the score of each; returns
     E[Y | do(recommended)] per seed.
     """
-    system = TrainedACBOSystem.load(config.system)
-    num_vars = DeploymentConfig.buckets[0]
-    scm = Benchmark(config.benchmark, num_vars)
+    system, num_vars = TrainedACBOSystem.load(config.system), BUCKETS[0]
+    scm, nothing = Benchmark(config.benchmark, num_vars), Intervention.none(num_vars)
     optimum = scm.optimum()
     print(
         f"{config.benchmark}: optimum {float(optimum.mean):.3f} at "
         f"{scm.names[int(optimum.variable)]} = {float(optimum.value):.3f}, "
-        f"doing nothing {float(scm.mean_outcome(Intervention.none(num_vars))):.3f}"
+        f"doing nothing {float(scm.mean_outcome(nothing)):.3f}"
     )
     capacity = config.num_obs + config.per_variable * num_vars
     first = eqx.filter_jit(
@@ -364,10 +368,10 @@ def demo(config: Demo) -> list[float]:
             ]
             print(tabulate(rows, headers=["step", "set", "to", "outcome"]))
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
-        nothing, chosen = Intervention.none(num_vars), "to set nothing"
-        action = nothing if variable < 0 else Intervention.single(variable, value, num_vars)
+        chosen, action = "to set nothing", nothing
         if variable >= 0:
             chosen = f"{scm.names[variable]} = {value:.3f}"
+            action = Intervention.single(variable, value, num_vars)
         scores.append(float(scm.mean_outcome(action)))
         print(
             f"seed {seed}: after {config.steps} experiments recommends {chosen}, "
@@ -379,9 +383,6 @@ def demo(config: Demo) -> list[float]:
 if __name__ == "__main__":
     with settings.errors_for_people():
         settings.use_compilation_cache(HERE / "artifacts" / "cache")
-        commands = (
-            Annotated[Suggest, tyro.conf.subcommand("suggest")]
-            | Annotated[Demo, tyro.conf.subcommand("demo")]
-        )
-        chosen_command = tyro.cli(commands, description=__doc__)
-        suggest(chosen_command) if isinstance(chosen_command, Suggest) else demo(chosen_command)
+        commands = {"suggest": Suggest, "demo": Demo}
+        chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        suggest(chosen) if isinstance(chosen, Suggest) else demo(chosen)

@@ -12,17 +12,14 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
 import numpy as np
 
 
@@ -53,31 +50,16 @@ class ArtifactError(ValueError):
         )
 
 
-class About(TypedDict):
-    """What a script says of an artifact. `hyperparameters` is what `load_module` needs to build a
-    module of the same shape; `parents` are the artifacts that it was made from. Fields of `config`
-    that are paths are left out: where a file lies is no part of what it holds.
-    """
-
-    stage: str
-    config: Mapping[str, Any]
-    hyperparameters: Mapping[str, Any]
-    seed: int
-    step: int
-    parents: NotRequired[Sequence[Path]]
-    metrics: Mapping[str, Any]
-
-
-def save_module(path: Path | str, module: eqx.Module, **about: Unpack[About]) -> None:
-    """Write `module` to the `.eqx` file `path`.
+def save_module(path: Path, module: eqx.Module, **about: Any) -> None:
+    """Write `module` to the `.eqx` file `path`; `about` as `make_header` takes it.
 
     Raises `ArtifactError` if a leaf holds NaN, and `ValueError` for an unknown stage.
     """
-    write_leaves(Path(path), module, make_header(about))
+    write_leaves(path, module, make_header(**about))
 
 
 def load_module(
-    path: Path | str, stage: str, build: Callable[[dict[str, Any]], Any]
+    path: Path, stage: str, build: Callable[[dict[str, Any]], Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The module in `path` and its header; `build(hyperparameters)` makes a module of the right
     shape, whose leaves are then replaced.
@@ -85,9 +67,7 @@ def load_module(
     Raises `ArtifactError` if the file is missing, truncated, edited, of another stage or schema, or
     has other shapes than `build` gives.
     """
-    path = Path(path)
-    header, payload = split(path, stage)
-    verify(path, header, payload, stage)
+    header, leaves = read_artifact(path, stage)
     try:
         # shapes only: nothing is initialised to be thrown away
         like = eqx.filter_eval_shape(lambda: build(header["hyperparameters"]))
@@ -95,44 +75,33 @@ def load_module(
         raise ArtifactError(
             path, f"its hyperparameters do not fit this version of the code ({error})", stage
         ) from error
-    return deserialise(path, payload, like, stage), header
+    return deserialise(path, leaves, like, stage), header
 
 
-def save_arrays(path: Path | str, arrays: Mapping[str, Any], **about: Unpack[About]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, Any], **about: Any) -> None:
     """Write named arrays to the `.npz` file `path`; errors as for `save_module`. The name `header`
     is taken.
     """
-    if "header" in arrays:
-        raise ValueError("'header' is the name of the header itself: call the array something else")
-    path = Path(path)
     host = {name: np.asarray(array) for name, array in arrays.items()}
     refuse_nan(path, host)
-    header = make_header(about)
-    header["checksum"] = checksum(header, array_checksum(host).encode())
+    header = make_header(**about)
+    header["checksum"] = checksum(header, host)
     stream = io.BytesIO()
     np.savez(stream, header=np.asarray(encode(header).decode()), allow_pickle=False, **host)
     replace_file(path, stream.getvalue())
 
 
-def load_arrays(path: Path | str, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_arrays(path: Path, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays in `path` by name, and its header. `ArtifactError` if the file is missing,
     truncated, edited, or of another stage or schema.
     """
-    path = Path(path)
-    arrays = read_npz(path, stage)
-    header = parse_header(path, str(arrays.pop("header", "")), stage)
-    verify(path, header, array_checksum(arrays).encode(), stage)
+    header, arrays = read_artifact(path, stage)
     return arrays, header
 
 
-def read_header(path: Path | str) -> dict[str, Any]:
-    """The header of an artifact of any stage and schema, without its payload. Raises
-    `ArtifactError` if there is none.
-    """
-    path = Path(path)
-    if path.suffix == ".npz":
-        return parse_header(path, str(read_npz(path, None, only="header").get("header", "")), None)
-    return split(path, None)[0]
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of an artifact of any stage and schema; `ArtifactError` if there is none."""
+    return read_file(path, None)[0]
 
 
 def digest(path: Path) -> str:
@@ -152,7 +121,7 @@ def fingerprint(script: str | Path, config: Any, parents: Sequence[Path] = ()) -
     content = {
         "schema": SCHEMA,
         "code": [digest(Path(script)), code_digest()],
-        "config": plain(dataclasses.asdict(config)),
+        "config": without_paths(dataclasses.asdict(config)),
         "parents": [digest(path) for path in parents],
         "versions": versions(),
     }
@@ -163,15 +132,12 @@ def stored(
     path: Path, mark: str, compute: Callable[[], Mapping[str, Any]], **header: Any
 ) -> dict[str, np.ndarray]:
     """The arrays of `compute()`, or those that an earlier run with the same `mark` left at `path`:
-    what was stopped goes on where it was. `header` as `save_arrays` takes it.
+    what was stopped goes on where it was. `header` is the rest of what `make_header` takes.
     """
-    made_by = {"fingerprint": mark}
-    if path.exists() and read_header(path)["hyperparameters"] == made_by:
-        return load_arrays(path, "evaluation")[0]
-    arrays = {name: np.asarray(value) for name, value in compute().items()}
-    header |= dict(stage="evaluation", hyperparameters=made_by, step=0, metrics={})
-    save_arrays(path, arrays, **header)
-    return arrays
+    header |= dict(stage="evaluation", hyperparameters={"fingerprint": mark}, step=0, metrics={})
+    if not path.exists() or read_header(path)["hyperparameters"] != header["hyperparameters"]:
+        save_arrays(path, compute(), **header)
+    return load_arrays(path, "evaluation")[0]
 
 
 def code_digest() -> str:
@@ -197,77 +163,79 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> tuple[Any, int] 
     """
     if not path.exists():
         return None
-    header, payload = split(path, None)
+    header, leaves = read_file(path, None)
     if header.get("fingerprint") != fingerprint:
         return None
-    if checksum(header, payload) != header.get("checksum"):
+    if checksum(header, leaves) != header.get("checksum"):
         raise ArtifactError(
             path,
             "the checkpoint is truncated or was edited; delete it to start "
             "the stage from the beginning",
         )
-    return deserialise(path, payload, like, None), header["step"]
+    return deserialise(path, leaves, like, None), header["step"]
 
 
-class TrainingLog:
-    """JSON lines, one record per `write`: `step`, the metrics, and `time` (seconds since 1970, the
-    one place for wall-clock times).
-
-    `resume_step` is the number of steps that the resumed checkpoint has done, 0 for a new run.
-    Records of later steps, and a line that a kill cut short, are dropped, so a run that was stopped
-    and resumed ends with the records of one that was not.
+def cut_log(path: Path, resume_step: int) -> None:
+    """Begin a training log, or go on with that of a run that was stopped: records of steps after
+    `resume_step`, which the resumed checkpoint has done (0: a new run), are dropped, and so is a
+    line that a kill cut short. So the log ends with the records of a run that was not stopped.
     """
+    kept = read_log(path) if resume_step > 0 and path.exists() else []
+    lines = [encode(record) + b"\n" for record in kept if record["step"] <= resume_step]
+    replace_file(path, b"".join(lines))
 
-    def __init__(self, path: Path, resume_step: int):
-        self.path = path
-        kept = (
-            [record for record in read_log(path) if record["step"] <= resume_step]
-            if resume_step > 0 and path.exists()
-            else []
-        )
-        replace_file(path, b"".join(encode(record) + b"\n" for record in kept))
 
-    def write(self, *, step: int, **metrics: Any) -> None:
-        """Append one record. Raises `ValueError` if a metric is not finite: the run has diverged,
-        or the metric divides by zero.
-        """
-        record = plain({"step": step, **metrics, "time": round(time.time(), 3)})
-        wrong = [
-            name
-            for name, value in record.items()
-            if isinstance(value, float) and not np.isfinite(value)
-        ]
-        if wrong:
-            raise ValueError(f"{self.path}, step {step}: {wrong[0]} is {record[wrong[0]]}")
-        with open(self.path, "ab") as file:
-            file.write(encode(record) + b"\n")
+def write_log(path: Path, step: int, metrics: Mapping[str, Any]) -> None:
+    """Append one line of JSON: `step`, the metrics, and `time` (seconds since 1970, the one place
+    for wall-clock times). Raises `ValueError` if a metric is not finite: the run has diverged, or
+    the metric divides by zero.
+    """
+    for name, value in metrics.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}, step {step}: {name} is {value}")
+    with open(path, "ab") as file:
+        file.write(encode({"step": step, **metrics, "time": round(time.time(), 3)}) + b"\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a `TrainingLog`, in order."""
-    return [
-        json.loads(line)
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
+    """All complete records of a training log, in order."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 # --- the header ---
 
 
-def make_header(about: About) -> dict[str, Any]:
-    """The header of an artifact, as plain JSON types (`HEADER_FIELDS`), its checksum still empty.
-    `ValueError` for a stage that no script makes.
+def make_header(
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    hyperparameters: Mapping[str, Any],
+    seed: int,
+    step: int,
+    metrics: Mapping[str, Any],
+    parents: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """The header of an artifact (`HEADER_FIELDS`), its checksum still empty, from what a script
+    says of it. `hyperparameters` is what `load_module` needs to build a module of the same shape;
+    `parents` are the artifacts that it was made from. Fields of `config` that are paths are left
+    out: where a file lies is no part of what it holds. `ValueError` for a stage that no script
+    makes.
     """
-    known_stage(about["stage"])
-    made_from = {path.name: digest(path) for path in about.get("parents", ())}
-    code = {"versions": versions(), "code": code_digest()}
-    return plain({**about, "schema": SCHEMA, "parents": made_from, **code, "checksum": ""})
-
-
-def known_stage(stage: str) -> None:
     if stage not in REMAKE:
         raise ValueError(f"unknown stage '{stage}'; the stages are {', '.join(REMAKE)}")
+    return {
+        "schema": SCHEMA,
+        "stage": stage,
+        "config": without_paths(config),
+        "hyperparameters": hyperparameters,
+        "seed": seed,
+        "step": step,
+        "parents": {path.name: digest(path) for path in parents},
+        "versions": versions(),
+        "code": code_digest(),
+        "metrics": metrics,
+        "checksum": "",
+    }
 
 
 def versions() -> dict[str, str]:
@@ -275,61 +243,30 @@ def versions() -> dict[str, str]:
     return {"jax": jax.__version__, "equinox": eqx.__version__, "numpy": np.__version__}
 
 
-def plain(value: Any) -> Any:
-    """`value` in JSON types: arrays become lists, tuples lists, and dictionary entries that are
-    paths are left out.
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are no paths."""
+    return {name: value for name, value in config.items() if not isinstance(value, Path)}
+
+
+def encode(content: Mapping[str, Any]) -> bytes:
+    """One line of JSON, arrays as lists; NaN and infinity, which JSON lacks, raise `ValueError`."""
+    return json.dumps(
+        content, sort_keys=True, allow_nan=False, default=methodcaller("tolist")
+    ).encode()
+
+
+def checksum(header: Mapping[str, Any], content: bytes | Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over the header, its own entry `checksum` left out, and the content: an edited
+    setting is found like an edited weight. Of arrays, over their names, dtypes, shapes and values,
+    whatever the order in the file.
     """
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items() if not isinstance(v, Path)}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return np.asarray(value).tolist()
-    return value
-
-
-def encode(content: dict[str, Any]) -> bytes:
-    """One line of JSON; NaN and infinity, which JSON lacks, raise `ValueError`."""
-    return json.dumps(content, sort_keys=True, allow_nan=False).encode()
-
-
-def parse_header(path: Path, text: str, stage: str | None) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-        encode(header)  # nan and infinity, which Python reads, are no JSON
-    except (ValueError, RecursionError) as error:  # also a number of too many digits
-        raise ArtifactError(
-            path, "truncated, edited, or not an artifact: its header cannot be read", stage
-        ) from error
-    if not isinstance(header, dict):
-        raise ArtifactError(path, "not an artifact: its header is not a JSON object", stage)
-    return header
-
-
-def verify(path: Path, header: dict[str, Any], payload: bytes, stage: str) -> None:
-    """Raise `ArtifactError` unless the file is whole, unedited, and of this stage and schema."""
-    known_stage(stage)
-    found, missing = header.get("schema"), [name for name in HEADER_FIELDS if name not in header]
-    if found != SCHEMA:
-        problem = f"wrong schema: the file has {found}, this code reads {SCHEMA}"
-    elif missing:
-        problem = f"edited, or not an artifact: its header lacks '{missing[0]}'"
-    elif header["stage"] != stage:
-        problem = f"wrong stage: the file holds '{header['stage']}', '{stage}' is needed"
-    elif checksum(header, payload) != header["checksum"]:
-        problem = "truncated or edited: its header and content do not match its checksum"
-    else:
-        return
-    raise ArtifactError(path, problem, stage)
-
-
-def checksum(header: Mapping[str, Any], payload: bytes) -> str:
-    """SHA-256 over the header, its own entry `checksum` left out, and the payload: an edited
-    setting is found like an edited weight.
-    """
-    return hashlib.sha256(
-        encode({k: v for k, v in header.items() if k != "checksum"}) + b"\n" + payload
-    ).hexdigest()
+    if not isinstance(content, bytes):
+        found = hashlib.sha256()
+        for name, array in sorted(content.items()):
+            found.update(f"{name} {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+        content = found.hexdigest().encode()
+    said = encode({k: v for k, v in header.items() if k != "checksum"})
+    return hashlib.sha256(said + b"\n" + content).hexdigest()
 
 
 # --- bytes ---
@@ -340,13 +277,13 @@ def write_leaves(path: Path, tree: Any, header: dict[str, Any]) -> None:
     refuse_nan(path, tree)
     stream = io.BytesIO()
     eqx.tree_serialise_leaves(stream, tree)
-    header |= {"checksum": checksum(header, stream.getvalue())}
+    header["checksum"] = checksum(header, stream.getvalue())
     replace_file(path, encode(header) + b"\n" + stream.getvalue())
 
 
-def deserialise(path: Path, payload: bytes, like: Any, stage: str | None) -> Any:
-    """`like` with the leaves in `payload`, which must have the same number, shapes and dtypes."""
-    stream = io.BytesIO(payload)
+def deserialise(path: Path, leaves: bytes, like: Any, stage: str | None) -> Any:
+    """`like` with these leaves, which must have the same number, shapes and dtypes."""
+    stream = io.BytesIO(leaves)
     try:
         tree = eqx.tree_deserialise_leaves(stream, like)
     except (RuntimeError, ValueError, EOFError) as error:
@@ -363,25 +300,32 @@ def deserialise(path: Path, payload: bytes, like: Any, stage: str | None) -> Any
 
 
 def refuse_nan(path: Path, tree: Any) -> None:
-    for where, leaf in jtu.tree_leaves_with_path(tree):
-        if eqx.is_inexact_array_like(leaf) and np.isnan(np.asarray(leaf)).any():
+    for where, leaf in jax.tree.leaves_with_path(tree):
+        if eqx.is_inexact_array_like(leaf) and np.isnan(leaf).any():
             raise ArtifactError(
                 path,
-                f"not written, NaN in {jtu.keystr(where)}: training has "
+                f"not written, NaN in {jax.tree_util.keystr(where)}: training has "
                 "diverged, or the data are damaged",
             )
 
 
-def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, whatever the order in the file."""
-    found = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        found.update(
-            f"{name} {array.dtype.str} {array.shape} ".encode()
-            + np.ascontiguousarray(array).tobytes()
-        )
-    return found.hexdigest()
+def read_artifact(path: Path, stage: str) -> tuple[dict[str, Any], Any]:
+    """`read_file`, and an `ArtifactError` unless it is whole, unedited, and of this stage and
+    schema.
+    """
+    header, content = read_file(path, stage)
+    schema, found = header.get("schema"), header.get("stage")
+    lacking = next((name for name in HEADER_FIELDS if name not in header), None)
+    edited = checksum(header, content) != header.get("checksum")
+    for wrong, problem in (
+        (schema != SCHEMA, f"wrong schema: the file has {schema}, this code reads {SCHEMA}"),
+        (lacking, f"edited, or not an artifact: its header lacks '{lacking}'"),
+        (found != stage, f"wrong stage: the file holds '{found}', '{stage}' is needed"),
+        (edited, "truncated or edited: its header and content do not match its checksum"),
+    ):
+        if wrong:
+            raise ArtifactError(path, problem, stage)
+    return header, content
 
 
 def read_bytes(path: Path, stage: str | None) -> bytes:
@@ -394,27 +338,31 @@ def read_bytes(path: Path, stage: str | None) -> bytes:
         raise ArtifactError(path, problem, stage) from None
 
 
-def split(path: Path, stage: str | None) -> tuple[dict[str, Any], bytes]:
-    """Header and payload of an `.eqx` file or a checkpoint."""
-    line, newline, payload = read_bytes(path, stage).partition(b"\n")
-    if not newline:
-        raise ArtifactError(path, "truncated, or not an artifact: its header has no end", stage)
-    return parse_header(path, line.decode(errors="replace"), stage), payload
-
-
-def read_npz(path: Path, stage: str | None, only: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file, or the one named `only` if it is there."""
-    stream = io.BytesIO(read_bytes(path, stage))
+def read_file(path: Path, stage: str | None) -> tuple[dict[str, Any], Any]:
+    """The header of a file and its content: the bytes of the leaves, or the arrays of an `.npz`."""
+    content = read_bytes(path, stage)
+    if path.suffix == ".npz":
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                content = dict(file)
+        except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged bytes
+            raise ArtifactError(
+                path, f"truncated or edited: not a complete .npz file ({error})", stage
+            ) from error
+        text = str(content.pop("header", ""))
+    else:
+        line, newline, content = content.partition(b"\n")
+        if not newline:
+            raise ArtifactError(path, "truncated, or not an artifact: its header has no end", stage)
+        text = line.decode(errors="replace")
     try:
-        with np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if only in (None, name)}
-    except (
-        *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError),
-        RuntimeError,  # an edited flag: "encrypted", or a compression that zipfile does not know
-    ) as error:
+        header = dict(json.loads(text))
+        encode(header)  # nan and infinity, which Python reads, are no JSON
+    except (TypeError, ValueError, RecursionError) as error:  # also a number of too many digits
         raise ArtifactError(
-            path, f"truncated or edited: not a complete .npz file ({error})", stage
+            path, "truncated, edited, or not an artifact: its header cannot be read", stage
         ) from error
+    return header, content
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -424,4 +372,4 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)

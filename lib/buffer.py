@@ -5,28 +5,23 @@ vmap and scan.
 import csv
 import itertools
 import math
-from collections.abc import Sequence
 from decimal import Context, Decimal
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from lib.scm import Intervention
 
 
-T = TypeVar("T")
 MIN_OBSERVATIONS = 10
 INTERVENED = "intervened"
-# a column whose deviation is a smaller share of its largest value than float64 can tell
-CONSTANT = 4 * np.finfo(float).eps
 FARTHEST_VALUE = 1e6  # deviations: beyond, a typing error or another unit
-MOST_DECIMALS = 400  # more than float64 can tell
 
 
 class DataError(ValueError):
@@ -73,10 +68,11 @@ class ExperienceBuffer(eqx.Module):
 
     def widen(self, extra: int) -> "ExperienceBuffer":
         """The same rows with `extra` padding variables behind."""
-        values, intervened = (
-            jnp.pad(x, ((0, 0), (0, extra))) for x in (self.values, self.intervened)
+        return ExperienceBuffer(
+            jnp.pad(self.values, ((0, 0), (0, extra))),
+            jnp.pad(self.intervened, ((0, 0), (0, extra))),
+            self.valid,
         )
-        return ExperienceBuffer(values, intervened, self.valid)
 
     def first(self, count) -> "ExperienceBuffer":
         """What was known when `count` rows were filled; the others are free places again."""
@@ -88,10 +84,6 @@ class ExperienceBuffer(eqx.Module):
         return ExperienceBuffer(
             jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known
         )
-
-    def add_observation(self, row: Float[Array, " vars"]) -> "ExperienceBuffer":
-        """One more passively observed row."""
-        return self.add_intervention(Intervention.none(self.values.shape[1]), row)
 
     def add_intervention(
         self, intervention: Intervention, outcome: Float[Array, " vars"]
@@ -148,76 +140,68 @@ class ExperienceBuffer(eqx.Module):
         )
 
     @staticmethod
-    def from_csv(path: Path) -> "NamedBuffer":
+    def from_csv(path: Path) -> tuple[tuple[str, ...], "ExperienceBuffer", "Units"]:
         """Read experiments: a column per variable, a row per experiment; a column `intervened`
-        names the variable set by hand (`a;b` where several were, empty: observed).
+        names the variable set by hand (`a;b` where several were, empty: observed). Returns the
+        variables' names, the buffer, and the units.
 
         The buffer holds deviations: the file is read in float64 and standardised (`Units`), because
         in float32 an offset of 1e7 deviations, or a deviation of 1e-30, would be lost. Raises
         `DataError` naming file, row and column for anything that cannot be used as it stands.
         """
-        names, table = read_table(path)
-        if INTERVENED not in names:
+        header, table = read_table(path)
+        if INTERVENED not in header:
             raise DataError(
                 f"{path}: no column '{INTERVENED}': add one, empty for observations, "
                 "else the variable that was set by hand"
             )
-        column = names.index(INTERVENED)
-        variables = tuple(n for n in names if n != INTERVENED)
-        if len(variables) < 2:
+        column = header.index(INTERVENED)
+        names = (*header[:column], *header[column + 1 :])
+        if len(names) < 2:
             raise DataError(
-                f"{path}: only {len(variables)} variable column(s): give the target "
+                f"{path}: only {len(names)} variable column(s): give the target "
                 "and at least one other variable"
             )
-        values, intervened = (
-            np.zeros((len(table), len(variables))),
-            np.zeros((len(table), len(variables)), bool),
-        )
+        values = np.zeros((len(table), len(names)))
+        intervened = np.zeros(values.shape, bool)
         for r, (line, row) in enumerate(table):
-            for chosen in filter(None, (name.strip() for name in row[column].split(";"))):
-                if chosen not in variables:
-                    where = f"{path}, row {line}, column '{INTERVENED}'"
+            for chosen in filter(None, (name.strip() for name in row.pop(column).split(";"))):
+                if chosen not in names:
                     raise DataError(
-                        f"{where}: '{chosen}' is not a column; the variables are "
-                        f"{', '.join(variables)}"
+                        f"{path}, row {line}, column '{INTERVENED}': '{chosen}' is not a column; "
+                        f"the variables are {', '.join(names)}"
                     )
-                intervened[r, variables.index(chosen)] = True
-            cells = [c for i, c in enumerate(row) if i != column]
-            values[r] = [
-                parse_number(cell, path, line, name)
-                for cell, name in zip(cells, variables, strict=True)
-            ]
-        observations = int((~intervened.any(1)).sum())
-        if observations < MIN_OBSERVATIONS:
+                intervened[r, names.index(chosen)] = True
+            values[r] = [parse_number(*one, path, line) for one in zip(row, names, strict=True)]
+        observed = values[~intervened.any(1)]
+        if len(observed) < MIN_OBSERVATIONS:
             raise DataError(
-                f"{path}: {observations} observational rows (empty '{INTERVENED}'), at least "
+                f"{path}: {len(observed)} observational rows (empty '{INTERVENED}'), at least "
                 f"{MIN_OBSERVATIONS} are needed: add observations"
             )
-        observed = values[~intervened.any(1)]
-        constant = np.flatnonzero(deviation(observed) <= CONSTANT * np.abs(observed).max(0))
-        if constant.size:
+        std = deviation(observed)
+        # constant: all that varies is a smaller share of the largest value than float64 can tell
+        for i in np.flatnonzero(std <= 4 * np.finfo(float).eps * np.abs(observed).max(0)):
             raise DataError(
-                f"{path}, column '{variables[constant[0]]}': zero variance over the observational "
+                f"{path}, column '{names[i]}': zero variance over the observational "
                 "rows: drop the column or add rows in which it varies"
             )
-        digits = [max(decimals(row[names.index(name)]) for _, row in table) for name in variables]
-        units = Units.of(observed, digits)
+        spread = 2.0 ** np.round(np.log2(std))
+        digits = tuple(max(decimals(row[i]) for _, row in table) for i in range(len(names)))
+        units = Units(spread * np.round(observed.mean(0) / spread), spread, digits)
         for r, i in np.argwhere(units.far(values)):
             line, row = table[r]
             raise DataError(
-                f"{path}, row {line}, column '{variables[i]}': '{row[names.index(variables[i])]}' "
+                f"{path}, row {line}, column '{names[i]}': '{row[i]}' "
                 f"is more than {FARTHEST_VALUE:,.0f} deviations from the others: correct a typing "
                 "error, or write it in the unit of the others"
             )
-        buffer = ExperienceBuffer(
-            jnp.asarray(units.deviations(values)),
-            jnp.asarray(intervened),
-            jnp.ones(len(table), bool),
-        )
-        return NamedBuffer(variables, buffer, units)
+        deviations = jnp.asarray(units.deviations(values))
+        valid = jnp.ones(len(table), bool)
+        return names, ExperienceBuffer(deviations, jnp.asarray(intervened), valid), units
 
 
-def nan_unless(fits: Bool[Array, ""], tree: T) -> T:
+def nan_unless(fits: Bool[Array, ""], tree: PyTree) -> PyTree:
     """The tree with nan for every number unless `fits`: what a program that could only count rows
     as it ran returns in place of raising. Not `eqx.error_if`: a host callback inside a batched loop
     can deadlock on a machine with few cores.
@@ -239,12 +223,6 @@ class Units(NamedTuple):
     spread: np.ndarray
     digits: tuple[int, ...]
 
-    @staticmethod
-    def of(observed: np.ndarray, digits: Sequence[int]) -> "Units":
-        """From observational rows `[samples, vars]`, none of whose columns is constant."""
-        spread = 2.0 ** np.round(np.log2(deviation(observed)))
-        return Units(spread * np.round(observed.mean(0) / spread), spread, tuple(digits))
-
     def deviations(self, values: np.ndarray) -> np.ndarray:
         """`values[..., vars]` in deviations, float32."""
         return ((values - self.shift) / self.spread).astype(np.float32)
@@ -257,30 +235,15 @@ class Units(NamedTuple):
         """Which of `values[..., vars]`, in the columns' own units, are too far out for float32."""
         return np.abs(values - self.shift) > FARTHEST_VALUE * self.spread
 
-    def written(self, variable: int, value: np.floating) -> str:
+    def written(self, variable: int, value: np.floating) -> float:
         """One value, given as a finite float32 deviation, in its column's unit and with its digits,
         or with as many more as it takes to read the same deviation again.
         """
         shift, spread = self.shift[variable], self.spread[variable]
-        raw, wide = float(shift + spread * float(value)), Context(prec=2 * MOST_DECIMALS)
-
-        def rounded(digits: int) -> str:
-            number = Decimal(raw).quantize(Decimal((0, (1,), -digits)), context=wide)
-            return str(wide.plus(number))  # plus: 0, not -0
-
-        return next(
-            text
-            for text in map(rounded, itertools.count(self.digits[variable]))
-            if float(text) == raw or np.float32((float(text) - shift) / spread) == value
-        )
-
-
-class NamedBuffer(NamedTuple):
-    """A buffer in deviations, the names of its columns and their units."""
-
-    names: tuple[str, ...]
-    buffer: ExperienceBuffer
-    units: Units
+        raw = float(shift + spread * float(value))
+        # + 0: no -0
+        rounded = (round(raw, d) + 0.0 for d in itertools.count(self.digits[variable]))
+        return next(x for x in rounded if x == raw or np.float32((x - shift) / spread) == value)
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
@@ -293,28 +256,15 @@ def deviation(values: np.ndarray) -> np.ndarray:
 
 
 def decimals(cell: str) -> int:
-    """How many decimals a number is written with, at most `MOST_DECIMALS`; negative where its last
-    digit stands for tens or more.
+    """How many decimals a number is written with; negative where its last digit stands for tens or
+    more.
     """
     exponent = Decimal(cell.strip(), Context(traps=[])).as_tuple().exponent
     # no int: an exponent of twenty digits, where float64 has read zero
-    return min(-exponent, MOST_DECIMALS) if isinstance(exponent, int) else 0
+    return -exponent if isinstance(exponent, int) else 0
 
 
-def wrong_name(names: Sequence[str]) -> str | None:
-    """What is wrong with the first column name that a file cannot hold, and what to do."""
-    for i, name in enumerate(names):
-        if not name or name in names[:i]:
-            return f"column name '{name}' is empty or used twice: name every column once"
-        if ";" in name:
-            return (
-                f"column name '{name}' holds ';', which separates variables that were set "
-                "together: rename the column, or save the file as comma-separated text"
-            )
-    return None
-
-
-def parse_number(cell: str, path: Path, line: int, name: str) -> float:
+def parse_number(cell: str, name: str, path: Path, line: int) -> float:
     """A finite number, or a `DataError` that says where it is not one."""
     where = f"{path}, row {line}, column '{name}'"
     try:
@@ -340,15 +290,24 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give the path of a CSV file") from None
     except (OSError, ValueError, csv.Error) as error:  # also no UTF-8, or a NUL byte in the name
-        problem = getattr(error, "strerror", error)
         raise DataError(
-            f"{path}: cannot be read as CSV ({problem}): give a file of comma-separated UTF-8 text"
+            f"{path}: cannot be read as CSV ({getattr(error, 'strerror', error)}): "
+            "give a file of comma-separated UTF-8 text"
         ) from None
     if not rows:
         raise DataError(f"{path}: empty: the first row names the columns")
     names = [name.strip() for name in rows[0][1]]
-    if problem := wrong_name(names):
-        raise DataError(f"{path}, row 1, {problem}")
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            raise DataError(
+                f"{path}, row 1, column name '{name}' is empty or used twice: "
+                "name every column once"
+            )
+        if ";" in name:
+            raise DataError(
+                f"{path}, row 1, column name '{name}' holds ';', which separates variables that "
+                "were set together: rename the column, or save the file as comma-separated text"
+            )
     for line, row in rows[1:]:
         if len(row) != len(names):
             raise DataError(
@@ -368,21 +327,19 @@ def read_bounds(path: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndar
             f"{path}, row 1: the columns are {', '.join(header)}; write variable,low,high"
         )
     low, high = np.zeros(len(names)), np.zeros(len(names))
-    seen = set()
     for line, (name, a, b) in rows:
-        if name.strip() in seen:
-            raise DataError(
-                f"{path}, row {line}, column 'variable': '{name}' has a range "
-                "already: keep one of the two"
-            )
-        seen.add(name.strip())
         if name.strip() not in names:
             raise DataError(
                 f"{path}, row {line}, column 'variable': '{name}' is not in the data; "
                 f"the variables are {', '.join(names)}"
             )
         i = names.index(name.strip())
-        low[i], high[i] = parse_number(a, path, line, "low"), parse_number(b, path, line, "high")
+        if low[i] < high[i]:
+            raise DataError(
+                f"{path}, row {line}, column 'variable': '{name}' has a range "
+                "already: keep one of the two"
+            )
+        low[i], high[i] = parse_number(a, "low", path, line), parse_number(b, "high", path, line)
         if low[i] >= high[i]:
             raise DataError(
                 f"{path}, row {line}, columns 'low' and 'high': {a} is not below {b}: "

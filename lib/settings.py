@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from lib.artifacts import ArtifactError
 from lib.buffer import DataError
 
 
-DEFAULT_PRESET = "small"
 # without 64-bit integers a larger one would lose its upper half, and two seeds give one result
 LARGEST_SEED = 2**32 - 1
 # and what is 0 by default
@@ -53,32 +52,30 @@ def check(config: Any) -> None:
         if value == () and field.name not in MAY_BE_EMPTY:
             raise ValueError(f"{field.name}: give at least one")
         for one in value if isinstance(value, tuple) else (value,):
+            least = 0 if field.name in MAY_BE_ZERO or field.default == 0 else 1
             if is_dataclass(one):
                 check(one)
-            elif isinstance(one, bool) or not isinstance(one, (int, float)):
+            if isinstance(one, bool) or not isinstance(one, (int, float)):
                 continue
-            elif field.name.endswith("seed"):
-                if not 0 <= one <= LARGEST_SEED:
-                    raise ValueError(f"{field.name} = {one} must be between 0 and {LARGEST_SEED}")
+            if field.name.endswith("seed"):
+                fits, needed = 0 <= one <= LARGEST_SEED, f"between 0 and {LARGEST_SEED}"
             elif isinstance(one, int):
-                least = 0 if field.name in MAY_BE_ZERO or field.default == 0 else 1
-                if not least <= one < 2**31:
-                    raise ValueError(
-                        f"{field.name} = {one} must be at least {least} and below 2^31"
-                    )
-            elif not (math.isfinite(one) and one >= 0):
-                raise ValueError(f"{field.name} = {one} must be a finite number, not negative")
+                fits, needed = least <= one < 2**31, f"at least {least} and below 2^31"
+            else:
+                fits, needed = 0 <= one < math.inf, "a finite number, not negative"
+            if not fits:
+                raise ValueError(f"{field.name} = {one} must be {needed}")
 
 
-def preset_arguments(arguments: Sequence[str] | None = None) -> list[str]:
-    """Command-line arguments with the default preset put first where none is named: `--steps 10`
-    means `small --steps 10`.
+def preset_arguments() -> list[str]:
+    """The command line's arguments, with the preset `small` put first where none is named:
+    `--steps 10` means `small --steps 10`.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:]
     asks_for_help = bool({"-h", "--help"} & set(arguments))
     if asks_for_help or (arguments and not arguments[0].startswith("-")):
-        return list(arguments)
-    return [DEFAULT_PRESET, *arguments]
+        return arguments
+    return ["small", *arguments]
 
 
 def use_compilation_cache(folder: Path) -> None:
@@ -95,14 +92,11 @@ def use_compilation_cache(folder: Path) -> None:
     if "xla_cpu_use_fusion_emitters" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder))
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @contextlib.contextmanager

@@ -66,11 +66,11 @@ def run_campaign(
     is nan.
     """
     method_key = jr.fold_in(key, 0)
-    num_vars, start, fits = scm.var_mask.shape[0], buffer.size, buffer.has_room(num_steps)
+    start, fits = buffer.size, buffer.has_room(num_steps)
 
     def step(buffer, t):
         (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
-        intervention = Intervention.single(variable, value, num_vars)
+        intervention = Intervention.single(variable, value, scm.var_mask.shape[0])
         row = scm.sample(experiment_key(key, t), intervention, 1)[0]
         made = variable, value, jnp.take(row, scm.target)
         return buffer.write(start + t, intervention, row), (made, recommended)
@@ -78,8 +78,7 @@ def run_campaign(
     buffer, (made, recommended) = jax.lax.scan(step, buffer, jnp.arange(num_steps))
     _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
     path = map(jnp.append, recommended, last)
-    result = OptimizationResult(*made, *path, buffer=buffer)
-    return nan_unless(fits, result)
+    return nan_unless(fits, OptimizationResult(*made, *path, buffer=buffer))
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:
@@ -91,16 +90,6 @@ def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Exper
         check_index(target, buffer.values.shape[1], "target")
     sign = jnp.where(jnp.arange(buffer.values.shape[1]) == target, -1.0, 1.0)
     return ExperienceBuffer(buffer.values * sign[None], buffer.intervened, buffer.valid)
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """Fine-tuning of the policy at one state of a deployed campaign."""
-
-    grpo: GRPOConfig = GRPOConfig(group_size=32, grpo_epochs=1, learning_rate=1e-3)
-    """Settings of GRPO."""
-    updates: int = 5
-    """Groups scored before a decision."""
 
 
 class TrainedACBOSystem(eqx.Module):
@@ -128,7 +117,9 @@ class TrainedACBOSystem(eqx.Module):
     ) -> AcquisitionState:
         """What the system knows, ready for a decision; compiled as `surrogate(...)` is."""
         rows = buffer.grow(-buffer.valid.shape[0] % 128)
-        return _state(self.surrogate, rows, task, jnp.asarray(step), jnp.asarray(steps_left))
+        return eqx.filter_jit(make_state)(
+            self.surrogate, rows, task, jnp.asarray(step), jnp.asarray(steps_left)
+        )
 
     def predict_posterior(
         self, buffer: ExperienceBuffer, target: Int[Array, ""] | int
@@ -172,7 +163,7 @@ class TrainedACBOSystem(eqx.Module):
             )
         check_state(state)
         if key is None:
-            return _mode(self.policy, state)
+            return eqx.filter_jit(self.policy)(state).mode()
         return self.distribution(state, exploration_rate).sample(key)
 
     def play(
@@ -182,7 +173,7 @@ class TrainedACBOSystem(eqx.Module):
         buffer: ExperienceBuffer,
         num_steps: int,
         *,
-        online: OnlineConfig | None = None,
+        online: bool = False,
         beliefs: CheckConfig | None = BELIEFS,
         most: int | None = None,
     ) -> OptimizationResult:
@@ -203,8 +194,8 @@ class TrainedACBOSystem(eqx.Module):
             checked = check(self.surrogate, buffer, scm.task, most, beliefs)
             state = AcquisitionState(buffer, checked.averaged, step, left)
             policy = self.policy(state)
-            if online is not None:
-                policy = online_policy(key, self.policy, state, checked.gain, online)
+            if online:
+                policy = online_policy(key, self.policy, state, checked.gain)
             return checked.choose(policy.logits, beliefs.enough), checked.recommended(beliefs.pays)
 
         return run_campaign(key, scm, buffer, num_steps, decide)
@@ -221,18 +212,20 @@ class TrainedACBOSystem(eqx.Module):
         """Optimise a system that can be sampled, starting from the data in `buffer`; needs no free
         places in it.
         """
-        online = OnlineConfig() if use_online_grpo else None
-        return _play(self, key, scm, buffer.grow(n_steps), n_steps, online)
+        play = eqx.filter_jit(self.play)
+        return play(key, scm, buffer.grow(n_steps), n_steps, online=use_online_grpo)
 
-    def save(self, path: Path | str, **header: Any) -> None:
-        """Write the artifact of stage 4; `header` as `save_module` takes it."""
+    def save(self, path: Path | str, **about: Any) -> None:
+        """Write the artifact of stage 4; `about` as `save_module` takes it, less the stage and the
+        hyperparameters.
+        """
         surrogate, policy = self.surrogate.config, self.policy.config
         shape = dict(
             surrogate=surrogate.hyperparameters,
             policy=policy.hyperparameters,
             token_dim=3 * surrogate.model_hidden_dim,
         )
-        save_module(path, self, stage="acbo", hyperparameters=shape, **header)
+        save_module(Path(path), self, stage="acbo", hyperparameters=shape, **about)
 
     @staticmethod
     def load(path: Path | str) -> "TrainedACBOSystem":
@@ -244,19 +237,6 @@ class TrainedACBOSystem(eqx.Module):
         )[0]
 
 
-_state = eqx.filter_jit(make_state)
-
-
-@eqx.filter_jit
-def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
-    return policy(state).mode()
-
-
-@eqx.filter_jit
-def _play(system, key, scm, buffer, num_steps, online):
-    return system.play(key, scm, buffer, num_steps, online=online)
-
-
 def surrogate_like(shape: dict) -> ParentSetPredictionModel:
     """A surrogate of that config."""
     return ParentSetPredictionModel(SurrogateConfig(**shape), key=jr.key(0))
@@ -264,21 +244,26 @@ def surrogate_like(shape: dict) -> ParentSetPredictionModel:
 
 def policy_like(shape: dict) -> AcquisitionPolicyNetwork:
     """A policy of that config."""
-    config = PolicyConfig(**shape["policy"])
-    return AcquisitionPolicyNetwork(config, shape["token_dim"], key=jr.key(0))
+    return AcquisitionPolicyNetwork(
+        PolicyConfig(**shape["policy"]), shape["token_dim"], key=jr.key(0)
+    )
 
 
 def load_surrogate(path: Path | str) -> tuple[ParentSetPredictionModel, dict]:
     """The surrogate of stage 2 and its header."""
-    return load_module(path, "surrogate", surrogate_like)
+    return load_module(Path(path), "surrogate", surrogate_like)
 
 
 def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
     """A policy of stage 3 and its header."""
-    return load_module(path, "policy", policy_like)
+    return load_module(Path(path), "policy", policy_like)
 
 
 # --- deployment ---
+
+
+# numbers of variables that data are padded to: one program each, whatever the data
+BUCKETS = 8, 16, 32, 64, 128
 
 
 @dataclass(frozen=True)
@@ -287,8 +272,6 @@ class DeploymentConfig:
 
     objective: Literal["min", "max"] = "min"
     """Make the target small or large."""
-    buckets: tuple[int, ...] = (8, 16, 32, 64, 128)
-    """Numbers of variables that data are padded to: one program each, whatever the data."""
     beliefs: CheckConfig = BELIEFS
     """How far the surrogate is believed."""
 
@@ -332,22 +315,20 @@ class DeployedACBOSystem(NamedTuple):
         more variables than the largest bucket. To maximise, the target is mirrored: the system
         minimises.
         """
-        num_vars, largest = buffer.values.shape[1], self.config.buckets[-1]
-        if num_vars > largest:
+        num_vars, minimise = buffer.values.shape[1], self.config.objective == "min"
+        if num_vars > BUCKETS[-1]:
             raise ValueError(
-                f"{num_vars} variables: at most {largest} are supported; leave out columns that "
-                "cannot matter"
+                f"{num_vars} variables: at most {BUCKETS[-1]} are supported; leave out columns "
+                "that cannot matter"
             )
-        sign = -1.0 if self.config.objective == "max" else 1.0
-        flipped = buffer if sign > 0 else flip_target(buffer, task.target)
-        bucket = next(b for b in self.config.buckets if b >= num_vars)
-        wide = flipped.widen(bucket - num_vars).grow(-len(buffer.valid) % 128)
+        extra = min(b for b in BUCKETS if b >= num_vars) - num_vars
+        data = buffer if minimise else flip_target(buffer, task.target)
+        data, task = data.widen(extra).grow(-len(buffer.valid) % 128), task.widen(extra)
         done, most = int((buffer.intervened.sum(1) == 1).sum()), 16
         while most < done:  # one program serves up to four times as many experiments
             most *= 4
-        task = task.widen(bucket - num_vars)
-        answer = _answer(self.system, wide, task, jnp.array(remaining), most, self.config.beliefs)
-        if sign > 0:
+        answer = _answer(self.system, data, task, jnp.array(remaining), most, self.config.beliefs)
+        if minimise:
             return answer
         nothing, low, high = answer.nothing
         return answer._replace(
@@ -394,30 +375,30 @@ def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
 # --- tuning while deployed: the group is scored by what is believed, never on the system ---
 
 
+ONLINE = GRPOConfig(group_size=32, grpo_epochs=1, learning_rate=1e-3)
+ONLINE_UPDATES = 5  # groups scored before a decision
+
+
 def online_policy(
     key: Key[Array, ""],
     policy: AcquisitionPolicyNetwork,
     state: AcquisitionState,
     gain: Float[Array, "vars bins"],
-    config: OnlineConfig,
 ) -> InterventionDistribution:
     """The policy's distribution at `state` after a few GRPO updates on groups whose reward is what
     an experiment is expected to gain, in the target's deviations.
     """
-    optimiser = optax.adam(config.grpo.learning_rate)
-
-    def score(variable, value):
-        worth = jnp.interp(value, state.output.grid[variable], gain[variable]) / state.output.spread
-        return RewardComponents(worth, jnp.zeros_like(worth), jnp.zeros_like(worth), worth)
+    optimiser, output = optax.adam(ONLINE.learning_rate), state.output
 
     def update(learner, key):
         distribution = learner.module(state)
-        variable, value = sample_group(key, distribution, config.grpo.group_size)
+        variable, value = sample_group(key, distribution, ONLINE.group_size)
         log_prob = jax.vmap(distribution.log_prob)(variable, value)
-        group = Groups(state, variable, value, log_prob, jax.vmap(score)(variable, value))
+        worth = jax.vmap(jnp.interp)(value, output.grid[variable], gain[variable]) / output.spread
+        reward = RewardComponents(worth, jnp.zeros_like(worth), jnp.zeros_like(worth), worth)
+        group = Groups(state, variable, value, log_prob, reward)
         batch = jax.tree.map(lambda leaf: leaf[None], group)
-        return grpo_step(learner, optimiser, policy, batch, config.grpo)
+        return grpo_step(learner, optimiser, policy, batch, ONLINE)
 
-    start = Learner.of(policy, optimiser)
-    learner, _ = filter_scan(update, start, jr.split(key, config.updates))
+    learner, _ = filter_scan(update, Learner.of(policy, optimiser), jr.split(key, ONLINE_UPDATES))
     return learner.module(state)

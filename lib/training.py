@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import optax
 
-from lib.artifacts import TrainingLog, fingerprint, load_checkpoint, save_checkpoint
+from lib.artifacts import cut_log, fingerprint, load_checkpoint, save_checkpoint, write_log
 
 
 class Learner(NamedTuple):
@@ -74,14 +74,14 @@ class Progress:
     def resume(self, state: Any) -> tuple[Any, int]:
         """The state of the checkpoint and its step, or `state` and 0; the log goes on there."""
         state, start = load_checkpoint(self.checkpoint, state, self.fingerprint) or (state, 0)
-        self.log = TrainingLog(self.log_path, start)
+        cut_log(self.log_path, start)
         return state, start
 
     def keep(self, step: int, metrics: dict[str, Any], state: Any = None) -> None:
         """A line of the log, and a checkpoint if there is a `state`."""
         if state is not None:
             save_checkpoint(self.checkpoint, state, fingerprint=self.fingerprint, step=step)
-        self.log.write(step=step, **metrics)
+        write_log(self.log_path, step, metrics)
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes."""

@@ -2,11 +2,9 @@
 and types checked at run time in `lib`.
 """
 
-import itertools
 from pathlib import Path
 
 import jax
-import jax.random as jr
 import pytest
 
 from lib.settings import use_compilation_cache
@@ -33,10 +31,3 @@ def clear_programs():
     """
     yield
     jax.clear_caches()
-
-
-@pytest.fixture
-def getkey():
-    """Fresh random keys, the same in every run."""
-    counter = itertools.count()
-    return lambda: jr.key(next(counter))

@@ -166,10 +166,10 @@ def test_rows_with_several_settings_or_outside_the_range_are_not_checked_against
     assert found.done.valid.sum() == len(TRUE) - 1
 
 
-def test_experiments_are_predicted_from_the_other_rows(getkey):
+def test_experiments_are_predicted_from_the_other_rows():
     """By a real network; its answer about all rows is the one that is averaged."""
     sizes = SurrogateConfig(8, 1, 4, 2, BINS)
-    surrogate = eqx.filter_jit(ParentSetPredictionModel)(sizes, key=getkey())
+    surrogate = eqx.filter_jit(ParentSetPredictionModel)(sizes, key=jr.key(0))
     experiments = [(k % 2, 0.2 * (k % 9) - 0.8, 0.1 * k) for k in range(18)]
     buffer, task = data(experiments)
     found = RUN(surrogate, buffer, task, 18)

@@ -15,13 +15,11 @@ import pytest
 from cases import guard
 
 from lib.artifacts import ArtifactError, save_module
-from lib.grpo import GRPOConfig
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.problems import sample_problem
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
-    OnlineConfig,
     TrainedACBOSystem,
     flip_target,
     load_policy,
@@ -40,18 +38,17 @@ SIZES = SurrogateConfig(
 @pytest.fixture(scope="module")
 def problem():
     prior = SCMPrior(max_vars=NUM_VARS, min_size=4, max_size=4)
-    return jax.jit(lambda key: sample_problem(key, prior, num_obs=12, per_variable=1, capacity=17))(
-        jr.key(0)
-    )
+    return eqx.filter_jit(sample_problem)(jr.key(0), prior, 12, per_variable=1, capacity=17)
+
+
+def policy_for(token_dim):
+    return AcquisitionPolicyNetwork(PolicyConfig(16, 1), token_dim, key=jr.key(2))
 
 
 @pytest.fixture(scope="module")
 def system():
     surrogate = eqx.filter_jit(ParentSetPredictionModel)(SIZES, key=jr.key(1))
-    return TrainedACBOSystem(
-        surrogate,
-        AcquisitionPolicyNetwork(PolicyConfig(16, 1), 3 * SIZES.model_hidden_dim, key=jr.key(2)),
-    )
+    return TrainedACBOSystem(surrogate, policy_for(3 * SIZES.model_hidden_dim))
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +56,18 @@ def state(system, problem):
     return system.state(problem[1], problem[0].task)
 
 
-def another_policy(system, problem, state):
-    policy = AcquisitionPolicyNetwork(PolicyConfig(16, 1), 24, key=jr.key(2))
-    return TrainedACBOSystem(system.surrogate, policy)
-
-
-def nothing_to_set(system, problem, state):
-    narrow = eqx.tree_at(lambda s: s.output.task.high, state, state.task.low)
-    return system.select_intervention(narrow)
+def set_nothing(system, problem, state):
+    system.select_intervention(eqx.tree_at(lambda s: s.output.task.high, state, state.task.low))
 
 
 @pytest.mark.parametrize(
     ("refused", "said"),
     [
-        (another_policy, "reads tokens of 24 numbers, the surrogate gives 48"),
-        (nothing_to_set, "no variable can be set"),
+        (
+            lambda system, *_: TrainedACBOSystem(system.surrogate, policy_for(24)),
+            "reads tokens of 24 numbers, the surrogate gives 48",
+        ),
+        (set_nothing, "no variable can be set"),
         (lambda system, problem, _: system.select_intervention(problem[1]), "AcquisitionState"),
         *(
             (use, f"target {target} is not one of the 5 variables")
@@ -97,23 +91,21 @@ def assert_distribution(distribution, task):
 
 @pytest.mark.parametrize("kind", [Path, str])
 def test_what_was_saved_is_what_is_loaded_and_another_stage_is_refused(system, tmp_path, kind):
-    common = dict(config={}, seed=0, step=0, metrics={})
-    system.save(kind(tmp_path / "acbo.eqx"), **common)
-    sizes = system.policy.config.hyperparameters, 3 * SIZES.model_hidden_dim
-    for module, stage, hyperparameters in (
-        (system.surrogate, "surrogate", SIZES.hyperparameters),
-        (system.policy, "policy", dict(zip(("policy", "token_dim"), sizes, strict=True))),
-    ):
-        path = kind(tmp_path / f"{stage}.eqx")
-        save_module(path, module, stage=stage, hyperparameters=hyperparameters, **common)
+    about = dict(config={}, seed=0, step=0, metrics={})
+    system.save(kind(tmp_path / "acbo.eqx"), **about)
+    width = 3 * SIZES.model_hidden_dim
+    policy = dict(policy=system.policy.config.hyperparameters, token_dim=width)
+    for stage, shape in (("surrogate", SIZES.hyperparameters), ("policy", policy)):
+        about |= dict(stage=stage, hyperparameters=shape)
+        save_module(tmp_path / f"{stage}.eqx", getattr(system, stage), **about)
     loads = {
-        "surrogate": load_surrogate,
-        "policy": load_policy,
-        "acbo": lambda path: (TrainedACBOSystem.load(path), {"stage": "acbo"}),
+        "surrogate": lambda path: load_surrogate(path)[0],
+        "policy": lambda path: load_policy(path)[0],
+        "acbo": TrainedACBOSystem.load,
     }
     for stage, load in loads.items():
-        module, header = load(kind(tmp_path / f"{stage}.eqx"))
-        assert eqx.tree_equal(module, getattr(system, stage, system)) and header["stage"] == stage
+        loaded = load(kind(tmp_path / f"{stage}.eqx"))
+        assert eqx.tree_equal(loaded, getattr(system, stage, system))
         for other in loads.keys() - {stage}:
             with pytest.raises(ArtifactError, match=other):
                 load(kind(tmp_path / f"{other}.eqx"))
@@ -145,8 +137,8 @@ def test_campaigns_record_what_is_in_the_buffer_and_share_noise_between_methods(
     assert one.buffer.size == start + STEPS
     assert (one.buffer.values[:start] == buffer.values[:start]).all()
     assert (rows[:, variable] == one.value).all() and (rows[:, scm.target] == one.outcome).all()
-    done = one.buffer.intervened[start : start + STEPS]
-    assert (done == (jnp.arange(NUM_VARS) == variable)[None]).all()
+    intervened = (jnp.arange(NUM_VARS) == variable)[None]
+    assert (one.buffer.intervened[start : start + STEPS] == intervened).all()
     np.testing.assert_allclose(one.value, [-1.0, -0.9, -0.8], atol=1e-6)
     # one recommendation before each experiment, one after the last
     np.testing.assert_allclose(one.recommended_value, start + np.arange(STEPS + 1) - 1.0, atol=1e-5)
@@ -158,9 +150,8 @@ def test_campaigns_record_what_is_in_the_buffer_and_share_noise_between_methods(
 
 
 def test_exploration_mixes_with_the_uniform_distribution(system, state):
-    rates = 0.0, 0.25, 1.0
     policy, *mixtures = eqx.filter_jit(
-        lambda s, x: [s.policy(x), *(s.distribution(x, r) for r in rates)]
+        lambda s, x: [s.policy(x), *(s.distribution(x, rate) for rate in (0.0, 0.25, 1.0))]
     )(system, state)
     for distribution in mixtures:
         assert_distribution(distribution, state.task)
@@ -203,27 +194,22 @@ def test_the_same_key_gives_the_same_campaign(system, problem, state):
 
 
 def test_online_tuning_gives_a_valid_distribution(system, state):
-    config = OnlineConfig(GRPOConfig(group_size=16, grpo_epochs=1, learning_rate=3e-3), updates=5)
-    gain = state.output.effect_std
-    tune = eqx.filter_jit(lambda key, policy: online_policy(key, policy, state, gain, config))
-    tuned, again = (tune(jr.key(6), system.policy) for _ in range(2))
+    tune = eqx.filter_jit(online_policy)
+    tuned, again = (
+        tune(jr.key(6), system.policy, state, state.output.effect_std) for _ in range(2)
+    )
     assert_distribution(tuned, state.task)
     assert eqx.tree_equal(tuned, again)
     assert tuned.kl(system.policy(state)) > 1e-5  # it moved
 
 
 def test_a_full_buffer_is_refused(problem):
-    scm, buffer = problem
-
-    def decide(key, buffer, step):
-        return ((jnp.array(0), jnp.array(0.0)),) * 2
-
-    full = buffer.first(buffer.size)
-    room = full.valid.shape[0] - int(full.size)
-    run = ft.partial(run_campaign, num_steps=room + 1, decide=eqx.Partial(decide))
+    choice = jnp.array(0), jnp.array(0.0)
+    room = int((~problem[1].valid).sum())
+    run = ft.partial(run_campaign, num_steps=room + 1, decide=lambda *_: (choice, choice))
     with pytest.raises(ValueError, match="too few"):
-        run(jr.key(0), scm, full)
-    traced = eqx.filter_jit(run)(jr.key(0), scm, full)
+        run(jr.key(0), *problem)
+    traced = eqx.filter_jit(run)(jr.key(0), *problem)
     assert jnp.isnan(traced.outcome).all() and jnp.isnan(traced.value).all()
 
 
