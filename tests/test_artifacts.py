@@ -96,9 +96,9 @@ def test_what_was_saved_is_what_is_loaded_and_the_same_content_gives_the_same_by
     assert header["metrics"] == {"loss": 0.5} and header["seed"] == 1 and header["step"] == 3
     assert header["versions"] == {m.__name__: m.__version__ for m in (jax, eqx, np)}
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
-    leaves = (jax.tree.leaves(eqx.filter(x, eqx.is_array)) for x in (loaded, content))
-    for one, two in zip(*leaves, strict=True):
-        assert one.dtype == two.dtype and np.array_equal(one, two)
+    trees = (eqx.filter(tree, eqx.is_array_like) for tree in (loaded, content))
+    for (name, one), (place, two) in zip(*map(jax.tree.leaves_with_path, trees), strict=True):
+        assert name == place and one.dtype == two.dtype and np.array_equal(one, two)
     save(path)
     assert path.read_bytes() == saved.read_bytes() and digest(path) == digest(saved)
     save(path, seed=2)
