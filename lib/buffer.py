@@ -29,7 +29,7 @@ class DataError(ValueError):
 
 
 class ExperienceBuffer(eqx.Module):
-    """Rows of experience; immutable, every `add_*` returns a new buffer.
+    """Rows of experience; immutable, every change returns a new buffer.
 
     `values[samples, vars]`, `intervened[samples, vars]` (true where the value was set by hand),
     `valid[samples]` (false rows are free space).
