@@ -4,7 +4,6 @@ and interventions say of the two. Nothing here is learned.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from lib.linalg import positive_inverse
@@ -201,7 +200,7 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
     num_vars = likely.shape[0]
     num_likely = min(NUM_LIKELY, num_vars)
     # [subsets, likely]: bit k of a subset's index is member k
-    members = (np.arange(2**num_likely)[:, None] >> np.arange(num_likely) & 1).astype(bool)
+    members = (jnp.arange(2**num_likely)[:, None] >> jnp.arange(num_likely)[None] & 1) > 0
 
     def one(i, likely, powers):
         strength, candidates = jax.lax.top_k(likely, num_likely)
@@ -214,12 +213,11 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
             residual = subset_residuals(centred[chosen][:, chosen], width)
             # BIC of a subset (Schwarz 1978): -n/2 log(RSS / n) - k/2 log n
             cost = -0.5 * width * jnp.log(count)
-            score = -0.5 * count * jnp.log(residual / count)
-            score = score + cost * jnp.asarray(members.sum(1), residual.dtype)
+            score = -0.5 * count * jnp.log(residual / count) + cost * members.sum(1)
             # padding, and i itself, are in no subset
-            score = jnp.where((jnp.asarray(members) & (strength < 0)[None]).any(1), -jnp.inf, score)
+            score = jnp.where((members & (strength < 0)[None]).any(1), -jnp.inf, score)
             with_, without = (
-                jax.nn.logsumexp(jnp.where(jnp.asarray(m), score[:, None], -jnp.inf), axis=0)
+                jax.nn.logsumexp(jnp.where(m, score[:, None], -jnp.inf), axis=0)
                 for m in (members, ~members)
             )
             odds = jnp.where(strength < 0, cost, with_ - without)

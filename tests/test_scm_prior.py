@@ -32,16 +32,14 @@ def scms():
 
 @pytest.fixture(scope="module")
 def graphs():
-    """`[family, size - 2, draw, parent, child]` for sizes 2 to 6."""
+    """Of every family `[size - 2, draw, parent, child]`, for sizes 2 to 6."""
     draw = jax.vmap(
         lambda key, family, size: sample_graph(key, family, PRIOR, size), in_axes=(0, None, None)
     )
     draw = jax.vmap(jax.vmap(draw, in_axes=(None, None, 0)), in_axes=(None, 0, None))
-    return np.asarray(
-        jax.jit(draw)(
-            jr.split(jr.key(0), 100), jnp.arange(len(FAMILIES)), jnp.arange(2, NUM_VARS + 1)
-        )
-    )
+    keys, families = jr.split(jr.key(0), 100), jnp.arange(len(FAMILIES))
+    drawn = np.asarray(jax.jit(draw)(keys, families, jnp.arange(2, NUM_VARS + 1)))
+    return dict(zip(FAMILIES, drawn, strict=True))
 
 
 def member(batch, i):
@@ -82,7 +80,7 @@ def test_impossible_priors_are_refused(changes, said):
         SCMPrior(**changes)
 
 
-@pytest.mark.parametrize("family", range(len(FAMILIES)), ids=FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_of_every_family_are_acyclic_and_stay_within_their_size(graphs, family):
     # a strictly upper triangle is acyclic, in topological order
     assert not np.tril(graphs[family]).any() and graphs[family].any((-1, -2)).all()
@@ -91,8 +89,8 @@ def test_graphs_of_every_family_are_acyclic_and_stay_within_their_size(graphs, f
 
 
 def test_chain_fork_and_collider_are_what_they_are_called(graphs):
-    kinds = (graphs[FAMILIES.index(name)] for name in ("chain", "fork", "collider"))
-    for size, (chain, fork, collider) in enumerate(zip(*kinds, strict=True), 2):
+    kinds = zip(graphs["chain"], graphs["fork"], graphs["collider"], strict=True)
+    for size, (chain, fork, collider) in enumerate(kinds, 2):
         assert (chain == np.eye(NUM_VARS, k=1, dtype=bool) * (np.arange(NUM_VARS) < size)).all()
         assert (fork[:, 0].sum(-1) == size - 1).all() and (fork.sum((1, 2)) == size - 1).all()
         for adjacency in collider:
@@ -104,20 +102,19 @@ def test_chain_fork_and_collider_are_what_they_are_called(graphs):
 
 
 def test_scale_free_graphs_attach_to_one_or_two_and_favour_hubs(graphs):
-    drawn = graphs[FAMILIES.index("scale_free"), NUM_VARS - 2]
+    drawn = graphs["scale_free"][-1]
     degree = drawn.sum(1)
     assert (degree[:, 0] == 0).all() and (degree[:, 1] == 1).all()
     assert set(degree[:, 2:].ravel()) == {1, 2}
     # three variables: the third meets two equal ones
-    single = graphs[FAMILIES.index("scale_free"), 1]
-    assert all(nx.is_weakly_connected(nx.DiGraph(adjacency[:3, :3])) for adjacency in single)
+    three = graphs["scale_free"][1][:, :3, :3]
+    assert all(nx.is_weakly_connected(nx.DiGraph(adjacency)) for adjacency in three)
     total = degree + drawn.sum(2)
     assert total[:, :2].mean() > total[:, 3:].mean() + 0.5
 
 
 def test_density_of_erdos_renyi_graphs(graphs):
-    drawn = graphs[FAMILIES.index("erdos_renyi"), NUM_VARS - 2]
-    pairs = drawn[:, *np.triu_indices(NUM_VARS, 1)].mean(1)
+    pairs = graphs["erdos_renyi"][-1][:, *np.triu_indices(NUM_VARS, 1)].mean(1)
     expected = 0.5 * (PRIOR.min_density + PRIOR.max_density)
     assert abs(pairs.mean() - expected) < 5 * pairs.std() / 10
 
@@ -126,10 +123,9 @@ def test_watts_strogatz_graphs_are_rewired_rings(graphs):
     """Rewiring keeps the number of edges; a ring with no edge moved is a cycle through all
     variables, and most graphs are not.
     """
-    every = graphs[FAMILIES.index("watts_strogatz")]
-    edges = [set(drawn.sum((1, 2))) for drawn in every]
-    assert edges == [{1}, {3}, {4}, {5}, {NUM_VARS, 2 * NUM_VARS}]
-    single = every[-1][every[-1].sum((1, 2)) == NUM_VARS]
+    edges = graphs["watts_strogatz"].sum((-1, -2))
+    assert list(map(set, edges)) == [{1}, {3}, {4}, {5}, {NUM_VARS, 2 * NUM_VARS}]
+    single = graphs["watts_strogatz"][-1][edges[-1] == NUM_VARS]
     undirected = [nx.Graph(adjacency) for adjacency in single | single.swapaxes(1, 2)]
     rings = np.mean([nx.is_isomorphic(graph, nx.cycle_graph(NUM_VARS)) for graph in undirected])
     # no edge moves in .7^6 = 12 % of graphs, and some rewired ones are rings again
@@ -140,19 +136,18 @@ def test_watts_strogatz_graphs_are_rewired_rings(graphs):
 
 def test_layered_graphs_have_edges_only_to_the_next_layer(graphs):
     numbers = set()
-    for size, drawn in enumerate(graphs[FAMILIES.index("layered")], 2):
+    for size, drawn in enumerate(graphs["layered"], 2):
         for adjacency in drawn:
-            graph = nx.DiGraph(adjacency[:size, :size])
-            layers = list(nx.topological_generations(graph))
+            layers = list(nx.topological_generations(nx.DiGraph(adjacency[:size, :size])))
             layer = {i: number for number, members in enumerate(layers) for i in members}
-            assert all(layer[child] == layer[parent] + 1 for parent, child in graph.edges)
-            assert [layer[i] for i in range(size)] == sorted(layer[i] for i in range(size))
+            assert all(layer[j] == layer[i] + 1 for i, j in np.argwhere(adjacency))
+            assert [layer[i] for i in range(size)] == sorted(layer.values())
             assert max(map(len, layers)) - min(map(len, layers)) <= 1
             numbers.add((size, len(layers)))
     assert numbers == {(d, n) for d in range(2, NUM_VARS + 1) for n in range(2, min(d, 4) + 1)}
 
 
-def test_models_are_padded_at_the_end(scms):
+def test_models_are_padded_at_the_end_and_ranges_lie_within_the_prior(scms):
     order, index, size = np.asarray(scms.order), np.arange(NUM_VARS), scms.var_mask.sum(1)
     padding = index >= np.asarray(size)[:, None]
     assert set(size.tolist()) == {3, 4, 5, 6} and (scms.var_mask == ~padding).all()
@@ -161,6 +156,8 @@ def test_models_are_padded_at_the_end(scms):
         assert not (scms.adjacency.any(axis) & padding).any()
     assert (order == index)[padding].all()
     assert ((scms.low == 0) & (scms.high == 0) == padding).all()
+    ends = np.stack([-scms.low, scms.high])[:, ~padding]
+    assert (ends >= PRIOR.min_range).all() and (ends <= PRIOR.max_range).all()
     assert (scms.target < size).all()
     # outside names say nothing about the order
     assert len(np.unique(order[size == 6], axis=0)) > 5
@@ -240,7 +237,7 @@ def test_standardised_models_of_every_kind_have_unit_deviations(varied):
 
 def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied):
     scms = varied[1]
-    there, (rows, drops) = np.asarray(scms.var_mask), observe(scms)
+    there, (rows, _) = np.asarray(scms.var_mask), observe(scms)
     assert (scms.shift == 0).all() and (scms.spread == 1).all()
     mean, deviation = rows.mean(1), rows.std(1)
     assert deviation[there].max() / deviation[there].min() > 10 and np.abs(mean[there]).max() > 1
@@ -252,22 +249,16 @@ def test_plain_models_have_unequal_variances_and_ranges_in_own_deviations(varied
         reach = np.asarray(end)[there]
         assert reach.min() > 0.6 * PRIOR.min_range and reach.max() < 1.6 * PRIOR.max_range
         assert abs(reach.mean() - 0.5 * (PRIOR.min_range + PRIOR.max_range)) < 0.2
-    assert (drops > SCMPrior().min_effect - 0.3).all()
-    assert (drops >= SCMPrior().min_effect).mean() > 0.9
     assert not np.asarray(scms.low)[~there].any() and not np.asarray(scms.high)[~there].any()
 
 
-def test_ranges_lie_within_the_prior(scms):
-    ends = np.stack([-scms.low, scms.high])[:, np.asarray(scms.var_mask)]
-    assert (ends >= PRIOR.min_range).all() and (ends <= PRIOR.max_range).all()
-
-
-def test_every_target_can_be_lowered(scms):
-    _, drops = observe(scms)
-    # qualification looked at 32 rows of noise, so single models may fall short by its standard
-    # error
-    assert (drops > SCMPrior().min_effect - 0.25).all()
-    assert (drops >= SCMPrior().min_effect).mean() > 0.9
+def test_every_target_can_be_lowered(scms, varied):
+    for models in (scms, varied[1]):
+        _, drops = observe(models)
+        # qualification looked at 32 rows of noise, so single models may fall short by its standard
+        # error
+        assert (drops > SCMPrior().min_effect - 0.25).all()
+        assert (drops >= SCMPrior().min_effect).mean() > 0.9
 
 
 def assert_rows(buffers, tasks):
@@ -305,8 +296,8 @@ def test_initial_buffer_counts_rows(scms):
 
 def test_varied_buffers():
     design = DataDesign(min_obs=4, max_obs=12, max_interventions=8)
-    draw = jax.jit(jax.vmap(lambda key: sample_examples(key, PRIOR, design, 5)))
-    examples = draw(jr.split(jr.key(5), 32))
+    draw = jax.vmap(lambda key: sample_examples(key, PRIOR, design, 5))
+    examples = jax.jit(draw)(jr.split(jr.key(5), 32))
     flat = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), examples)
     values, intervened, valid, candidates = assert_rows(flat.buffer, flat.task)
     assert values.shape == (64, 20, NUM_VARS)

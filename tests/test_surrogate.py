@@ -57,19 +57,18 @@ def make_data(seed):
     values = rng.normal(size=(ROWS, REAL)) @ (np.eye(REAL) + 0.4 * rng.normal(size=(REAL, REAL)))
     intervened = np.zeros((ROWS, REAL), bool)
     intervened[np.arange(18, VALID), rng.integers(0, REAL, VALID - 18)] = True
-    low, high = -rng.uniform(1.0, 3.0, REAL), rng.uniform(1.0, 3.0, REAL)
+    ends = rng.uniform(1.0, 3.0, (2, REAL)) * np.array([[-1.0], [1.0]])
     values[intervened] = rng.uniform(-1.0, 1.0, intervened.sum())
     values[VALID:] = 0.0
-    return values, intervened, low, high, TARGET
+    return values, intervened, ends, TARGET
 
 
 def build(data, slots=SLOTS, valid=FILLED):
-    values, intervened, low, high, target = data
+    values, intervened, ends, target = data
     buffer = ExperienceBuffer(
         jnp.asarray(values, jnp.float32), jnp.asarray(intervened), jnp.asarray(valid)
     )
-    ends = jnp.asarray([low, high], jnp.float32)
-    task = Task(jnp.array(target), *ends, jnp.ones(REAL, bool))
+    task = Task(jnp.array(target), *jnp.asarray(ends, jnp.float32), jnp.ones(REAL, bool))
     return buffer.widen(slots - REAL), task.widen(slots - REAL)
 
 
@@ -83,9 +82,9 @@ FREE = ~FILLED[:, None]
 
 
 def rescaled(data, scale, shift):
-    values, intervened, *ends, target = data
+    values, intervened, ends, target = data
     scaled = np.where(FREE, 0.0, values * scale + shift)
-    return scaled, intervened, *(end * scale + shift for end in ends), target
+    return scaled, intervened, ends * scale + shift, target
 
 
 IS_TARGET = np.arange(REAL) == TARGET
@@ -109,8 +108,7 @@ VARIANTS = {
     "base": build(BASE),
     "variables": build(
         (
-            *(columns[:, PERMUTATION] for columns in BASE[:2]),
-            *(end[PERMUTATION] for end in BASE[2:4]),
+            *(columns[:, PERMUTATION] for columns in BASE[:3]),
             PERMUTATION.tolist().index(TARGET),
         )
     ),
@@ -246,10 +244,10 @@ def test_awkward_data_give_finite_answers(predict):
 
 def test_best_is_the_lowest_candidate(outputs):
     output = outputs["base"]
+    mean = np.zeros((SLOTS, CONFIG.num_bins), np.float32)
     # target and padding do not count
-    lowest = jnp.array([4, TARGET, SLOTS - 1]), jnp.array([1, 0, 0])
-    mean = jnp.zeros((SLOTS, CONFIG.num_bins)).at[lowest].set(jnp.array([-1.0, -5.0, -9.0]))
-    variable, value = eqx.tree_at(lambda o: o.effect_mean, output, mean).best()
+    mean[4, 1], mean[TARGET, 0], mean[SLOTS - 1, 0] = -1.0, -5.0, -9.0
+    variable, value = eqx.tree_at(lambda o: o.effect_mean, output, jnp.asarray(mean)).best()
     assert variable == 4
     np.testing.assert_allclose(value, output.grid[4, 1], atol=1e-6)
 
@@ -335,14 +333,13 @@ def answers():
     """`(buffers, tasks) -> marginals, entropy, standardised effects` of the weights that ship,
     batched.
     """
-    path = Path(__file__).resolve().parent.parent / "pretrained" / "acbo.eqx"
-    system = TrainedACBOSystem.load(path)
+    system = TrainedACBOSystem.load(Path(__file__).parents[1] / "pretrained" / "acbo.eqx")
 
     def one(buffer, task):
         output = system.surrogate.predict(buffer, task)
         effects = (output.effect_mean - output.shift) / output.spread
-        usable = jnp.where(task.candidates[:, None], effects, 0.0)
-        return output.marginals(), output.posterior().entropy(), usable
+        effects = jnp.where(task.candidates[:, None], effects, 0.0)
+        return output.marginals(), output.posterior().entropy(), effects
 
     return eqx.filter_jit(jax.vmap(one))
 
