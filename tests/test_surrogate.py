@@ -41,14 +41,6 @@ def model():
     return eqx.filter_jit(surrogate.ParentSetPredictionModel)(CONFIG, key=jr.key(0))
 
 
-@pytest.fixture(scope="module")
-def predict(model):
-    """Batched: `(buffers, tasks) -> outputs` with a leading axis, one compilation per number of
-    slots.
-    """
-    return eqx.filter_jit(jax.vmap(model.predict))
-
-
 def make_data(seed):
     """Correlated rows of six variables in numpy: a third of them interventional, zeros beyond six
     variables and in free rows.
@@ -122,7 +114,8 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def outputs(predict):
+def outputs(model):
+    predict = eqx.filter_jit(jax.vmap(model.predict))
     batch = jax.device_get(predict(*stack(VARIANTS.values())))
     return {
         name: jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), batch)
@@ -221,27 +214,6 @@ def test_mixed_precision_changes_digits_only(outputs):
     assert 0 < difference < 0.05 and rounded.logits.dtype == jnp.float32
 
 
-def test_awkward_data_give_finite_answers(predict):
-    values, intervened, *rest = BASE
-    constant = np.where((np.arange(REAL) == 1) | IS_TARGET, 3.0, values)
-    alien = intervened | (~FREE & (np.arange(REAL) == 0))
-    cases = [
-        build(BASE, valid=np.arange(ROWS) < 2),
-        build(BASE, valid=np.arange(ROWS) < 1),
-        build(BASE, valid=np.zeros(ROWS, bool)),
-        build((constant, intervened, *rest)),
-        build((values * 1e6, intervened, *rest)),
-        build((values + 1e6, intervened, *rest)),
-        build((values, alien, *rest)),  # nothing but interventions
-        build((constant, alien, *rest)),
-    ]
-    batch = predict(*stack(cases))  # as many as there are variants: compiled already
-    for leaf in jax.tree.leaves(eqx.filter(batch, eqx.is_inexact_array)):
-        assert jnp.isfinite(leaf).all()
-    assert (batch.effect_std > 0).all()
-    np.testing.assert_allclose(np.exp(batch.log_weights).sum(-1), 1.0, atol=1e-5)
-
-
 def test_best_is_the_lowest_candidate(outputs):
     output = outputs["base"]
     mean = np.zeros((SLOTS, CONFIG.num_bins), np.float32)
@@ -330,16 +302,12 @@ def test_mean_losses_are_over_examples_not_over_buckets(model):
 
 @pytest.fixture(scope="module")
 def answers():
-    """`(buffers, tasks) -> marginals, entropy, standardised effects` of the weights that ship,
-    batched.
-    """
+    """`(buffers, tasks) -> outputs, entropies` of the weights that ship, batched."""
     system = TrainedACBOSystem.load(Path(__file__).parents[1] / "pretrained" / "acbo.eqx")
 
     def one(buffer, task):
         output = system.surrogate.predict(buffer, task)
-        effects = (output.effect_mean - output.shift) / output.spread
-        effects = jnp.where(task.candidates[:, None], effects, 0.0)
-        return output.marginals(), output.posterior().entropy(), effects
+        return output, output.posterior().entropy()
 
     return eqx.filter_jit(jax.vmap(one))
 
@@ -366,22 +334,35 @@ def test_more_rows_of_the_same_system_lower_the_entropy(answers):
 
 @pytest.mark.parametrize("num_vars", [2, 50])
 def test_shipped_weights_take_any_size_and_awkward_values(answers, num_vars):
-    """From two rows on, with constant columns and with values of 1e6."""
+    """Few rows or none, constant columns, values of 1e6, nothing but interventions; all with
+    padding.
+    """
     values = np.random.default_rng(num_vars).normal(size=(64, num_vars)).astype(np.float32)
-    constant = np.where(np.arange(num_vars) == 1, np.float32(3.0), values)
-    free, ends = np.zeros_like(values, bool), np.full((2, num_vars), [[-2.0], [2.0]], np.float32)
+    constant = np.where(np.arange(num_vars) < 2, np.float32(3.0), values)  # so is the target
+    ends = np.full((2, num_vars), [[-2.0], [2.0]], np.float32)
+    observed = np.zeros_like(values, bool)
+    alien = observed | (np.arange(num_vars) == 1)
     problems = [
         (
-            ExperienceBuffer(*map(jnp.asarray, (rows, free, np.arange(64) < count))),
-            Task(jnp.array(0), *jnp.asarray(unit * ends), jnp.ones(num_vars, bool)),
+            ExperienceBuffer(*map(jnp.asarray, (rows, intervened, np.arange(64) < count))).widen(2),
+            Task(jnp.array(0), *jnp.asarray(unit * ends), jnp.ones(num_vars, bool)).widen(2),
         )
-        for rows, unit, count in (
-            (values, 1.0, 64),
-            (constant, 1.0, 64),
-            (values * 1e6, 1e6, 64),
-            (values, 1.0, 2),
+        for rows, intervened, unit, count in (
+            (values, observed, 1.0, 64),
+            (values, observed, 1.0, 2),
+            (values, observed, 1.0, 1),
+            (values, observed, 1.0, 0),
+            (constant, observed, 1.0, 64),
+            (values * 1e6, observed, 1e6, 64),
+            (values + np.float32(1e6), observed, 1.0, 64),
+            (values, alien, 1.0, 64),
+            (constant, alien, 1.0, 64),
         )
     ]
-    marginals, entropy, effects = answers(*stack(problems))
-    assert np.isfinite(entropy).all() and np.isfinite(effects).all()
+    outputs, entropy = answers(*stack(problems))
+    numbers = eqx.filter(outputs, eqx.is_inexact_array)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((numbers, entropy)))
+    assert (outputs.effect_std > 0).all()
+    np.testing.assert_allclose(np.exp(outputs.log_weights).sum(-1), 1.0, atol=1e-5)
+    marginals = jax.vmap(surrogate.SurrogateOutput.marginals)(outputs)
     assert ((marginals >= 0) & (marginals <= 1)).all()
