@@ -93,9 +93,10 @@ def column_moments(
     x: Float[Array, "samples *rest"], rows: Bool[Array, " samples"]
 ) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
     """Mean and standard deviation over `rows`; the deviation of a constant column is given as 1."""
-    weight = rows.astype(x.dtype) / jnp.maximum(rows.sum(), 1)
-    mean = jnp.tensordot(weight, x, 1)
-    deviation = jnp.sqrt(jnp.tensordot(weight, jnp.square(x - mean[None]), 1))
+    count, kept = jnp.maximum(rows.sum(), 1), rows.reshape(-1, *(1,) * (x.ndim - 1))
+    mean = jnp.where(kept, x, 0.0).sum(0) / count
+    deviation = jnp.sqrt(jnp.where(kept, (x - mean[None]) ** 2, 0.0).sum(0) / count)
+    # relative: no unit is too small
     return mean, jnp.where(deviation > 1e-6 * jnp.abs(mean), deviation, 1.0)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lib.buffer import ExperienceBuffer
-from lib.regression import powers_of, regression_moments, usable_rows
+from lib.regression import column_moments, powers_of, regression_moments, usable_rows
 from lib.scm import Task, value_grid
 
 
@@ -35,15 +35,9 @@ class Frame(NamedTuple):
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Frame":
         """From the observational rows, or all valid rows where there are fewer than two."""
-        rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)[
-            :, None
-        ]
-        count = jnp.maximum(rows.sum(), 1)
-        raw = jnp.where(buffer.valid[:, None] & task.var_mask[None], buffer.values, 0.0)
-        shift = jnp.where(rows, raw, 0.0).sum(0) / count
-        spread = jnp.sqrt(jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count)
-        # relative: no unit is too small
-        spread = jnp.where(spread > 1e-6 * jnp.abs(shift), spread, 1.0)
+        rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
+        there = jnp.where(task.var_mask[None], buffer.values, 0.0)
+        shift, spread = column_moments(there, rows)
         grid = jnp.clip(
             (value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None],
             -MAX_DEVIATIONS,
