@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lib.buffer import ExperienceBuffer
 from lib.expert_prior import LINEAR_PENALTY
 from lib.linalg import positive_inverse
-from lib.regression import CUBIC_PENALTY, AdditiveRegression, column_moments, usable_rows
+from lib.regression import CUBIC_PENALTY, column_moments, fitted_surface, usable_rows
 from lib.scm import Task, value_grid
 
 
@@ -54,8 +54,8 @@ def least_squares_surface(
     direct linear causes of the target.
     """
     location, scale = column_moments(buffer.values, usable_rows(buffer, task.target))
-    fit = AdditiveRegression.fit(buffer, task.target, location, scale, 1, LINEAR_PENALTY)
-    return fit.surface(value_grid(task.low, task.high, bins))
+    grid = value_grid(task.low, task.high, bins)
+    return fitted_surface(buffer, task.target, location, scale, grid, 1, LINEAR_PENALTY)
 
 
 def additive_ridge_surface(
@@ -71,8 +71,8 @@ def additive_ridge_surface(
     mean, deviation = column_moments(buffer.values, usable_rows(buffer, task.target))
     location = jnp.where(high > low, 0.5 * (low + high), mean)
     scale = jnp.where(high > low, 0.5 * (high - low), 2.0 * deviation)
-    fit = AdditiveRegression.fit(buffer, task.target, location, scale, 3, CUBIC_PENALTY)
-    return fit.surface(value_grid(low, high, bins))
+    grid = value_grid(low, high, bins)
+    return fitted_surface(buffer, task.target, location, scale, grid, 3, CUBIC_PENALTY)
 
 
 def best_on_grid(surface: Float[Array, "vars bins"], task: Task) -> Choice:

@@ -260,7 +260,7 @@ def check(
     rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
     before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
     made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
-    both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add_rows(made, task))
+    both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add(made, task))
     told = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
     first, output = (jax.tree.map(lambda leaf, i=i: leaf[i], told) for i in (0, 1))
     mean, std = (

@@ -3,39 +3,31 @@ of variables (lib/pairs.py), and of every intervention, several estimates of the
 here is learned.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lib.buffer import ExperienceBuffer
 from lib.linalg import positive_inverse
-from lib.pairs import NUM_MARKS, NUM_STATISTICS, marks, pair_statistics
-from lib.regression import CUBIC_PENALTY, LINEAR_PENALTY, AdditiveRegression, powers_of
+from lib.pairs import pair_statistics
+from lib.regression import CUBIC_PENALTY, LINEAR_PENALTY, regression_surface
 from lib.scm import Task
 from lib.sums import MAX_DEVIATIONS, Frame, Summary, Sums, bump_width, bumps, middle_and_half
 
 
-NUM_PAIR = NUM_STATISTICS + NUM_MARKS  # numbers of every ordered pair
 # the first of the evidence are estimates of the effect itself, which the network may pass on
 NUM_ESTIMATES = 7
 NUM_EVIDENCE = 13
 
 
-class Evidence(NamedTuple):
-    """All that the surrogate sees of a data set; `effects` in deviations of the target."""
-
-    pairs: Float[Array, "vars vars pair"]
-    effects: Float[Array, "vars bins features"]
-    frame: Frame
-
-
-def evidence(data: ExperienceBuffer | Summary, task: Task, num_bins: int) -> Evidence:
-    """The evidence in a data set, or in its sums; effects at `num_bins` values per variable."""
+def evidence(
+    data: ExperienceBuffer | Summary, task: Task, num_bins: int
+) -> tuple[Float[Array, "vars vars pair"], Float[Array, "vars bins features"], Frame]:
+    """All that the surrogate sees of a data set, or of its sums: the statistics of pairs; effects,
+    in deviations of the target, at `num_bins` values per variable; and their units.
+    """
     frame, sums = data if isinstance(data, Summary) else Summary.of(data, task, num_bins)
-    pairs = jnp.concatenate([pair_statistics(sums, task), marks(sums, task)], -1)
-    return Evidence(pairs, effect_evidence(sums, frame, task), frame)
+    return pair_statistics(sums, task), effect_evidence(sums, frame, task), frame
 
 
 def effect_evidence(sums: Sums, frame: Frame, task: Task) -> Float[Array, "vars bins features"]:
@@ -46,26 +38,19 @@ def effect_evidence(sums: Sums, frame: Frame, task: Task) -> Float[Array, "vars 
     often each was seen, how sure the smooth one is, and where the value lies. The network learns
     when to believe which.
     """
-    seen_count, near_count, wide_count = (
-        sums.seen[..., 0],
-        sums.done[..., 0],
-        sums.done_wide[..., 0],
+    (seen, seen_y), (near, near_y), (wide, wide_y) = (
+        jnp.moveaxis(x, -1, 0) for x in (sums.seen, sums.done, sums.done_wide)
     )
     smooth, certainty = smooth_surface(sums, frame.grid)
     estimates = [
-        sums.seen[..., 1] / (seen_count + 1.0),
-        sums.done[..., 1] / (near_count + 0.3),
-        sums.done_wide[..., 1] / (wide_count + 0.3),
+        seen_y / (seen + 1.0),
+        near_y / (near + 0.3),
+        wide_y / (wide + 0.3),
         *regression_surfaces(sums.regression, frame.grid, task),
         single_cause_surface(sums.cubic, frame.grid),
         smooth,
     ]
-    counts = [
-        jnp.log1p(seen_count),
-        jnp.log1p(near_count),
-        jnp.log1p(wide_count),
-        near_count / (near_count + 0.3),
-    ]
+    counts = [jnp.log1p(seen), jnp.log1p(near), jnp.log1p(wide), near / (near + 0.3)]
     features = jnp.stack([*estimates, *counts, certainty, frame.grid], -1)
     return jnp.where(
         task.var_mask[:, None, None], jnp.clip(features, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0
@@ -87,11 +72,10 @@ def regression_surfaces(
     variance = jnp.diag(of_linear)[1:-1] / count - (of_linear[0, 1:-1] / count) ** 2
     penalty = LINEAR_PENALTY * jnp.where(variance > 1e-6, variance, 1.0)
     cubic_penalty = jnp.full(3 * num_vars, CUBIC_PENALTY)
-    regressions = (
-        AdditiveRegression.solve(of_linear, task.target, middle, half, 0.0, penalty),
-        AdditiveRegression.solve(moments, task.target, middle, half, 0.0, cubic_penalty),
+    return (
+        regression_surface(of_linear, task.target, middle, half, grid, penalty),
+        regression_surface(moments, task.target, middle, half, grid, cubic_penalty),
     )
-    return tuple(regression.surface(grid) for regression in regressions)
 
 
 def single_cause_surface(
@@ -100,22 +84,12 @@ def single_cause_surface(
     """Cubic ridge regression of the outcome on each variable by itself: its total effect where
     nothing confounds it.
     """
-    middle, half = middle_and_half(grid)
-    total = jnp.maximum(moments[:, 0, 0], 1.0)[:, None]
-    centre, level = moments[:, 0, 1:4] / total, moments[:, 0, 4:] / total
-    gram = (
-        moments[:, 1:4, 1:4]
-        - total[..., None] * centre[:, :, None] * centre[:, None]
-        + jnp.eye(3)[None]
-    )
-    slopes = jnp.einsum(
-        "vpq,vq->vp", jax.vmap(positive_inverse)(gram), moments[:, 1:4, 4] - total * centre * level
-    )
-    return level + jnp.einsum(
-        "vbp,vp->vb",
-        powers_of((grid - middle[:, None]) / half[:, None], 3) - centre[:, None],
-        slopes,
-    )
+
+    def one(moments, middle, half, grid):
+        nobody, own = jnp.array(-1), (middle[None], half[None], grid[None])
+        return regression_surface(moments, nobody, *own, jnp.ones(3))[0]
+
+    return jax.vmap(one)(moments, *middle_and_half(grid), grid)
 
 
 def smooth_surface(

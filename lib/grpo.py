@@ -109,7 +109,8 @@ class Simulator(NamedTuple):
         (state, summary), task = known, self.scm.task
         intervention = Intervention.single(variable, value, task.var_mask.shape[0])
         row = self.scm.simulate(noise, intervention)[0]
-        summary = summary.add(row, intervention.mask, task)
+        one = ExperienceBuffer(row[None], intervention.mask[None], jnp.ones(1, bool))
+        summary = summary.add(one, task)
         buffer = state.buffer.write(state.buffer.size, intervention, row)
         output = self.surrogate.predict(summary, task)
         after = AcquisitionState(buffer, output, state.step + 1, state.steps_left - 1)

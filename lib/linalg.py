@@ -66,5 +66,4 @@ def positive_inverse_and_log_det(matrix: jax.Array) -> tuple[jax.Array, jax.Arra
         m = (m - column[:, None] * row[None]).at[k].set(row).at[:, k].set(-column / pivot)
         return m.at[k, k].set(1.0 / pivot), log_det + jnp.log(pivot)
 
-    start = matrix, jnp.zeros((), matrix.dtype)
-    return jax.lax.fori_loop(0, matrix.shape[0], sweep, start)
+    return jax.lax.fori_loop(0, len(matrix), sweep, (matrix, jnp.zeros((), matrix.dtype)))

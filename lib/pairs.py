@@ -4,7 +4,6 @@ and interventions say of the two. Nothing here is learned.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from lib.linalg import positive_inverse
@@ -14,22 +13,22 @@ from lib.sums import FARTHEST, NUM_FEATURES, Sums
 
 
 NUM_LIKELY = 5  # candidates whose subsets are compared as the parents of a variable
-NUM_STATISTICS = NUM_FEATURES**2 + 31  # of every pair of variables
-# of a pair beside its statistics: which are the target, whether it is a variable with itself, how
-# many rows there are
-NUM_MARKS = 5
+NUM_PAIR = NUM_FEATURES**2 + 36  # numbers of every ordered pair of variables
 Pairs = Float[Array, "vars vars"]
 
 
-def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistics"]:
+def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     """What the data say of each ordered pair (i, j), all of the order of one.
 
     Mean products of features of i and j. Covariance; t-statistics of i on j alone and of i on j and
     all others, observational. Then, for i on j and the reverse, what `linear_regressions`,
-    `cubic_regressions`, `target_test`, `local_posteriors` and `responses` give.
+    `cubic_regressions`, `target_test`, `local_posteriors` and `responses` give. Then what is known
+    of the pair: whether i, and j, is the target, whether they are the same, and how many rows there
+    are, observed and intervened.
     """
     num_vars, present = task.var_mask.shape[0], task.var_mask
     own = jnp.eye(num_vars, dtype=bool)
+    is_target = (jnp.arange(num_vars) == task.target)[:, None]
 
     # Mean products [i, j, feature of i, feature of j], their digits spread by a signed logarithm.
     moments = (sums.features / jnp.maximum(sums.count, 1.0)).reshape(
@@ -44,14 +43,15 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistic
     precision = positive_inverse(gram)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
     correlated = t_statistic(cosine(gram), sums.observational)
-    partial = t_statistic(-cosine(precision), freedom)
-    symmetric = [gram / (sums.observational + 1.0), correlated, partial]
+    symmetric = [
+        gram / (sums.observational + 1.0),
+        correlated,
+        t_statistic(-cosine(precision), freedom),
+    ]
 
     # Who may be a parent of whom: what correlates with it, or stays in its regression.
     linear = linear_regressions(sums, precision, task)
-    strength = jnp.abs(correlated) + jnp.abs(linear[0])
-    likely = jnp.where(~own & present[None], strength, -1.0)
-    is_target = (jnp.arange(num_vars) == task.target)[:, None]
+    likely = jnp.where(~own & present[None], jnp.abs(correlated) + jnp.abs(linear[0]), -1.0)
     directed = [
         *linear,
         *cubic_regressions(sums, task),
@@ -63,19 +63,10 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars statistic
     statistics = jnp.concatenate([jnp.stack(symmetric, -1), directed, directed.swapaxes(0, 1)], -1)
     kept = (present[:, None] & (present[None] | own))[..., None]
     bounded = jnp.where(kept, jnp.clip(statistics, -FARTHEST, FARTHEST), 0.0)
-    return jnp.concatenate([moments, bounded], -1)
 
-
-def marks(sums: Sums, task: Task) -> Float[Array, "vars vars marks"]:
-    """What is known of a pair (i, j) beside its statistics: whether i, and j, is the target,
-    whether they are the same, how many rows there are.
-    """
-    num_vars = task.var_mask.shape[0]
-    is_target = (jnp.arange(num_vars) == task.target).astype(sums.count.dtype)
-    same, one = jnp.eye(num_vars), jnp.ones((num_vars, num_vars))
-    counts = sums.observational, sums.count - sums.observational
-    rows = (one * jnp.log(n + 1.0) / 5.0 for n in counts)
-    return jnp.stack([is_target[:, None] * one, is_target[None] * one, same, *rows], -1)
+    rows = jnp.log(jnp.stack([sums.observational, sums.count - sums.observational]) + 1.0) / 5.0
+    marks = [jnp.broadcast_to(x, own.shape) for x in (is_target, is_target.T, own, *rows)]
+    return jnp.concatenate([moments, bounded, jnp.stack(marks, -1)], -1)
 
 
 def first_powers(powers: Float[Array, "*batch powers powers"]) -> Float[Array, "*batch vars vars"]:
@@ -95,8 +86,8 @@ def t_statistic(
     """Of a (partial) correlation r, t = r sqrt(freedom / (1 - r^2)), on a logarithmic scale: its
     tens, not its hundreds, decide who is a parent.
     """
-    t = correlation * jnp.sqrt(freedom) / jnp.sqrt(jnp.maximum(1.0 - correlation**2, 1e-3))
-    return jnp.arcsinh(t) / 3.0
+    scale = jnp.sqrt(jnp.maximum(1.0 - correlation**2, 1e-3))
+    return jnp.arcsinh(correlation * jnp.sqrt(freedom) / scale) / 3.0
 
 
 def f_statistic(
@@ -154,7 +145,7 @@ def cubic_regressions(sums: Sums, task: Task) -> list[Pairs]:
     freedom = jnp.maximum(sums.observational - 3.0 * task.var_mask.sum(), 5.0)
 
     # centred Gram matrix of all powers, and its inverse by blocks [i, j, power, power]
-    gram = centred_moments(sums.observed, sums.observational)[1:, 1:] + jnp.eye(3 * num_vars)
+    gram = centred_moments(sums.observed)[1:, 1:] + jnp.eye(3 * num_vars)
     joint = positive_inverse(gram).reshape(num_vars, 3, num_vars, 3).transpose(0, 2, 1, 3)
     # The inverse's own block of i, inverted, is the residual Gram matrix of i's powers given all
     # others'; its first row gives the slopes of X_i itself on the powers of j.
@@ -177,7 +168,7 @@ def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[A
     them, over all rows in which it was not set.
     """
     num_vars, count = task.var_mask.shape[0], jnp.maximum(moments[0, 0], 1.0)
-    centred = centred_moments(moments, count)
+    centred = centred_moments(moments)
     # columns scaled to norm one, those that do not vary or are not possible parents left out
     norm = jnp.diag(centred)[1:-1]
     used = jnp.repeat(task.possible_parents, 3) & (norm > 1e-4)
@@ -209,12 +200,12 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
     num_vars = likely.shape[0]
     num_likely = min(NUM_LIKELY, num_vars)
     # [subsets, likely]: bit k of a subset's index is member k
-    members = (np.arange(2**num_likely)[:, None] >> np.arange(num_likely) & 1).astype(bool)
+    members = (jnp.arange(2**num_likely)[:, None] >> jnp.arange(num_likely)[None] & 1) > 0
 
     def one(i, likely, powers):
         strength, candidates = jax.lax.top_k(likely, num_likely)
         count = jnp.maximum(powers[0, 0], 1.0)
-        centred = centred_moments(powers, count) + jnp.eye(powers.shape[0])
+        centred = centred_moments(powers) + jnp.eye(powers.shape[0])
         columns = (1 + 3 * candidates[:, None] + jnp.arange(3)[None]).reshape(-1)
         found = []
         for width, chosen in ((1, columns[::3]), (3, columns)):
@@ -222,12 +213,11 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
             residual = subset_residuals(centred[chosen][:, chosen], width)
             # BIC of a subset (Schwarz 1978): -n/2 log(RSS / n) - k/2 log n
             cost = -0.5 * width * jnp.log(count)
-            score = -0.5 * count * jnp.log(residual / count)
-            score = score + cost * jnp.asarray(members.sum(1), residual.dtype)
+            score = -0.5 * count * jnp.log(residual / count) + cost * members.sum(1)
             # padding, and i itself, are in no subset
-            score = jnp.where((jnp.asarray(members) & (strength < 0)[None]).any(1), -jnp.inf, score)
+            score = jnp.where((members & (strength < 0)[None]).any(1), -jnp.inf, score)
             with_, without = (
-                jax.nn.logsumexp(jnp.where(jnp.asarray(m), score[:, None], -jnp.inf), axis=0)
+                jax.nn.logsumexp(jnp.where(m, score[:, None], -jnp.inf), axis=0)
                 for m in (members, ~members)
             )
             odds = jnp.where(strength < 0, cost, with_ - without)

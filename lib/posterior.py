@@ -1,5 +1,7 @@
 """`ParentSetPosterior`: a distribution over the parent sets of one target; entropies in nats."""
 
+from itertools import compress
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,12 +44,5 @@ class ParentSetPosterior(eqx.Module):
 
     def to_dict(self, names: tuple[str, ...]) -> dict[frozenset[str], float]:
         """Named sets with positive probability, most probable first."""
-        order = jnp.argsort(-self.log_probs)
-        pairs = [
-            (
-                frozenset(n for n, member in zip(names, self.sets[i], strict=False) if member),
-                float(self.probs[i]),
-            )
-            for i in order
-        ]
-        return {members: p for members, p in pairs if p > 0}
+        order = [i for i in jnp.argsort(-self.log_probs) if self.probs[i] > 0]
+        return {frozenset(compress(names, self.sets[i])): float(self.probs[i]) for i in order}

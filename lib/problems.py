@@ -35,8 +35,9 @@ def initial_buffer(
     num_vars = scm.var_mask.shape[0]
     observed = scm.sample(obs_key, Intervention.none(num_vars), num_obs)
     variables = jnp.tile(jnp.arange(num_vars), per_variable)
-    fraction = jr.uniform(value_key, variables.shape)
-    values = between(fraction, scm.low[variables], scm.high[variables])
+    values = between(
+        jr.uniform(value_key, variables.shape), scm.low[variables], scm.high[variables]
+    )
     kept_obs = jnp.arange(num_obs) < (num_obs if valid_obs is None else valid_obs)
     kept = jnp.concatenate([kept_obs, scm.candidates[variables]])
     buffer = with_experiments(row_key, scm, observed, variables, values).only(kept)
@@ -106,11 +107,11 @@ def sample_examples(
         value_grid(scm.low, scm.high, num_bins), jnp.concatenate([half, -half])
     )
     buffers = jax.vmap(lambda k: varied_buffer(k, scm, design))(jr.split(data_key, num_buffers))
-
-    def repeat(x):
-        return jnp.broadcast_to(x[None], (num_buffers, *x.shape))
-
-    return Example(buffers, jax.tree.map(repeat, scm.task), repeat(scm.parents), repeat(effects))
+    truth = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[None], (num_buffers, *x.shape)),
+        (scm.task, scm.parents, effects),
+    )
+    return Example(buffers, *truth)
 
 
 def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) -> ExperienceBuffer:
@@ -122,9 +123,12 @@ def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) ->
     """
     uniform_key, observation_key, row_key = jr.split(key, 3)
     num_vars, most, candidates = scm.var_mask.shape[0], design.max_interventions, scm.candidates
-    whole_data = dict.fromkeys(("obs", "total", "wide", "focus", "centre", "round"), ())
-    each = dict.fromkeys(("stray", "variable", "fraction"), (most,))
-    u = draw(jr.uniform, uniform_key, **whole_data, **each)
+    u = draw(
+        jr.uniform,
+        uniform_key,
+        **dict.fromkeys(("obs", "total", "wide", "focus", "centre", "round"), ()),
+        **dict.fromkeys(("stray", "variable", "fraction"), (most,)),
+    )
     observed = scm.sample(observation_key, Intervention.none(num_vars), design.max_obs)
     num_obs = jnp.exp(between(u["obs"], jnp.log(design.min_obs), jnp.log(design.max_obs + 1)))
     total, index = whole(u["total"], 0, most + 1), jnp.arange(most)
@@ -167,9 +171,10 @@ class GroundTruth(eqx.Module):
     @staticmethod
     def of(scm: AbstractSCM, num_bins: int) -> "GroundTruth":
         """The truth about a simulated system."""
-        effects = scm.effect_table(value_grid(scm.low, scm.high, num_bins))
         return GroundTruth(
-            effects, scm.mean_outcome(Intervention.none(scm.var_mask.shape[0])), scm.parents
+            scm.effect_table(value_grid(scm.low, scm.high, num_bins)),
+            scm.mean_outcome(Intervention.none(len(scm.low))),
+            scm.parents,
         )
 
     @property

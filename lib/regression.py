@@ -2,7 +2,6 @@
 evidence reads and what the baselines predict with.
 """
 
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,71 +18,50 @@ LINEAR_PENALTY = 0.01
 CUBIC_PENALTY = 0.5
 
 
-class AdditiveRegression(eqx.Module):
-    """Y ~ intercept + sum_j sum_p weights[j, p] u_j^p with u = (X - location) / scale, fitted by
-    ridge regression with a free intercept.
+def fitted_surface(
+    buffer: ExperienceBuffer,
+    target: Int[Array, ""],
+    location: Float[Array, " vars"],
+    scale: Float[Array, " vars"],
+    grid: Float[Array, "vars bins"],
+    degree: int,
+    penalty: float,
+) -> Float[Array, "vars bins"]:
+    """`regression_surface` of the rows in which the target was not set, on powers up to `degree` of
+    u = (X - location) / scale.
     """
+    rows, y = usable_rows(buffer, target), jnp.take(buffer.values, target, axis=1)
+    level, _ = column_moments(y, rows)
+    u = (buffer.values - location[None]) / scale[None]
+    moments = regression_moments(u, y - level, rows, degree)
+    penalties = jnp.full(degree * len(location), penalty)
+    return regression_surface(moments, target, location, scale, grid, penalties, level)
 
-    intercept: Float[Array, ""]
-    weights: Float[Array, "vars powers"]
-    location: Float[Array, " vars"]
-    scale: Float[Array, " vars"]
-    centre: Float[Array, "vars powers"]  # mean of each power over the fitted rows
 
-    @staticmethod
-    def fit(
-        buffer: ExperienceBuffer,
-        target: Int[Array, ""],
-        location: Float[Array, " vars"],
-        scale: Float[Array, " vars"],
-        degree: int,
-        penalty: float,
-    ) -> "AdditiveRegression":
-        """Least squares plus `penalty` times the squared weights, over the rows where the target
-        was not set.
-        """
-        rows, y = usable_rows(buffer, target), jnp.take(buffer.values, target, axis=1)
-        level, _ = column_moments(y, rows)
-        moments = regression_moments(
-            (buffer.values - location[None]) / scale[None], y - level, rows, degree
-        )
-        return AdditiveRegression.solve(
-            moments, target, location, scale, level, jnp.full(degree * len(location), penalty)
-        )
+def regression_surface(
+    moments: Float[Array, "columns columns"],
+    target: Int[Array, ""],
+    location: Float[Array, " vars"],
+    scale: Float[Array, " vars"],
+    grid: Float[Array, "vars bins"],
+    penalty: Float[Array, " weights"],
+    level: Float[Array, ""] | float = 0.0,
+) -> Float[Array, "vars bins"]:
+    """Mean prediction of Y ~ intercept + sum_j sum_p weights[j, p] u_j^p, u = (X - location) /
+    scale, with X_i at `grid[i, b]` and all other variables as in the fitted rows.
 
-    @staticmethod
-    def solve(
-        moments: Float[Array, "columns columns"],
-        target: Int[Array, ""],
-        location: Float[Array, " vars"],
-        scale: Float[Array, " vars"],
-        level: Float[Array, ""] | float,
-        penalty: Float[Array, " weights"],
-    ) -> "AdditiveRegression":
-        """The regression from the rows' `regression_moments`, whose y had `level` subtracted;
-        `penalty` per weight.
-        """
-        count, num_vars = jnp.maximum(moments[0, 0], 1.0), location.shape[0]
-        mean, centred = moments[0] / count, centred_moments(moments, count)
-        degree = penalty.shape[0] // num_vars
-        # the target must not explain itself
-        used = jnp.repeat(jnp.arange(num_vars) != target, degree)
-        gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0) + jnp.diag(penalty)
-        weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
-        return AdditiveRegression(
-            level + mean[-1],
-            weights.reshape(num_vars, degree),
-            location,
-            scale,
-            mean[1:-1].reshape(num_vars, degree),
-        )
-
-    def surface(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
-        """Mean prediction with X_i at `grid[i, b]`, all other variables as in the fitted rows."""
-        powers = powers_of(
-            (grid - self.location[:, None]) / self.scale[:, None], self.weights.shape[1]
-        )
-        return self.intercept + ((powers - self.centre[:, None]) * self.weights[:, None]).sum(-1)
+    Least squares plus `penalty`, per weight, times the squared weights, with a free intercept, from
+    the rows' `regression_moments`, whose y had `level` subtracted.
+    """
+    mean, centred = moments[0] / jnp.maximum(moments[0, 0], 1.0), centred_moments(moments)
+    num_vars, degree = len(location), len(penalty) // len(location)
+    # the target must not explain itself
+    used = jnp.repeat(jnp.arange(num_vars) != target, degree)
+    gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0) + jnp.diag(penalty)
+    weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
+    weights, centre = (x.reshape(num_vars, 1, degree) for x in (weights, mean[1:-1]))
+    powers = powers_of((grid - location[:, None]) / scale[:, None], degree)
+    return level + mean[-1] + ((powers - centre) * weights).sum(-1)
 
 
 def regression_moments(
@@ -103,10 +81,11 @@ def regression_moments(
 
 
 def centred_moments(
-    moments: Float[Array, "columns columns"], count: Float[Array, ""]
+    moments: Float[Array, "columns columns"],
 ) -> Float[Array, "columns columns"]:
-    """Sums of products about the means, from those of `count` rows whose first column is one."""
-    mean = moments[0] / jnp.maximum(count, 1.0)
+    """Sums of products about the means, from those of rows whose first column is one."""
+    count = jnp.maximum(moments[0, 0], 1.0)
+    mean = moments[0] / count
     return moments - count * mean[:, None] * mean[None]
 
 
@@ -114,9 +93,10 @@ def column_moments(
     x: Float[Array, "samples *rest"], rows: Bool[Array, " samples"]
 ) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
     """Mean and standard deviation over `rows`; the deviation of a constant column is given as 1."""
-    weight = rows.astype(x.dtype) / jnp.maximum(rows.sum(), 1)
-    mean = jnp.tensordot(weight, x, 1)
-    deviation = jnp.sqrt(jnp.tensordot(weight, jnp.square(x - mean[None]), 1))
+    count, kept = jnp.maximum(rows.sum(), 1), rows.reshape(-1, *(1,) * (x.ndim - 1))
+    mean = jnp.where(kept, x, 0.0).sum(0) / count
+    deviation = jnp.sqrt(jnp.where(kept, (x - mean[None]) ** 2, 0.0).sum(0) / count)
+    # relative: no unit is too small
     return mean, jnp.where(deviation > 1e-6 * jnp.abs(mean), deviation, 1.0)
 
 

@@ -34,8 +34,7 @@ class Intervention(eqx.Module):
         Raises `ValueError` for a variable that is not an index below `num_vars`, unless it is
         traced.
         """
-        if not isinstance(variable, Tracer):
-            check_index(variable, num_vars, "variable")
+        check_index(variable, num_vars, "variable")
         mask = jnp.arange(num_vars) == variable
         return Intervention(mask, jnp.where(mask, value, 0.0))
 
@@ -46,9 +45,11 @@ class Intervention(eqx.Module):
 
 
 def check_index(index: object, num_vars: int, what: str) -> None:
-    """Raise `ValueError` unless `index` is a whole number from 0 to `num_vars` - 1; `what` is what
-    the message calls it.
+    """Raise `ValueError` unless `index` is a whole number from 0 to `num_vars` - 1, or traced;
+    `what` is what the message calls it.
     """
+    if isinstance(index, Tracer):
+        return
     number = np.asarray(index)
     if (
         number.shape != ()
@@ -96,8 +97,7 @@ class Task(eqx.Module):
 
     def widen(self, extra: int) -> "Task":
         """The same task with `extra` padding variables behind."""
-        padded = (jnp.pad(x, (0, extra)) for x in (self.low, self.high, self.var_mask))
-        return Task(self.target, *padded)
+        return jax.tree.map(lambda x: jnp.pad(x, (0, extra)) if x.ndim else x, self)
 
 
 class AbstractSCM(eqx.Module):
@@ -141,8 +141,7 @@ class AbstractSCM(eqx.Module):
     @property
     def places(self) -> list[str]:
         """The names, and what the padding behind them is called."""
-        padding = range(len(self.names), self.low.shape[0])
-        return [*self.names, *(f"place {i}" for i in padding)]
+        return [*self.names, *(f"place {i}" for i in range(len(self.names), len(self.low)))]
 
     def sample(
         self, key: Key[Array, ""], intervention: Intervention, num_samples: int
@@ -150,27 +149,21 @@ class AbstractSCM(eqx.Module):
         """`num_samples` rows under do(intervention), in each variable's own units."""
         return self.simulate(self.draw_noise(key, num_samples), intervention)
 
-    def mean_outcome(
-        self, intervention: Intervention, noise: Float[Array, "samples vars"] | None = None
-    ) -> Float[Array, ""]:
-        """E[Y | do(intervention)], averaged over `noise` (`reference_noise` unless given):
-        deterministic, so differences carry no sampling noise.
+    def mean_outcome(self, intervention: Intervention) -> Float[Array, ""]:
+        """E[Y | do(intervention)], averaged over `reference_noise`: deterministic, so differences
+        carry no sampling noise.
         """
-        noise = self.reference_noise() if noise is None else noise
-        return jnp.take(self.simulate(noise, intervention).mean(0), self.target)
+        return jnp.take(self.simulate(self.reference_noise(), intervention).mean(0), self.target)
 
     def mean_table(
         self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"]
     ) -> Float[Array, "vars bins vars"]:
         """E[X_j | do(X_i = grid[i, b])], averaged over `noise`, for every i, b and j."""
-        num_vars = grid.shape[0]
 
         def means(i, value):
-            return self.simulate(noise, Intervention.single(i, value, num_vars)).mean(0)
+            return self.simulate(noise, Intervention.single(i, value, len(grid))).mean(0)
 
-        return jax.lax.map(
-            lambda i: jax.vmap(lambda value: means(i, value))(grid[i]), jnp.arange(num_vars)
-        )
+        return jax.lax.map(lambda i: jax.vmap(means, (None, 0))(i, grid[i]), jnp.arange(len(grid)))
 
     def effect_table(
         self, grid: Float[Array, "vars bins"], noise: Float[Array, "samples vars"] | None = None
@@ -179,23 +172,22 @@ class AbstractSCM(eqx.Module):
         allowed (target, padding).
         """
         means = self.mean_table(grid, self.reference_noise() if noise is None else noise)
-        table = jnp.take(means, self.target, axis=2)
-        return jnp.where(self.candidates[:, None], table, jnp.inf)
+        return jnp.where(self.candidates[:, None], jnp.take(means, self.target, axis=2), jnp.inf)
 
-    def optimum(self, num_values: int = 33) -> Optimum:
+    def optimum(self) -> Optimum:
         """Minimum of E[Y | do(X_i = v)] over single interventions: a do-grid over total effects,
         refined once around its best point.
         """
-        grid = value_grid(self.low, self.high, num_values)
+        grid = value_grid(self.low, self.high, 33)
 
         def mean(variable, value):
-            return self.mean_outcome(Intervention.single(variable, value, grid.shape[0]))
+            return self.mean_outcome(Intervention.single(variable, value, len(grid)))
 
         variable, value = refine(
-            lambda i, values: -jax.vmap(lambda v: mean(i, v))(values),
+            lambda i, values: -jax.vmap(mean, (None, 0))(i, values),
             grid,
             -self.effect_table(grid),
-            num_values,
+            num_values=33,
         )
         return Optimum(variable, value, mean(variable, value))
 
@@ -255,8 +247,10 @@ MECHANISMS = ("linear", "fourier", "mlp", "polynomial")
 NOISES = ("gaussian", "laplace", "uniform", "heteroscedastic")
 
 
-def in_order(names: tuple[str, ...], given: dict[str, Array], where: str) -> list[Array]:
-    """The entries of `given` in the order of `names`, to be indexed by place.
+def select(
+    index: Int[Array, ""], names: tuple[str, ...], given: dict[str, Array], where: str
+) -> Array:
+    """The entry of `given` whose name is at `index` of `names`.
 
     Raises `ValueError` unless there is one for each: JAX clamps an index that is too large, so a
     kind that somebody added would silently be computed as another.
@@ -264,7 +258,7 @@ def in_order(names: tuple[str, ...], given: dict[str, Array], where: str) -> lis
     if set(given) != set(names):
         lacking = sorted(set(names) - set(given)) or sorted(set(given) - set(names))
         raise ValueError(f"{where}: add or remove {', '.join(lacking)}: needs {', '.join(names)}")
-    return [given[name] for name in names]
+    return jax.lax.select_n(index, *(given[name] for name in names))
 
 
 class SyntheticSCM(AbstractSCM):
@@ -306,8 +300,7 @@ class SyntheticSCM(AbstractSCM):
     @property
     def graph(self) -> Bool[Array, "vars vars"]:
         """`graph[i, j]`: variable i is a parent of variable j, in outside indices."""
-        position = self.position
-        return self.adjacency[position][:, position]
+        return self.adjacency[self.position][:, self.position]
 
     @property
     def parents(self) -> Bool[Array, " vars"]:
@@ -319,16 +312,13 @@ class SyntheticSCM(AbstractSCM):
         """
         # P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits
         tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))
-        laplace = -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0)
-        uniform = jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails)
         kinds = {
             "gaussian": noise,
-            "laplace": laplace,
-            "uniform": uniform,
+            "laplace": -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0),
+            "uniform": jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails),
             "heteroscedastic": noise,
         }
-        where = "SyntheticSCM.disturbance (lib/scm.py)"
-        return jax.lax.select_n(self.noise_kind, *in_order(NOISES, kinds, where))
+        return select(self.noise_kind, NOISES, kinds, "SyntheticSCM.disturbance (lib/scm.py)")
 
     def structural_equation(
         self,
@@ -348,16 +338,14 @@ class SyntheticSCM(AbstractSCM):
         edges = self.adjacency[:, k]
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
-        square = jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0)
         units = {
             "linear": jnp.zeros_like(z),
             "fourier": jnp.cos(z),
             "mlp": jnp.tanh(z),
-            "polynomial": square,
+            "polynomial": jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0),
         }
         where = "SyntheticSCM.structural_equation (lib/scm.py)"
-        unit = jax.lax.select_n(self.mechanism, *in_order(MECHANISMS, units, where))
-        hidden = unit @ self.amplitudes[k]
+        hidden = select(self.mechanism, MECHANISMS, units, where) @ self.amplitudes[k]
         direct = (self.mechanism == MECHANISMS.index("linear")) | (
             self.mechanism == MECHANISMS.index("polynomial")
         )
@@ -425,9 +413,8 @@ def check_scm(scm: AbstractSCM) -> None:
             f"the edge from {parent} to {child} does not go forward in order: remove "
             f"it, or put {parent} before {child}"
         )
-    steps = np.asarray(scm.graph, float) + np.eye(len(order))
-    ancestors = np.linalg.matrix_power(steps, len(order))[:, target] > 0
-    if not (ancestors & candidates).any():
+    paths = np.linalg.matrix_power(np.asarray(scm.graph, float) + np.eye(len(order)), len(order))
+    if not (candidates & (paths[:, target] > 0)).any():
         raise ValueError(
             f"the target {scm.names[target]} has no ancestor that may be set: choose another "
             "target, or add an edge into it from a candidate"

@@ -2,8 +2,6 @@
 first data set.
 """
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.scm import (
@@ -19,7 +18,7 @@ from lib.scm import (
     Intervention,
     SyntheticSCM,
     antithetic_normal,
-    in_order,
+    select,
     value_grid,
 )
 
@@ -114,8 +113,10 @@ def inherit(prior: SCMPrior, header: dict) -> SCMPrior:
 
 def prior_in(header: dict) -> dict[str, Any]:
     """The settings of the prior that the artifact with this `header` was made with."""
-    found = header["config"]["prior"].items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in header["config"]["prior"].items()
+    }
 
 
 def multimodal(prior: SCMPrior) -> SCMPrior:
@@ -138,11 +139,8 @@ def draw(
     """Named independent draws from one call of `sampler` (`jr.uniform` or `jr.normal`): every
     further call costs half a second of compilation.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = jnp.split(sampler(key, (sum(sizes),)), list(itertools.accumulate(sizes))[:-1])
-    return {
-        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    flat, unravel = ravel_pytree([jnp.zeros(shape) for shape in shapes.values()])
+    return dict(zip(shapes, unravel(sampler(key, flat.shape)), strict=True))
 
 
 def between(fraction: Float[Array, "..."], low, high) -> Float[Array, "..."]:
@@ -187,7 +185,6 @@ def sample_graph(
     earlier = index[:, None] < index[None]
 
     dense = u["edge"] < between(u["density"], prior.min_density, prior.max_density)
-    erdos_renyi = dense & earlier
     gumbel, two = -jnp.log(-jnp.log(u["attach"] + 1e-7)), u["two"] < 0.5
 
     def attach(adjacency, k):
@@ -198,10 +195,8 @@ def sample_graph(
 
     scale_free, _ = jax.lax.scan(attach, jnp.zeros((d, d), bool), index)
     chain = index[:, None] + 1 == index[None]
-    fork = (index[:, None] == 0) & (index[None] > 0)
     centre = whole(u["centre"], 1, size)
     parents = (index < centre) & (index >= centre - 3)
-    collider = (parents[:, None] & (index[None] == centre)) | (chain & (index[None] > centre))
 
     # a graph is of one family, so these two may use the others' numbers
     reach = jnp.where((size > 5) & (u["centre"] < 0.5), 2, 1)
@@ -219,22 +214,20 @@ def sample_graph(
 
     ring, _ = jax.lax.scan(rewire, lattice, jnp.arange(2 * d))
     seat = jnp.argsort(jnp.where(index < size, u["two"], 2.0 + index))
-    watts_strogatz = ring[seat][:, seat] & earlier
     layer = index * whole(u["centre"], 2, jnp.minimum(size, 4) + 1) // size
     before = layer[:, None] + 1 == layer[None]
     one = index[:, None] == jnp.argmax(jnp.where(before, u["attach"], -1.0), axis=0)[None]
-    layered = before & (dense | one)
 
     graphs = {
-        "erdos_renyi": erdos_renyi,
+        "erdos_renyi": dense & earlier,
         "scale_free": scale_free,
         "chain": chain,
-        "fork": fork,
-        "collider": collider,
-        "watts_strogatz": watts_strogatz,
-        "layered": layered,
+        "fork": (index[:, None] == 0) & (index[None] > 0),
+        "collider": (parents[:, None] & (index[None] == centre)) | (chain & (index[None] > centre)),
+        "watts_strogatz": ring[seat][:, seat] & earlier,
+        "layered": before & (dense | one),
     }
-    graph = jnp.stack(in_order(FAMILIES, graphs, "sample_graph (lib/scm_prior.py)"))[family]
+    graph = select(family, FAMILIES, graphs, "sample_graph (lib/scm_prior.py)")
     graph &= (index < size)[:, None] & (index < size)[None]
     return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
 
@@ -254,14 +247,15 @@ def sample_scm_and_family(
     """
 
     def attempt(state):
-        key, _, _ = state
-        key, draw_key = jr.split(key)
-        scm, family, qualifies = _sample_once(draw_key, prior)
-        return key, (scm, family), qualifies
+        key, draw_key = jr.split(state[0])
+        return key, *_sample_once(draw_key, prior)
 
-    shape = jax.eval_shape(lambda k: _sample_once(k, prior)[:2], key)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-    return jax.lax.while_loop(lambda state: ~state[2], attempt, (key, nothing, jnp.array(False)))[1]
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda k: _sample_once(k, prior), key),
+    )
+    _, scm, family, _ = jax.lax.while_loop(lambda state: ~state[-1], attempt, (key, *nothing))
+    return scm, family
 
 
 def _sample_once(
@@ -270,10 +264,16 @@ def _sample_once(
     """One draw, the family of its graph, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
     graph_key, uniform_key, normal_key, noise_key = jr.split(key, 4)
-    whole_model = dict.fromkeys(("size", "family", "mechanism", "target"), ())
-    each = dict.fromkeys(("order", "length", "noise"), (d,)) | {"range": (2, d)}
-    edges = {"weight": (d, d), "sign": (d, d), "phase": (d, NUM_FEATURES)}
-    u = draw(jr.uniform, uniform_key, **whole_model, **each, **edges)
+    u = draw(
+        jr.uniform,
+        uniform_key,
+        **dict.fromkeys(("size", "family", "mechanism", "target"), ()),
+        **dict.fromkeys(("order", "length", "noise"), (d,)),
+        range=(2, d),
+        weight=(d, d),
+        sign=(d, d),
+        phase=(d, NUM_FEATURES),
+    )
     n = draw(jr.normal, normal_key, frequency=(d, d, NUM_FEATURES), amplitude=(d, NUM_FEATURES))
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = one_of(u["family"], prior.families, FAMILIES)
@@ -290,7 +290,6 @@ def _sample_once(
         "mlp": phase - jnp.pi,
         "polynomial": jnp.zeros_like(phase),
     }
-    where = "phases in _sample_once (lib/scm_prior.py)"
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
@@ -299,7 +298,7 @@ def _sample_once(
         noise_kind=one_of(jr.uniform(noise_key), prior.noises, NOISES),
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
-        phases=jnp.stack(in_order(MECHANISMS, phases, where))[mechanism],
+        phases=select(mechanism, MECHANISMS, phases, "phases in _sample_once (lib/scm_prior.py)"),
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
         noise_scale=jnp.exp(
             between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))
@@ -344,13 +343,13 @@ def _moments(
     return moments
 
 
-def _largest_drops(scm: SyntheticSCM, num_values: int = 5) -> Float[Array, " vars"]:
+def _largest_drops(scm: SyntheticSCM) -> Float[Array, " vars"]:
     """For every variable j as a target: the largest E[X_j] - E[X_j | do(X_i = v)] over other
     variables i and a coarse grid of values.
     """
     num_vars = scm.order.shape[0]
     noise = scm.reference_noise()[::4]
-    shifted = scm.mean_table(value_grid(scm.low, scm.high, num_values), noise)
+    shifted = scm.mean_table(value_grid(scm.low, scm.high, 5), noise)
     baseline = scm.simulate(noise, Intervention.none(num_vars)).mean(0)
     moved = (baseline[None, None] - shifted).max(1)
     return jnp.where(jnp.eye(num_vars, dtype=bool) | ~scm.var_mask[:, None], 0.0, moved).max(0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lib.buffer import ExperienceBuffer
-from lib.regression import powers_of, regression_moments
+from lib.regression import column_moments, powers_of, regression_moments, usable_rows
 from lib.scm import Task, value_grid
 
 
@@ -35,15 +35,9 @@ class Frame(NamedTuple):
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Frame":
         """From the observational rows, or all valid rows where there are fewer than two."""
-        rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)[
-            :, None
-        ]
-        count = jnp.maximum(rows.sum(), 1)
-        raw = jnp.where(buffer.valid[:, None] & task.var_mask[None], buffer.values, 0.0)
-        shift = jnp.where(rows, raw, 0.0).sum(0) / count
-        spread = jnp.sqrt(jnp.where(rows, (raw - shift[None]) ** 2, 0.0).sum(0) / count)
-        # relative: no unit is too small
-        spread = jnp.where(spread > 1e-6 * jnp.abs(shift), spread, 1.0)
+        rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
+        there = jnp.where(task.var_mask[None], buffer.values, 0.0)
+        shift, spread = column_moments(there, rows)
         grid = jnp.clip(
             (value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None],
             -MAX_DEVIATIONS,
@@ -53,32 +47,13 @@ class Frame(NamedTuple):
         ranged = task.var_mask & (task.high > task.low)
         return Frame(shift, spread, jnp.where(ranged[:, None], grid, 0.0))
 
-
-class Rows(NamedTuple):
-    """Standardised rows; flags are zeros and ones."""
-
-    values: Float[Array, "samples vars"]
-    intervened: Float[Array, "samples vars"]
-    valid: Float[Array, " samples"]
-    observational: Float[Array, " samples"]
-
-    @staticmethod
-    def of(buffer: ExperienceBuffer, frame: Frame, var_mask: Bool[Array, " vars"]) -> "Rows":
-        """The buffer in the units of `frame`; free rows and padding are zero."""
-        kept, dtype = buffer.valid[:, None] & var_mask[None], buffer.values.dtype
-        values = jnp.clip(
-            (jnp.where(kept, buffer.values, frame.shift[None]) - frame.shift[None])
-            / frame.spread[None],
-            -MAX_DEVIATIONS,
-            MAX_DEVIATIONS,
-        )
-        flags = (buffer.intervened & buffer.valid[:, None]).astype(dtype)
-        return Rows(
-            jnp.where(kept, values, 0.0),
-            flags,
-            buffer.valid.astype(dtype),
-            buffer.observational.astype(dtype),
-        )
+    def standardise(
+        self, buffer: ExperienceBuffer, var_mask: Bool[Array, " vars"]
+    ) -> Float[Array, "samples vars"]:
+        """The values of the buffer in these units; free rows and padding are zero."""
+        values = (buffer.values - self.shift[None]) / self.spread[None]
+        kept = buffer.valid[:, None] & var_mask[None]
+        return jnp.where(kept, jnp.clip(values, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0)
 
 
 class Sums(NamedTuple):
@@ -112,21 +87,26 @@ class Sums(NamedTuple):
 def scalar_features(
     values: Float[Array, "*shape"], intervened: Float[Array, "*shape"]
 ) -> Float[Array, "*shape features"]:
-    """One, powers and waves of a standardised scalar; whether it was set, and to what."""
-    waves = [wave(w * values) for w in FREQUENCIES for wave in (jnp.sin, jnp.cos)]
-    columns = [jnp.ones_like(values), *jnp.moveaxis(hermite(values), -1, 0), *waves]
-    return jnp.stack(
-        [*columns, intervened, intervened * values, intervened * waves[0], intervened * waves[1]],
-        -1,
-    )
-
-
-def hermite(values: Float[Array, "*shape"]) -> Float[Array, "*shape 3"]:
-    """The first three Hermite polynomials with variance one, uncorrelated for a Gaussian; the first
-    is the value itself.
+    """Of a standardised scalar: one, the first three Hermite polynomials with variance one, which
+    are uncorrelated for a Gaussian (the first is the value itself), and waves; whether it was set,
+    and to what.
     """
     u = jnp.clip(values, -FARTHEST, FARTHEST)
-    return jnp.stack([values, (u**2 - 1.0) / jnp.sqrt(2.0), (u**3 - 3.0 * u) / jnp.sqrt(6.0)], -1)
+    waves = [wave(w * values) for w in FREQUENCIES for wave in (jnp.sin, jnp.cos)]
+    return jnp.stack(
+        [
+            jnp.ones_like(values),
+            values,
+            (u**2 - 1.0) / jnp.sqrt(2.0),
+            (u**3 - 3.0 * u) / jnp.sqrt(6.0),
+            *waves,
+            intervened,
+            intervened * values,
+            intervened * waves[0],
+            intervened * waves[1],
+        ],
+        -1,
+    )
 
 
 def bumps(
@@ -156,43 +136,39 @@ def middle_and_half(
     return 0.5 * (grid[:, 0] + grid[:, -1]), jnp.where(half > 0, jnp.maximum(half, 1.0), 2.0)
 
 
-def sum_rows(rows: Rows, frame: Frame, task: Task) -> Sums:
+def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
     """The sums of some rows: those of a data set, or those of one row to be added."""
-    values, outcome = rows.values, jnp.take(rows.values, task.target, axis=1)
-    num_rows, num_vars = values.shape
-    one, level = jnp.ones_like(values), jnp.stack([jnp.ones_like(outcome), outcome], -1)
+    values, dtype = frame.standardise(buffer, task.var_mask), buffer.values.dtype
+    (num_rows, num_vars), outcome = values.shape, jnp.take(values, task.target, axis=1)
+    intervened = (buffer.intervened & buffer.valid[:, None]).astype(dtype)
+    valid, observed = buffer.valid.astype(dtype), buffer.observational.astype(dtype)
 
     def products(columns, weights):
         return (columns * weights[:, None]).T @ columns
 
-    features = scalar_features(values, rows.intervened) * task.var_mask[None, :, None]
+    features = scalar_features(values, intervened) * task.var_mask[None, :, None]
     powers = jnp.concatenate([jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1)
-    powers = powers * rows.valid[:, None]
-    where_set = (rows.intervened[:, :, None] * powers[:, None]).reshape(num_rows, -1)
+    powers = powers * valid[:, None]
+    where_set = (intervened[:, :, None] * powers[:, None]).reshape(num_rows, -1)
 
-    usable = rows.valid * (1.0 - jnp.take(rows.intervened, task.target, axis=1))
-    observed, done = rows.observational * usable, rows.intervened * usable[:, None]
+    usable = usable_rows(buffer, task.target)
+    done = intervened * usable[:, None]
     alone = observed[:, None] + done
     middle, half = middle_and_half(frame.grid)
     u = jnp.clip((values - middle[None]) / half[None], -FARTHEST, FARTHEST)
-    cubic = jnp.concatenate(
-        [
-            one[:, :, None],
-            powers_of(u, 3),
-            jnp.broadcast_to(outcome[:, None, None], (*values.shape, 1)),
-        ],
-        -1,
-    )
+    one = jnp.ones((num_rows, num_vars, 1))
+    cubic = jnp.concatenate([one, powers_of(u, 3), one * outcome[:, None, None]], -1)
+    level = jnp.stack([jnp.ones_like(outcome), outcome], -1)
     width = bump_width(frame.grid)
     near, wide = bumps(values, frame.grid, width), bumps(values, frame.grid, 3.0 * width)
     return Sums(
-        rows.valid.sum(),
-        rows.observational.sum(),
-        products(features.reshape(num_rows, -1), rows.valid),
+        valid.sum(),
+        observed.sum(),
+        products(features.reshape(num_rows, -1), valid),
         powers.T @ powers,
-        products(powers, rows.observational),
+        products(powers, observed),
         (where_set.T @ powers).reshape(num_vars, powers.shape[1], powers.shape[1]),
-        regression_moments(u, outcome, usable > 0, 3),
+        regression_moments(u, outcome, usable, 3),
         jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
         jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
         jnp.einsum("nvb,nc->vbc", near * observed[:, None, None], level),
@@ -211,21 +187,14 @@ class Summary(NamedTuple):
     def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Summary":
         """Of all rows of `buffer`; effects will be told at `num_bins` values per variable."""
         frame = Frame.of(buffer, task, num_bins)
-        return Summary(frame, sum_rows(Rows.of(buffer, frame, task.var_mask), frame, task))
+        return Summary(frame, sum_rows(buffer, frame, task))
 
-    def add(
-        self, values: Float[Array, " vars"], intervened: Bool[Array, " vars"], task: Task
-    ) -> "Summary":
-        """With one more row, at one row's share of the cost of `of`."""
-        return self.add_rows(
-            ExperienceBuffer(values[None], intervened[None], jnp.ones(1, bool)), task
-        )
-
-    def add_rows(self, buffer: ExperienceBuffer, task: Task) -> "Summary":
-        """With the rows of `buffer` beside its own.
+    def add(self, buffer: ExperienceBuffer, task: Task) -> "Summary":
+        """With the rows of `buffer` beside its own, each at one row's share of the cost of `of`.
 
         The units stay those of the first rows: after interventional rows the sums are those of the
         whole data set; observational ones would have moved the units a little.
         """
-        more = sum_rows(Rows.of(buffer, self.frame, task.var_mask), self.frame, task)
-        return Summary(self.frame, jax.tree.map(jnp.add, self.sums, more))
+        return Summary(
+            self.frame, jax.tree.map(jnp.add, self.sums, sum_rows(buffer, self.frame, task))
+        )

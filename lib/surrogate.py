@@ -24,11 +24,11 @@ import jax.random as jr
 import numpy as np
 import optax
 import optax.contrib
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, NUM_PAIR, evidence
+from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, evidence
+from lib.pairs import NUM_PAIR
 from lib.posterior import ParentSetPosterior
 from lib.problems import Example
 from lib.scm import Task, check_index, value_grid
@@ -220,24 +220,24 @@ class ParentSetPredictionModel(eqx.Module):
 
     def predict(self, data: ExperienceBuffer | Summary, task: Task) -> SurrogateOutput:
         """Posterior and effects for one data set, or for what is kept of it."""
-        found = evidence(data, task, self.config.num_bins)
-        pairs = mlp(self.embed, found.pairs)
+        pairs, effects, frame = evidence(data, task, self.config.num_bins)
+        pairs = mlp(self.embed, pairs)
         dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
         blocks, pairs = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, (self.blocks, pairs)
         )
         for block in blocks:
             pairs = block(pairs, task.var_mask)
-        pairs = rms_norm(pairs.astype(found.effects.dtype))
+        pairs = rms_norm(pairs.astype(effects.dtype))
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate(
             [pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1
         )
-        inputs = jnp.concatenate([tokens, found.effects.reshape(len(tokens), -1)], -1)
-        head = mlp(self.effect_head, inputs).reshape(*found.effects.shape[:2], -1)
+        inputs = jnp.concatenate([tokens, effects.reshape(len(tokens), -1)], -1)
+        head = mlp(self.effect_head, inputs).reshape(*effects.shape[:2], -1)
         free, log_std, gates = jnp.split(head, (1, 2), -1)
-        means = free[..., 0] + (gates * found.effects[..., :NUM_ESTIMATES]).sum(-1)
-        shift, spread = found.frame.shift[task.target], found.frame.spread[task.target]
+        means = free[..., 0] + (gates * effects[..., :NUM_ESTIMATES]).sum(-1)
+        shift, spread = frame.shift[task.target], frame.spread[task.target]
         return SurrogateOutput(
             task=task,
             logits=mlp(self.parent_head, tokens).T,
@@ -246,7 +246,7 @@ class ParentSetPredictionModel(eqx.Module):
             effect_mean=shift + spread * means,
             effect_std=spread * jnp.exp(jnp.clip(log_std[..., 0], -4.0, 2.0)),
             tokens=tokens,
-            evidence=found.effects,
+            evidence=effects,
             shift=shift,
             spread=spread,
         )
@@ -284,8 +284,7 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
 
     Raises `ValueError` for a target that is not one of its variables, unless it is traced.
     """
-    if not isinstance(target, Tracer):
-        check_index(target, buffer.values.shape[1], "target")
+    check_index(target, buffer.values.shape[1], "target")
     valid = buffer.valid[:, None]
     low, high = (
         jnp.where(valid, buffer.values, jnp.inf).min(0),

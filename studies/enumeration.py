@@ -26,7 +26,7 @@ from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
 from lib.scm_prior import FAMILIES, SCMPrior, sample_graph
-from lib.sums import Frame, Rows
+from lib.sums import Frame
 
 
 MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million
@@ -224,7 +224,7 @@ def graph_posterior(
     num_vars = buffer.values.shape[1]
     graphs, sets = jnp.asarray(enumerate_dags(num_vars)), jnp.asarray(subsets(num_vars))
     frame = Frame.of(buffer, task, num_bins)
-    x = Rows.of(buffer, frame, task.var_mask).values
+    x = frame.standardise(buffer, task.var_mask)
 
     def variable(i):
         used = buffer.valid & ~buffer.intervened[:, i]

@@ -15,10 +15,20 @@ from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_ESTIMATES, effect_evidence, regression_surfaces
 from lib.pairs import pair_statistics
 from lib.scm import Task
-from lib.sums import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, Rows, sum_rows
+from lib.sums import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, sum_rows
 
 
 VARS, ROWS, OBSERVED, BINS, TARGET = 4, 90, 60, 7, 2
+
+
+def make_buffer(values, intervened):
+    return ExperienceBuffer(
+        jnp.asarray(values, jnp.float32), jnp.asarray(intervened), jnp.ones(len(values), bool)
+    )
+
+
+def make_task(target, low, high):
+    return Task(jnp.array(target), jnp.array(low), jnp.array(high), jnp.ones(len(low), bool))
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +41,14 @@ def problem():
     values[:, 1] = np.sin(1.2 * (values[:, 0] - 3.0)) + 0.1 * rng.normal(size=ROWS)
     intervened = np.zeros((ROWS, VARS), bool)
     intervened[np.arange(OBSERVED, ROWS), np.arange(ROWS - OBSERVED) % 3] = True
-    buffer = ExperienceBuffer(
-        jnp.asarray(values, jnp.float32), jnp.asarray(intervened), jnp.ones(ROWS, bool)
-    )
-    return buffer, Task(
-        jnp.array(TARGET),
-        jnp.full(VARS, -1.0),
-        jnp.array([6.0, 6.0, 6.0, -1.0]),
-        jnp.ones(VARS, bool),
-    )
+    return make_buffer(values, intervened), make_task(TARGET, [-1.0] * 4, [6.0, 6.0, 6.0, -1.0])
 
 
 @jax.jit
 def summed(buffer, task):
+    """Units, standardised values and sums."""
     frame = Frame.of(buffer, task, BINS)
-    rows = Rows.of(buffer, frame, task.var_mask)
-    return frame, rows, sum_rows(rows, frame, task)
+    return frame, frame.standardise(buffer, task.var_mask), sum_rows(buffer, frame, task)
 
 
 statistics_of, evidence_of = jax.jit(pair_statistics), jax.jit(effect_evidence)
@@ -78,19 +80,16 @@ def statistic(problem, name):
 
 
 def test_sums_are_additive(problem):
-    buffer, task = problem
-    frame, rows, whole = summed(buffer, task)
-    parts = [
-        sum_rows(jax.tree.map(lambda leaf, part=part: leaf[part], rows), frame, task)
-        for part in (slice(0, 37), slice(37, ROWS))
-    ]
+    (buffer, task), (frame, _, whole) = problem, summed(*problem)
+    first = jnp.arange(ROWS) < 37
+    parts = (sum_rows(buffer.only(kept), frame, task) for kept in (first, ~first))
     for name, total, one, other in zip(whole._fields, whole, *parts, strict=True):
         np.testing.assert_allclose(total, one + other, rtol=1e-4, atol=5e-3, err_msg=name)
 
 
 def test_regressions_are_those_of_the_baselines(problem):
-    (_, task), (frame, rows, sums) = problem, summed(*problem)
-    standardised = ExperienceBuffer(rows.values, rows.intervened > 0, rows.valid > 0)
+    (buffer, task), (frame, values, sums) = problem, summed(*problem)
+    standardised = make_buffer(values, buffer.intervened)
     linear, cubic = regression_surfaces(sums.regression, frame.grid, task)
     task = Task(task.target, frame.grid[:, 0], frame.grid[:, -1], task.var_mask)
     np.testing.assert_allclose(linear, least_squares_surface(standardised, task, BINS), atol=1e-3)
@@ -100,13 +99,16 @@ def test_regressions_are_those_of_the_baselines(problem):
     )
 
 
+def hermite(x):
+    return [x, (x**2 - 1) / np.sqrt(2), (x**3 - 3 * x) / np.sqrt(6)]
+
+
 def test_scalar_features_and_their_mean_products(problem):
-    _, rows, sums = summed(*problem)
-    x, set_ = np.asarray(rows.values, float), np.asarray(rows.intervened, float)
-    h = [x, (x**2 - 1) / np.sqrt(2), (x**3 - 3 * x) / np.sqrt(6)]
+    _, values, sums = summed(*problem)
+    x, set_ = np.asarray(values, float), np.asarray(problem[0].intervened, float)
     waves = [f(w * x) for w in (1.2, 2.4, 3.6) for f in (np.sin, np.cos)]
     features = np.stack(
-        [np.ones_like(x), *h, *waves, set_, set_ * x, set_ * waves[0], set_ * waves[1]], -1
+        [np.ones_like(x), *hermite(x), *waves, set_, set_ * x, set_ * waves[0], set_ * waves[1]], -1
     )
     assert np.abs(x).max() < FARTHEST and features.shape[-1] == NUM_FEATURES
     products = (features[:, 0].T @ features[:, TARGET]).reshape(-1) / ROWS
@@ -116,38 +118,39 @@ def test_scalar_features_and_their_mean_products(problem):
 
 def not_set(problem):
     """The rows in which variable 0, which is set in ten, was not set, standardised."""
-    return np.asarray(summed(*problem)[1].values, float)[~np.asarray(problem[0].intervened[:, 0])]
+    return np.asarray(summed(*problem)[1], float)[~np.asarray(problem[0].intervened[:, 0])]
+
+
+def ridge_residual(design, y):
+    """With one row's worth of independence, a ridge of one."""
+    gram = design.T @ design + np.eye(design.shape[1])
+    return y @ y + 1.0 - y @ design @ np.linalg.solve(gram, design.T @ y)
 
 
 def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
     """One row's worth of independence is a ridge of one."""
     x = not_set(problem)
     inverse = np.linalg.inv(x.T @ x + np.eye(VARS))
-    slopes = -inverse[0, 1:] / inverse[0, 0]
     coefficients, t = (np.sinh(3 * statistic(problem, n)[0, 1:]) for n in ("coefficient", "t"))
-    np.testing.assert_allclose(coefficients, slopes, atol=1e-3)
+    np.testing.assert_allclose(coefficients, -inverse[0, 1:] / inverse[0, 0], atol=1e-3)
     partial = -inverse[0, 1:] / np.sqrt(inverse[0, 0] * np.diag(inverse)[1:])
     freedom = len(x) - VARS
     np.testing.assert_allclose(
         t, partial * np.sqrt(freedom / (1 - partial**2)), rtol=1e-2, atol=1e-3
     )
-    variance = np.exp(statistic(problem, "variance")[0])
-    np.testing.assert_allclose(variance, 1 / inverse[0, 0] / freedom, rtol=1e-2)
+    np.testing.assert_allclose(
+        np.exp(statistic(problem, "variance")[0]), 1 / inverse[0, 0] / freedom, rtol=1e-2
+    )
 
 
 def test_the_cubic_test_sees_a_wave_that_correlation_misses(problem):
     """Variable 1 is a wave of variable 0: an F-test of three powers, by least squares in numpy."""
-    x = np.asarray(summed(*problem)[1].values[:OBSERVED], float)
-    powers = np.stack([x, (x**2 - 1) / np.sqrt(2), (x**3 - 3 * x) / np.sqrt(6)], -1)
+    powers = np.stack(hermite(np.asarray(summed(*problem)[1][:OBSERVED], float)), -1)
     powers -= powers.mean(0)
-    y = powers[:, 1, 0]
-
-    def residual(regressors):
-        design = powers[:, regressors].reshape(OBSERVED, -1)
-        gram = design.T @ design + np.eye(design.shape[1])
-        return y @ y + 1.0 - y @ design @ np.linalg.solve(gram, design.T @ y)
-
-    full, without = residual([0, 2, 3]), residual([2, 3])
+    full, without = (
+        ridge_residual(powers[:, chosen].reshape(OBSERVED, -1), powers[:, 1, 0])
+        for chosen in ([0, 2, 3], [2, 3])
+    )
     expected = np.log1p((without - full) / full * (OBSERVED - 3 * VARS) / 3) / 2
     found = statistic(problem, "F")
     assert abs(found[1, 0] - expected) < 0.02 * expected
@@ -157,19 +160,13 @@ def test_the_cubic_test_sees_a_wave_that_correlation_misses(problem):
 def test_local_posteriors_compare_all_subsets_by_bic(problem):
     """Variable 0 on all subsets of the other three, by least squares in numpy."""
     x = not_set(problem)
-    x, n, weight = x - x.mean(0), len(x), {}
-    for chosen in itertools.product((False, True), repeat=3):
-        design = x[:, 1:][:, list(chosen)]
-        moment, ridge = design.T @ x[:, 0], np.eye(sum(chosen))
-        explained = moment @ np.linalg.solve(design.T @ design + ridge, moment)
-        residual = x[:, 0] @ x[:, 0] + 1.0 - explained
-        weight[chosen] = (residual / n) ** (-0.5 * n) * n ** (-0.5 * sum(chosen))
-    for j in range(3):
-        inside, outside = (
-            sum(w for chosen, w in weight.items() if chosen[j] == there) for there in (True, False)
-        )
-        found = np.sinh(2 * statistic(problem, "odds")[0, j + 1])
-        np.testing.assert_allclose(found, np.log(inside / outside), rtol=2e-2, atol=2e-2)
+    x, n = x - x.mean(0), len(x)
+    subsets = np.array(list(itertools.product((False, True), repeat=3)))
+    residual = [ridge_residual(x[:, 1:][:, chosen], x[:, 0]) for chosen in subsets]
+    weight = (np.array(residual) / n) ** (-0.5 * n) * n ** (-0.5 * subsets.sum(1))
+    found = np.sinh(2 * statistic(problem, "odds")[0, 1:])
+    expected = np.log(weight @ subsets / (weight @ ~subsets))
+    np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_parents_regression_carries_over_and_a_childs_breaks():
@@ -181,10 +178,7 @@ def test_a_parents_regression_carries_over_and_a_childs_breaks():
     values[:, 1] = values[:, 0] + 0.5 * values[:, 1]
     values[:, 2] = values[:, 1] + 0.5 * values[:, 2]
     values[190:, 2] = end
-    buffer = ExperienceBuffer(
-        jnp.asarray(values, jnp.float32), jnp.asarray(intervened), jnp.ones(200, bool)
-    )
-    problem = buffer, Task(jnp.array(1), jnp.full(3, -3.0), jnp.full(3, 3.0), jnp.ones(3, bool))
+    problem = make_buffer(values, intervened), make_task(1, [-3.0] * 3, [3.0] * 3)
     broken, slope = statistic(problem, "residual"), statistic(problem, "slope")
     assert broken[1, 2] > 2 * broken[1, 0] and slope[1, 0] > 5 * abs(slope[1, 2])
     np.testing.assert_allclose(statistic(problem, "rows"), np.log1p([[10, 0, 10]] * 3), atol=1e-5)
@@ -192,26 +186,22 @@ def test_a_parents_regression_carries_over_and_a_childs_breaks():
 
 def test_counts_and_means_of_what_was_done(problem):
     """Far from every other value, the estimate at a grid point is that of the rows there."""
-    frame, rows, sums = summed(*problem)
-    evidence = np.asarray(evidence_of(sums, frame, problem[1]))[0]
-    x, y, done, grid = (
-        np.asarray(a, float)
-        for a in (rows.values[:, 0], rows.values[:, TARGET], rows.intervened[:, 0], frame.grid[0])
-    )
+    frame, values, sums = summed(*problem)
+    done = np.asarray(problem[0].intervened[:, 0])
+    x, y = np.asarray(values, float)[done][:, [0, TARGET]].T
+    grid = np.asarray(frame.grid[0], float)
     distance = (x[:, None] - grid) / (0.5 * (grid[1] - grid[0]) + 0.15)
-    near = np.maximum(1 - distance**2 / 7, 0) ** 2 * done[:, None]
-    for column, expected in (
-        (1, near.T @ y / (near.sum(0) + 0.3)),
-        (NUM_ESTIMATES + 1, np.log1p(near.sum(0))),
-    ):
-        np.testing.assert_allclose(evidence[:, column], expected, rtol=1e-3, atol=1e-4)
+    near = np.maximum(1 - distance**2 / 7, 0) ** 2
+    expected = near.T @ y / (near.sum(0) + 0.3), np.log1p(near.sum(0))
+    found = np.asarray(evidence_of(sums, frame, problem[1]))[0].T[[1, NUM_ESTIMATES + 1]]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_outliers_and_constant_columns(problem):
     buffer, task = problem
     values = buffer.values.at[5, 0].set(1e6).at[:, 3].set(4.0)
-    frame, rows, sums = summed(ExperienceBuffer(values, buffer.intervened, buffer.valid), task)
-    assert jnp.abs(rows.values).max() <= MAX_DEVIATIONS and not rows.values[:, 3].any()
+    frame, values, sums = summed(make_buffer(values, buffer.intervened), task)
+    assert jnp.abs(values).max() <= MAX_DEVIATIONS and not values[:, 3].any()
     for part in (statistics_of(sums, task), evidence_of(sums, frame, task)):
         assert bool(jnp.isfinite(part).all())
 
@@ -220,7 +210,6 @@ def test_outliers_and_constant_columns(problem):
 def test_a_variable_without_a_range_is_looked_at_around_its_mean(offset):
     """An offset of such a variable once moved its grid, and with it every answer."""
     values = jr.normal(jr.key(0), (20, 3)) + jnp.array([[0.0, offset, -offset]])
-    low, high = jnp.array([-1.0, 0.0, 0.0]), jnp.array([1.0, 0.0, 0.0])
-    buffer = ExperienceBuffer(values, jnp.zeros((20, 3), bool), jnp.ones(20, bool))
-    frame = Frame.of(buffer, Task(jnp.array(2), low, high, jnp.ones(3, bool)), 5)
-    assert not frame.grid[1:].any() and frame.grid[0].any()
+    task = make_task(2, [-1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    grid = Frame.of(make_buffer(values, jnp.zeros((20, 3), bool)), task, 5).grid
+    assert not grid[1:].any() and grid[0].any()

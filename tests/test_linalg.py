@@ -2,6 +2,8 @@
 their gradients.
 """
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,32 +22,22 @@ from lib.linalg import (
 
 BATCH, DIM, COLUMNS = 3, 6, 2
 RNG = np.random.default_rng(0)
-ROOTS = RNG.normal(size=(BATCH, DIM, DIM + 4))
+ROOTS, SLOPES = RNG.normal(size=(BATCH, DIM, DIM + 4)), RNG.normal(size=(BATCH, DIM, DIM))
 MATRICES = ROOTS @ ROOTS.swapaxes(1, 2) / DIM + 0.5 * np.eye(DIM)
 FACTORS = np.linalg.cholesky(MATRICES)
-RIGHTS = RNG.normal(size=(BATCH, DIM, COLUMNS))
-
-
-def lower(factor, right):
-    return scipy.linalg.solve_triangular(factor, right, lower=True)
-
-
-def upper(factor, right):
-    return scipy.linalg.solve_triangular(factor.T, right, lower=False)
-
-
+RIGHTS, RIGHT_SLOPES = RNG.normal(size=(2, BATCH, DIM, COLUMNS))
+# arguments, and the directions of their derivatives: symmetric or triangular as they are
+MATRIX = MATRICES, SLOPES + SLOPES.swapaxes(1, 2)
+FACTOR, RIGHT = (FACTORS, np.tril(SLOPES)), (RIGHTS, RIGHT_SLOPES)
+solve_lower = ft.partial(scipy.linalg.solve_triangular, lower=True)
 CASES = {
-    "cholesky": (cholesky, np.linalg.cholesky, (MATRICES,)),
-    "forward_solve": (forward_solve, lower, (FACTORS, RIGHTS)),
-    "backward_solve": (backward_solve, upper, (FACTORS, RIGHTS)),
-    "positive_solve": (positive_solve, np.linalg.solve, (MATRICES, RIGHTS)),
-    "inverse": (lambda m: inverse_and_log_det(m)[0], np.linalg.inv, (MATRICES,)),
-    "log_det": (
-        lambda m: inverse_and_log_det(m)[1],
-        lambda m: np.linalg.slogdet(m)[1],
-        (MATRICES,),
-    ),
-    "positive_inverse": (positive_inverse, np.linalg.inv, (MATRICES,)),
+    "cholesky": (cholesky, np.linalg.cholesky, MATRIX),
+    "forward_solve": (forward_solve, solve_lower, FACTOR, RIGHT),
+    "backward_solve": (backward_solve, ft.partial(solve_lower, trans=1), FACTOR, RIGHT),
+    "positive_solve": (positive_solve, np.linalg.solve, MATRIX, RIGHT),
+    "inverse": (lambda m: inverse_and_log_det(m)[0], np.linalg.inv, MATRIX),
+    "log_det": (lambda m: inverse_and_log_det(m)[1], lambda m: np.linalg.slogdet(m)[1], MATRIX),
+    "positive_inverse": (positive_inverse, np.linalg.inv, MATRIX),
 }
 
 
@@ -54,12 +46,23 @@ def single(array):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_matrix(name):
-    function, oracle, arguments = CASES[name]
-    arguments = [a[0] for a in arguments]
-    np.testing.assert_allclose(
-        jax.jit(function)(*map(single, arguments)), oracle(*arguments), atol=5e-4, rtol=5e-4
+def test_values_and_directional_derivatives(name):
+    """One matrix by itself; and under `vmap` forward mode along a symmetric (or triangular)
+    direction, against central differences in float64.
+    """
+    function, oracle, *pairs = CASES[name]
+    arguments, directions = zip(*pairs, strict=True)
+
+    def moved(i, step):
+        return oracle(*(a[i] + step * d[i] for a, d in pairs))
+
+    found = jax.jit(function)(*(single(a[0]) for a in arguments))
+    np.testing.assert_allclose(found, moved(0, 0.0), atol=5e-4, rtol=5e-4)
+    expected = [(moved(i, 1e-5) - moved(i, -1e-5)) / 2e-5 for i in range(BATCH)]
+    _, slope = jax.jit(jax.vmap(lambda a, d: jax.jvp(function, a, d)))(
+        tuple(map(single, arguments)), tuple(map(single, directions))
     )
+    np.testing.assert_allclose(slope, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_a_batch_of_one_argument_and_of_two_nested_axes():
@@ -70,28 +73,6 @@ def test_a_batch_of_one_argument_and_of_two_nested_axes():
     nested = jax.jit(jax.vmap(lambda s: jax.vmap(cholesky)(s * single(MATRICES))))(single(scales))
     expected = np.sqrt(scales)[:, None, None, None] * FACTORS[None]
     np.testing.assert_allclose(nested, expected, atol=5e-4)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_directional_derivatives(name):
-    """Forward mode along a symmetric (or triangular) direction, under `vmap`, against central
-    differences in float64.
-    """
-    function, oracle, arguments = CASES[name]
-    rng, directions = np.random.default_rng(1), []
-    for argument in arguments:
-        direction = rng.normal(size=argument.shape)
-        symmetric = direction + direction.swapaxes(1, 2) if argument is MATRICES else direction
-        directions.append(np.tril(direction) if argument is FACTORS else symmetric)
-
-    def moved(i, step):
-        return oracle(*(a[i] + step * d[i] for a, d in zip(arguments, directions, strict=True)))
-
-    expected = [(moved(i, 1e-5) - moved(i, -1e-5)) / 2e-5 for i in range(BATCH)]
-    _, slope = jax.jit(jax.vmap(lambda a, d: jax.jvp(function, a, d)))(
-        tuple(map(single, arguments)), tuple(map(single, directions))
-    )
-    np.testing.assert_allclose(slope, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_reverse_mode_through_the_sweeps():

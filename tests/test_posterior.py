@@ -29,8 +29,8 @@ def test_marginals_agree_with_a_sum_over_sets():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_entropy_of_a_uniform_distribution_is_its_log_in_nats(count):
-    posterior = make([1 / count] * count + [0.0] * (4 - count))
-    np.testing.assert_allclose(posterior.entropy(), np.log(count), atol=1e-6)
+    entropy = make([1 / count] * count + [0.0] * (4 - count)).entropy()
+    np.testing.assert_allclose(entropy, np.log(count), atol=1e-6)
 
 
 def test_top_k_is_sorted_and_not_renormalised():
