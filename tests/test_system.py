@@ -3,6 +3,7 @@ are untrained: only the plumbing is tested.
 """
 
 import functools as ft
+from dataclasses import asdict
 from pathlib import Path
 
 import equinox as eqx
@@ -99,7 +100,7 @@ def assert_distribution(distribution, task):
 def test_what_was_saved_is_what_is_loaded_and_another_stage_is_refused(system, tmp_path, kind):
     common = dict(config={}, seed=0, step=0, metrics={})
     system.save(kind(tmp_path / "acbo.eqx"), **common)
-    sizes = system.policy.config.hyperparameters, 3 * SIZES.model_hidden_dim
+    sizes = asdict(system.policy.config), 3 * SIZES.model_hidden_dim
     for module, stage, hyperparameters in (
         (system.surrogate, "surrogate", SIZES.hyperparameters),
         (system.policy, "policy", dict(zip(("policy", "token_dim"), sizes, strict=True))),
