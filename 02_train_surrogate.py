@@ -24,15 +24,15 @@ Deviations from phase4_training_infrastructure.md, section 2:
    whose length nobody has tried.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
 from lib import settings, surrogate
@@ -41,7 +41,7 @@ from lib.artifacts import save_module
 from lib.buffer import MIN_OBSERVATIONS
 from lib.problems import DataDesign, Example, sample_examples, sample_problem
 from lib.scm_prior import SCMPrior, inherit
-from lib.training import Learner, Progress, filter_scan, moving_average
+from lib.training import Learner, Progress, drawn, merged, moving_average, train
 from lib.trajectories import ExpertTrajectory, load_trajectories
 
 
@@ -118,7 +118,6 @@ class TrainingConfig:
         sizes = [bucket.max_size for bucket in self.buckets]
         if (
             sizes != sorted(set(sizes))
-            or not sizes
             or sizes[-1] != self.prior.max_size
             or sizes[0] < self.prior.min_size
         ):
@@ -189,7 +188,7 @@ PRESETS = {
 }
 
 
-class TrainState(eqx.Module):
+class TrainState(NamedTuple):
     """Everything that a checkpoint holds: weights and optimiser, the weights' moving average, the
     lowest validation loss and its step.
     """
@@ -206,7 +205,7 @@ class SurrogateModelResult:
 
     model: surrogate.ParentSetPredictionModel
     training_history: list[dict[str, float]]
-    """Per chunk of steps, the mean losses."""
+    """Per chunk of steps, the mean losses, and accuracy where it was measured."""
     validation_metrics: dict[str, float]
     """On held-out problems, at the end."""
     steps: int
@@ -231,17 +230,16 @@ def draw_chunk(
     """Simulated examples of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
     def one_bucket(key, bucket, prior):
-        def draw(key):
-            bins, buffers = config.model.num_bins, config.buffers_per_model
-            return sample_examples(key, prior, config.design, bins, buffers)
-
-        examples = jax.vmap(draw)(jr.split(key, bucket.models))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
+        bins, buffers = config.model.num_bins, config.buffers_per_model
+        return merged(
+            jax.vmap(lambda k: sample_examples(k, prior, config.design, bins, buffers))(
+                jr.split(key, bucket.models)
+            )
+        )
 
     def one_step(step):
-        buckets = enumerate(zip(config.buckets, config.priors, strict=True))
-        step_key = jr.fold_in(key, step)
-        return tuple(one_bucket(jr.fold_in(step_key, i), *bucket) for i, bucket in buckets)
+        step_key, buckets = jr.fold_in(key, step), zip(config.buckets, config.priors, strict=True)
+        return tuple(one_bucket(jr.fold_in(step_key, i), *each) for i, each in enumerate(buckets))
 
     return jax.lax.map(one_step, first_step + jnp.arange(count))
 
@@ -254,42 +252,23 @@ def train_chunk(
     key: jax.Array,
     first_step: jax.Array,
     config: TrainingConfig,
-):
-    """A gradient step on each of `batches`, in one program."""
+) -> tuple[TrainState, surrogate.SurrogateLosses]:
+    """A gradient step on each of `batches`, in one program; the mean losses too."""
     optimiser = make_optimiser(config)
 
-    def step(trained, inputs):
-        (learner, average), (index, examples) = trained, inputs
-        chosen = None
-        if demos is not None:
-            step_key, count = jr.fold_in(key, index), demos.task.target.shape[0]
-            rows = jr.randint(step_key, (config.demos_per_step,), 0, count)
-            chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
+    def step(state, inputs):
+        index, examples = inputs
+        chosen = demos and drawn(jr.fold_in(key, index), demos, config.demos_per_step)
         share = jnp.clip(1.0 - index / (config.expert_until * config.steps), 0.0, 1.0)
         learner, losses = surrogate.surrogate_step(
-            learner, optimiser, examples, chosen, config.weights, share
+            state.learner, optimiser, examples, chosen, config.weights, share
         )
-        return (learner, moving_average(average, learner.module, config.average)), losses
+        average = moving_average(state.average, learner.module, config.average)
+        return state._replace(learner=learner, average=average), losses
 
-    steps = first_step + jnp.arange(batches[0].parents.shape[0])
-    trained, losses = filter_scan(step, (state.learner, state.average), (steps, batches))
-    state = eqx.tree_at(lambda s: (s.learner, s.average), state, trained)
+    indices = first_step + jnp.arange(len(batches[0].parents))
+    state, losses = jax.lax.scan(step, state, (indices, batches))
     return state, jax.tree.map(jnp.mean, losses)
-
-
-# --- training ---
-
-
-def estimate_speedup(
-    key: jax.Array, model: surrogate.ParentSetPredictionModel, config: TrainingConfig
-) -> float:
-    """The expert's seconds per posterior over the surrogate's, on one problem of the largest
-    bucket.
-    """
-    num_obs, prior = max(config.design.max_obs, MIN_OBSERVATIONS), config.priors[-1]
-    scm, buffer = sample_problem(key, prior, num_obs, 2, num_obs + 2 * prior.max_vars)
-    expert, ours = posterior_seconds(model, scm, buffer, num_obs)
-    return expert / ours
 
 
 def train_surrogate_with_expert_data(
@@ -309,50 +288,39 @@ def train_surrogate_with_expert_data(
     )
     model = eqx.filter_jit(surrogate.ParentSetPredictionModel)(config.model, key=model_key)
     learner = Learner.of(model, make_optimiser(config))
+    validation = merged(draw_chunk(validation_key, jnp.array(0), config.chunk, config))
+
+    def steps(state, start):
+        for step in range(start, config.steps, config.chunk):
+            # a shorter last chunk is a program of its own
+            done, index = min(step + config.chunk, config.steps), jnp.array(step)
+            batches = draw_chunk(data_key, index, done - step, config)
+            state, losses = train_chunk(state, batches, training_examples, demo_key, index, config)
+            record = {name: float(loss) for name, loss in losses._asdict().items()}
+            every, since = config.evaluate_every, 0
+            if done // every > step // every or done == config.steps:
+                record |= accuracy(state.average, validation)
+                parents = config.weights.parents * record["validation_set_nll"]
+                loss = parents + config.weights.effects * record["validation_effect_nll"]
+                if loss < float(state.best_loss):
+                    state = state._replace(best_loss=jnp.array(loss), best_step=jnp.array(done))
+                since = done - int(state.best_step)
+            yield done, state, record
+            if config.patience and since >= config.patience * every:
+                print(f"stopped at step {done}: no lower validation loss for {since} steps")
+                break
+
     state = TrainState(learner, model, jnp.array(jnp.inf), jnp.array(0))
-    state, start = progress.resume(state) if progress else (state, 0)
-    validation = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
-        draw_chunk(validation_key, jnp.array(0), config.chunk, config),
+    shown = {"f1": "validation_parent_f1", "r2": "validation_effect_r2"}
+    state, history = train(
+        "surrogate", steps, state, config.steps, config.checkpoint_every, shown, progress
     )
-
-    history, metrics, done = [], {}, start
-    bar = tqdm(total=config.steps, initial=start, desc="surrogate", unit="step", mininterval=2)
-    for step in range(start, config.steps, config.chunk):
-        # a shorter last chunk is a program of its own
-        count, index = min(config.chunk, config.steps - step), jnp.array(step)
-        done, metrics = step + count, {}
-
-        def passed(every, step=step, done=done):
-            return done // every > step // every
-
-        batches = draw_chunk(data_key, index, count, config)
-        state, losses = train_chunk(state, batches, training_examples, demo_key, index, config)
-        history.append({"step": done} | {k: float(v) for k, v in losses._asdict().items()})
-        bar.update(count)
-        if passed(config.evaluate_every) or done >= config.steps:
-            metrics = accuracy(state.average, validation)
-            bar.set_postfix(
-                f1=f"{metrics['validation_parent_f1']:.3f}",
-                r2=f"{metrics['validation_effect_r2']:.3f}",
-            )
-            parents = config.weights.parents * metrics["validation_set_nll"]
-            loss = parents + config.weights.effects * metrics["validation_effect_nll"]
-            if loss < float(state.best_loss):
-                best = jnp.array(loss), jnp.array(done)
-                state = eqx.tree_at(lambda s: (s.best_loss, s.best_step), state, best)
-        if progress:
-            record = {k: v for k, v in history[-1].items() if k != "step"} | metrics
-            progress.keep(done, record, state if passed(config.checkpoint_every) else None)
-        since = done - int(state.best_step)
-        if metrics and config.patience and since >= config.patience * config.evaluate_every:
-            print(f"stopped at step {done}: no lower validation loss for {since} steps")
-            break
-    bar.close()
-
-    metrics = metrics or accuracy(state.average, validation)
-    speedup = estimate_speedup(time_key, state.average, config)
-    return SurrogateModelResult(state.average, history, metrics, done, speedup)
+    metrics = {k: v for k, v in history[-1].items() if k.startswith("validation")}
+    # one problem of the largest bucket
+    num_obs, prior = max(config.design.max_obs, MIN_OBSERVATIONS), config.priors[-1]
+    scm, buffer = sample_problem(time_key, prior, num_obs, 2, num_obs + 2 * prior.max_vars)
+    expert, ours = posterior_seconds(state.average, scm, buffer, num_obs)
+    return SurrogateModelResult(state.average, history, metrics, history[-1]["step"], expert / ours)
 
 
 @eqx.filter_jit
@@ -362,33 +330,27 @@ def extract_surrogate_training_data(
     """The expert's belief after every number of experiments, with the data it followed from, in
     buffers of at least `capacity` rows.
     """
-    num_steps = trajectories.variable.shape[1]
     room = max(capacity - trajectories.buffer.valid.shape[1], 0)
 
     def one(trajectory, step):
-        buffer = trajectory.buffer_before(step)
-        return surrogate.SurrogateTrainingExample(
-            buffer.grow(room), trajectory.scm.task, trajectory.posterior(step)
-        )
+        known, task = trajectory.buffer_before(step).grow(room), trajectory.scm.task
+        return surrogate.SurrogateTrainingExample(known, task, trajectory.posterior(step))
 
-    examples = jax.vmap(lambda t: jax.vmap(lambda s: one(t, s))(jnp.arange(num_steps + 1)))(
-        trajectories
-    )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
+    each = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
+    return merged(each(trajectories, jnp.arange(trajectories.log_probs.shape[1])))
 
 
 def train_surrogate_component(
     trajectories: ExpertTrajectory | None,
     config: surrogate.SurrogateConfig,
     *,
-    training_config: TrainingConfig | None = None,
+    training_config: TrainingConfig = TrainingConfig(),
     progress: Progress | None = None,
 ) -> SurrogateModelResult:
     """Train only the surrogate, on whole demonstrations (phase4_training_infrastructure.md)."""
-    training = training_config or TrainingConfig()
-    capacity = training.design.max_obs + training.design.max_interventions
+    capacity = training_config.design.max_obs + training_config.design.max_interventions
     examples = trajectories and extract_surrogate_training_data(trajectories, capacity)
-    return train_surrogate_with_expert_data(examples, config, training, progress=progress)
+    return train_surrogate_with_expert_data(examples, config, training_config, progress=progress)
 
 
 def pretrain_surrogate(
@@ -396,12 +358,11 @@ def pretrain_surrogate(
     learning_rate: float,
     num_epochs: int,
     *,
-    config: TrainingConfig | None = None,
+    config: TrainingConfig = TrainingConfig(),
 ) -> surrogate.ParentSetPredictionModel:
     """The loop of multi_stage_training.md, stage 1: `num_epochs` passes over the demonstrations,
     with as many simulations beside them as `config` says.
     """
-    config = config or TrainingConfig()
     batches = -(-expert_demonstrations.task.target.shape[0] // config.demos_per_step)
     config = replace(config, learning_rate=learning_rate, steps=num_epochs * batches)
     return train_surrogate_with_expert_data(expert_demonstrations, config.model, config).model
@@ -429,12 +390,10 @@ def main(config: TrainingConfig) -> Path:
         out,
         result.model,
         stage="surrogate",
-        config=asdict(config),
         hyperparameters=config.model.hyperparameters,
-        seed=config.seed,
         step=result.steps,
-        parents=inputs,
         metrics=result.validation_metrics,
+        **progress.header,
     )
     progress.finish()
     print("  ".join(f"{k[11:]} {v:.3f}" for k, v in result.validation_metrics.items()))

@@ -25,6 +25,7 @@ moving average over the iterations (`average`), because a reward is a rare jump 
 recommendation and every gradient mostly noise.
 """
 
+import functools as ft
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,14 +35,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
-import optax
-from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
 from lib import settings
 from lib.artifacts import save_arrays, save_module
-from lib.grpo import GRPOConfig, GRPOMetrics, campaign_gains, collect_groups, grpo_step
+from lib.grpo import GRPOConfig, GRPOMetrics, campaign_gains, grpo_iteration, grpo_optimiser
 from lib.imitation import (
     AcquisitionTrainingExample,
     ImitationConfig,
@@ -55,7 +53,7 @@ from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
-from lib.training import Learner, Progress, clipped_adam, moving_average
+from lib.training import Learner, Progress, drawn, moving_average, train
 from lib.trajectories import ExpertTrajectory, join, load_trajectories
 
 
@@ -161,7 +159,7 @@ PRESETS = {
 }
 
 
-class TrainState(eqx.Module):
+class TrainState(NamedTuple):
     """Everything that a checkpoint holds: the policy and its optimiser, its moving average, metrics
     of training `[iterations]`, and what the average gains on the validation problems
     `[checkpoints, steps]`, the first before GRPO.
@@ -181,15 +179,9 @@ class AcquisitionModelResult(NamedTuple):
 
     policy: AcquisitionPolicyNetwork
     cloned: AcquisitionPolicyNetwork
-    curves: dict[str, np.ndarray]
-    validation: np.ndarray
+    curves: dict[str, jax.Array]
+    validation: jax.Array
     validation_metrics: dict[str, float]
-
-
-def make_optimiser(config: AcquisitionConfig) -> optax.GradientTransformation:
-    """Adam with cosine decay to zero."""
-    steps = config.iterations * config.grpo.grpo_epochs
-    return clipped_adam(optax.cosine_decay_schedule(config.grpo.learning_rate, steps))
 
 
 def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins: int) -> Problem:
@@ -212,22 +204,25 @@ def iterate(
 ) -> TrainState:
     """One GRPO iteration; some of `demos` are imitated beside it, if that has a weight."""
     play_key, demo_key = keys
-    imitation, warm = config.imitation, config.imitation.warm
-    grpo = replace(config.grpo, kl_weight=warm * config.grpo.kl_weight)
-    policy, num_steps = state.learner.module, config.campaign.num_steps
-    groups, _ = collect_groups(
-        play_key, surrogate, policy, problems, num_steps, config.rewards, grpo
-    )
+    # a cold start has no clone to stay close to
+    grpo = replace(config.grpo, kl_weight=config.imitation.warm * config.grpo.kl_weight)
 
     def imitate(policy):
-        if demos is None or not imitation.imitation_weight:
-            return 0.0
-        rows = jr.randint(demo_key, (imitation.imitation_batch,), 0, demos.variable.shape[0])
-        chosen = jax.tree.map(lambda leaf: leaf[rows], demos)
-        return imitation.imitation_weight * clone_loss(policy, chosen)[0]
+        chosen = drawn(demo_key, demos, config.imitation.imitation_batch)
+        return config.imitation.imitation_weight * clone_loss(policy, chosen)[0]
 
-    optimiser = make_optimiser(config)
-    learner, metrics = grpo_step(state.learner, optimiser, reference, groups, grpo, imitate)
+    learner, _, metrics = grpo_iteration(
+        play_key,
+        state.learner,
+        reference,
+        surrogate,
+        problems,
+        config.campaign.num_steps,
+        config.rewards,
+        grpo,
+        config.iterations,
+        imitate if config.imitation.imitation_weight else None,
+    )
     average = moving_average(state.average, learner.module, config.average)
     curves = jax.tree.map(lambda curve, now: curve.at[index].set(now), state.curves, metrics)
     return TrainState(learner, average, curves, state.validation)
@@ -251,30 +246,26 @@ def improve(
     def validate(policy: AcquisitionPolicyNetwork) -> tuple[jax.Array, jax.Array]:
         return campaign_gains(noise_key, policy, surrogate, held_out, config.campaign.num_steps)
 
+    def steps(state, first):
+        for step in range(first, config.iterations):
+            problem_key, *keys = (jr.fold_in(key, step) for key in step_keys)
+            problems = draw_batch(problem_key, config, config.problems_per_iteration, num_bins)
+            state = iterate(keys, state, start, surrogate, problems, demos, jnp.array(step), config)
+            checkpoint, rest = divmod(step + 1, every)
+            if not rest:
+                gains, _ = validate(state.average)
+                state = state._replace(validation=state.validation.at[checkpoint].set(gains))
+            yield step + 1, state, {k: curve[step] for k, curve in state.curves._asdict().items()}
+
     first_gains, span = validate(start)
     start = eqx.tree_at(lambda policy: policy.span, start, span)
-    learner = Learner.of(start, make_optimiser(config))
     curves = GRPOMetrics(*[jnp.zeros(config.iterations)] * len(GRPOMetrics._fields))
     validation = jnp.zeros((1 + config.iterations // every, *first_gains.shape))
     validation = validation.at[0].set(first_gains)
-    state = TrainState(learner, start, curves, validation)
-    state, first = progress.resume(state) if progress else (state, 0)
-
-    bar = tqdm(range(first, config.iterations), "policy", initial=first, total=config.iterations)
-    for step in bar:
-        problem_key, *keys = (jr.fold_in(key, step) for key in step_keys)
-        problems = draw_batch(problem_key, config, config.problems_per_iteration, num_bins)
-        state = iterate(keys, state, start, surrogate, problems, demos, jnp.array(step), config)
-        now = {name: float(curve[step]) for name, curve in state.curves._asdict().items()}
-        checkpoint, rest = divmod(step + 1, every)
-        if not rest:
-            gains, _ = validate(state.average)
-            validation = state.validation.at[checkpoint].set(gains)
-            state = eqx.tree_at(lambda s: s.validation, state, validation)
-        if progress:
-            progress.keep(step + 1, now, None if rest else state)
-        bar.set_postfix(gain=f"{now['optimization']:.4f}", entropy=f"{now['entropy']:.2f}")
-    return state
+    optimiser = grpo_optimiser(config.grpo, config.iterations)
+    state = TrainState(Learner.of(start, optimiser), start, curves, validation)
+    shown = {"gain": "optimization", "entropy": "entropy"}
+    return train("policy", steps, state, config.iterations, every, shown, progress)[0]
 
 
 # --- the documents' functions ---
@@ -288,7 +279,7 @@ def train_acquisition_with_expert_warmstart(
     *,
     surrogate: ParentSetPredictionModel,
     held_out: AcquisitionTrainingExample | None = None,
-    config: AcquisitionConfig | None = None,
+    config: AcquisitionConfig = AcquisitionConfig(),
     progress: Progress | None = None,
 ) -> AcquisitionModelResult:
     """Clone the expert's choices, then improve by GRPO (phase4_training_infrastructure.md).
@@ -296,29 +287,34 @@ def train_acquisition_with_expert_warmstart(
     The clone's agreement is measured on `held_out` examples; without cloning none are needed. With
     `progress`, GRPO goes on where a checkpoint is; cloning is short, and the same again.
     """
-    config, imitation = config or AcquisitionConfig(), imitation_config
-    config = replace(config, policy=policy_config, grpo=grpo_config, imitation=imitation)
+    config = replace(config, policy=policy_config, grpo=grpo_config, imitation=imitation_config)
     clone_key, warm_key, cold_key = (
         settings.stage_key(config.seed, "policy", use) for use in ("clone", "warm", "cold")
     )
-    token_dim = 3 * surrogate.config.model_hidden_dim
-    build, agreement = eqx.filter_jit(AcquisitionPolicyNetwork), {}
-    cloned = build(policy_config, token_dim, key=warm_key)
-    if imitation.use_behavioral_cloning:
+    build = ft.partial(
+        eqx.filter_jit(AcquisitionPolicyNetwork),
+        policy_config,
+        3 * surrogate.config.model_hidden_dim,
+    )
+    cloned, agreement = build(key=warm_key), {}
+    if imitation_config.use_behavioral_cloning:
         if training_examples is None:
             raise ValueError("cloning needs training_examples, or use_behavioral_cloning=False")
-        cloned = clone(clone_key, cloned, training_examples, imitation)
+        cloned = clone(clone_key, cloned, training_examples, imitation_config)
         if held_out is not None:
             measured = eqx.filter_jit(clone_loss)(cloned, held_out)[1]
             agreement = {name: float(value) for name, value in measured._asdict().items()}
             agreement |= {"validation_states": len(held_out.variable)}
             print("clone: " + "  ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
-    start = cloned if imitation.warm else build(policy_config, token_dim, key=cold_key)
+    start = cloned if imitation_config.warm else build(key=cold_key)
     state = improve(config, surrogate, start, training_examples, progress)
-    cloned = eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span)
-    curves = {name: np.asarray(curve) for name, curve in state.curves._asdict().items()}
-    validation = np.asarray(state.validation)
-    return AcquisitionModelResult(state.average, cloned, curves, validation, agreement)
+    return AcquisitionModelResult(
+        state.average,
+        eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span),
+        state.curves._asdict(),
+        state.validation,
+        agreement,
+    )
 
 
 def train_acquisition_component(
@@ -337,9 +333,15 @@ def train_acquisition_component(
         examples = extract_acquisition_training_data(join([first, second]), surrogate_result)
         train = jax.tree.map(lambda leaf: leaf[: first.variable.size], examples)
         held_out = jax.tree.map(lambda leaf: leaf[first.variable.size :], examples)
-    files: dict[str, Any] = dict(held_out=held_out, config=config, progress=progress)
     return train_acquisition_with_expert_warmstart(
-        train, config.policy, config.grpo, config.imitation, surrogate=surrogate_result, **files
+        train,
+        config.policy,
+        config.grpo,
+        config.imitation,
+        surrogate=surrogate_result,
+        held_out=held_out,
+        config=config,
+        progress=progress,
     )
 
 
@@ -349,12 +351,11 @@ def train_acquisition(
     learning_rate: float,
     num_steps: int,
     *,
-    config: AcquisitionConfig | None = None,
+    config: AcquisitionConfig = AcquisitionConfig(),
 ) -> AcquisitionPolicyNetwork:
     """The loop of multi_stage_training.md, stage 2: `num_steps` GRPO iterations; demonstrations are
     cloned first, if there are any.
     """
-    config = config or AcquisitionConfig()
     return train_acquisition_with_expert_warmstart(
         expert_demonstrations,
         config.policy,
@@ -372,35 +373,27 @@ def main(config: AcquisitionConfig) -> Path:
     Raises `ArtifactError` if demos.npz or surrogate.eqx is missing or damaged.
     """
     settings.use_compilation_cache(config.folder.parent / "cache")
-    demos, surrogate_path = config.folder / "demos.npz", config.folder / "surrogate.eqx"
-    cloning = config.imitation.use_behavioral_cloning
-    inputs = [demos, surrogate_path] if cloning else [surrogate_path]
-    surrogate, made = load_surrogate(surrogate_path)
+    demos, inputs = config.folder / "demos.npz", [config.folder / "surrogate.eqx"]
+    surrogate, made = load_surrogate(inputs[0])
     config = replace(config, prior=inherit(config.prior, made))
-    progress = Progress(config.folder, "policy", __file__, config, inputs)
-    trajectories = None
+    trajectories, cloning = None, config.imitation.use_behavioral_cloning
     if cloning:
-        trajectories = (load_trajectories(demos, part)[0] for part in ("train", "validation"))
+        inputs = [demos, *inputs]
+        trajectories = [load_trajectories(demos, part)[0] for part in ("train", "validation")]
+    progress = Progress(config.folder, "policy", __file__, config, inputs)
     result = train_acquisition_component(trajectories, surrogate, config, progress=progress)
 
-    header: dict[str, Any] = dict(
-        config=asdict(config), seed=config.seed, step=config.iterations, parents=inputs
-    )
-    token_dim, agreement = result.policy.token.in_features, result.validation_metrics
-    shape = dict(policy=config.policy.hyperparameters, token_dim=token_dim)
-    out, cloned = config.folder / "policy.eqx", config.folder / "bc_policy.eqx"
-    last = {f"last_{name}": float(curve[-10:].mean()) for name, curve in result.curves.items()}
-
-    def save(path, policy, metrics):
-        save_module(path, policy, stage="policy", hyperparameters=shape, metrics=metrics, **header)
-
+    header: dict[str, Any] = progress.header | {"step": config.iterations}
     curves, path = result.curves | {"validation": result.validation}, config.folder / "curves.npz"
     save_arrays(path, curves, stage="curves", hyperparameters={}, metrics={}, **header)
+    shape = dict(policy=asdict(config.policy), token_dim=result.policy.token.in_features)
+    header |= dict(stage="policy", hyperparameters=shape)
+    out, cloned = config.folder / "policy.eqx", config.folder / "bc_policy.eqx"
+    cloned.unlink(missing_ok=True)  # of an earlier run, perhaps with a clone
     if cloning:
-        save(cloned, result.cloned, agreement)
-    else:
-        cloned.unlink(missing_ok=True)  # of an earlier run: nothing was cloned in this one
-    save(out, result.policy, agreement | last)
+        save_module(cloned, result.cloned, metrics=result.validation_metrics, **header)
+    last = {f"last_{name}": float(curve[-10:].mean()) for name, curve in result.curves.items()}
+    save_module(out, result.policy, metrics=result.validation_metrics | last, **header)
     progress.finish()
     print("last ten iterations: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in last.items()))
     return out

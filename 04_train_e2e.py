@@ -16,7 +16,7 @@ Deviations from multi_stage_training.md, stage 3:
 2. both updates use batches of problems and groups of candidates, not one problem and one action.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +26,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
 from lib import settings
 from lib.buffer import ExperienceBuffer
-from lib.grpo import GRPOConfig, GRPOMetrics, collect_groups, grpo_step
+from lib.grpo import GRPOConfig, grpo_iteration, grpo_optimiser
 from lib.policy import AcquisitionPolicyNetwork
 from lib.problems import (
     CampaignDesign,
@@ -52,7 +51,7 @@ from lib.surrogate import (
     surrogate_step,
 )
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
-from lib.training import Learner, Progress, clipped_adam, filter_scan
+from lib.training import Learner, Progress, merged, train
 from lib.trajectories import ExpertTrajectory
 
 
@@ -153,9 +152,9 @@ def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, C
     Each level has one program: within it nothing depends on `step`.
     """
     level = min(step * (config.levels + 1) // config.rounds, config.levels - 1)
-    if level == config.levels - 1:
-        return config.prior, config.campaign
     share, prior, campaign = (level + 1) / config.levels, config.prior, config.campaign
+    if share == 1.0:
+        return prior, campaign
     easier = replace(
         prior,
         max_size=prior.min_size + round(share * (prior.max_size - prior.min_size)),
@@ -166,72 +165,43 @@ def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, C
     return easier, replace(campaign, min_obs=min_obs)
 
 
-def make_optimisers(
-    config: Config,
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Optimisers of the surrogate and of the policy, with cosine decay to zero."""
-    decay, rounds, grpo = optax.cosine_decay_schedule, config.rounds, config.grpo
-    surrogate = decay(config.surrogate_learning_rate, rounds * config.surrogate_steps)
-    policy = decay(grpo.learning_rate, rounds * grpo.grpo_epochs)
-    return surrogate_optimiser(surrogate), clipped_adam(policy)
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    """The surrogate's, with cosine decay to zero."""
+    steps = config.rounds * config.surrogate_steps
+    return surrogate_optimiser(optax.cosine_decay_schedule(config.surrogate_learning_rate, steps))
 
 
-@eqx.filter_jit
-def improve_policy(
-    key: jax.Array,
-    state: TrainState,
-    reference: AcquisitionPolicyNetwork,
-    problems: Problem,
-    config: Config,
-) -> tuple[TrainState, ExperienceBuffer, GRPOMetrics]:
-    """A campaign of the present policy on each problem, and the GRPO steps on their groups; returns
-    the final buffers `[problems]` too.
-    """
-    num_steps, (_, optimiser) = config.campaign.num_steps, make_optimisers(config)
-    surrogate, policy = state.surrogate.module, state.policy.module
-    groups, buffers = collect_groups(
-        key, surrogate, policy, problems, num_steps, config.rewards, config.grpo
-    )
-    learner, metrics = grpo_step(state.policy, optimiser, reference, groups, config.grpo)
-    return TrainState(state.surrogate, learner), buffers, metrics
-
-
-def collected_examples(
-    key: jax.Array, problems: Problem, buffers: ExperienceBuffer, capacity: int
-) -> Example:
-    """The campaigns' data, each cut at a random moment, as training examples for the surrogate."""
-
-    def one(key, scm, truth, buffer):
-        first = (buffer.observational & buffer.valid).sum()
-        cut = buffer.first(jr.randint(key, (), first, buffer.size + 1))
-        room = capacity - buffer.valid.shape[0]
-        return Example(cut.grow(room), scm.task, truth.parents, truth.effects)
-
-    keys = jr.split(key, buffers.valid.shape[0])
-    return jax.vmap(one)(keys, problems.scm, problems.truth, buffers)
+improve_policy = eqx.filter_jit(grpo_iteration)
 
 
 @eqx.filter_jit
 def improve_surrogate(
-    key: jax.Array, state: TrainState, problems: Problem, buffers: ExperienceBuffer, config: Config
-) -> tuple[TrainState, SurrogateLosses]:
-    """`surrogate_steps` gradient steps on fresh simulations and on the collected data."""
-    optimiser, _ = make_optimisers(config)
-    num_bins = state.surrogate.module.config.num_bins
+    key: jax.Array, learner: Learner, problems: Problem, buffers: ExperienceBuffer, config: Config
+) -> tuple[Learner, SurrogateLosses]:
+    """`surrogate_steps` gradient steps on fresh simulations and on the campaigns' data, each cut at
+    a random moment.
+    """
+    optimiser, design = make_optimiser(config), config.design
+    room = design.max_obs + design.max_interventions - buffers.valid.shape[1]
+
+    def simulate(key):
+        return sample_examples(key, config.prior, design, learner.module.config.num_bins)
+
+    def cut(key, problem, buffer):
+        first = (buffer.observational & buffer.valid).sum()
+        known = buffer.first(jr.randint(key, (), first, buffer.size + 1)).grow(room)
+        return Example(known, problem.scm.task, problem.truth.parents, problem.truth.effects)
 
     def step(learner, key):
         fresh_key, cut_key = jr.split(key)
-        fresh = jax.vmap(lambda k: sample_examples(k, config.prior, config.design, num_bins))(
-            jr.split(fresh_key, config.models_per_step)
-        )
-        fresh = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fresh)
-        collected = collected_examples(cut_key, problems, buffers, fresh.buffer.valid.shape[1])
+        fresh = merged(jax.vmap(simulate)(jr.split(fresh_key, config.models_per_step)))
+        collected = jax.vmap(cut)(jr.split(cut_key, len(buffers.valid)), problems, buffers)
         examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
         return surrogate_step(learner, optimiser, [examples], None, LossWeights())
 
     keys = jr.split(key, config.surrogate_steps)
-    learner, losses = filter_scan(step, state.surrogate, keys)
-    return TrainState(learner, state.policy), jax.tree.map(jnp.mean, losses)
+    learner, losses = jax.lax.scan(step, learner, keys)
+    return learner, jax.tree.map(jnp.mean, losses)
 
 
 def train_end_to_end(
@@ -239,33 +209,50 @@ def train_end_to_end(
     acquisition_params: AcquisitionPolicyNetwork,
     num_steps: int,
     *,
-    config: Config | None = None,
+    config: Config = Config(),
     progress: Progress | None = None,
 ) -> tuple[TrainedACBOSystem, dict[str, float]]:
     """Both models in turns for `num_steps` rounds (multi_stage_training.md, stage 3), or on from a
     checkpoint; the system, and what the last round logged.
     """
-    config = replace(config or Config(), rounds=num_steps)
+    config = replace(config, rounds=num_steps)
     keys = [settings.stage_key(config.seed, "acbo", u) for u in ("problems", "play", "surrogate")]
-    models = surrogate_params, acquisition_params
-    state = TrainState(*map(Learner.of, models, make_optimisers(config)))
-    state, start = progress.resume(state) if progress else (state, 0)
-    num_bins, record = surrogate_params.config.num_bins, {}
-    bar = tqdm(range(start, num_steps), "end to end", initial=start, total=num_steps)
-    for step in bar:
-        problem_key, play_key, surrogate_key = (jr.fold_in(key, step) for key in keys)
-        prior, campaign = adjust_difficulty(step, config)
-        problems = draw_problems(problem_key, config.problems_per_round, prior, campaign, num_bins)
-        state, buffers, metrics = improve_policy(
-            play_key, state, acquisition_params, problems, config
-        )
-        state, losses = improve_surrogate(surrogate_key, state, problems, buffers, config)
-        record = {k: float(v) for k, v in (metrics._asdict() | losses._asdict()).items()}
-        if progress:
-            kept = (step + 1) % config.checkpoint_every == 0 and step + 1 < num_steps
-            progress.keep(step + 1, {"largest": prior.max_size} | record, state if kept else None)
-        bar.set_postfix(reward=f"{record['reward']:.3f}", nll=f"{record['parent_nll']:.3f}")
-    return TrainedACBOSystem(state.surrogate.module, state.policy.module), record
+    num_bins = surrogate_params.config.num_bins
+
+    def steps(state, start):
+        for step in range(start, num_steps):
+            problem_key, play_key, surrogate_key = (jr.fold_in(key, step) for key in keys)
+            prior, campaign = adjust_difficulty(step, config)
+            problems = draw_problems(
+                problem_key, config.problems_per_round, prior, campaign, num_bins
+            )
+            policy, buffers, metrics = improve_policy(
+                play_key,
+                state.policy,
+                acquisition_params,
+                state.surrogate.module,
+                problems,
+                config.campaign.num_steps,
+                config.rewards,
+                config.grpo,
+                num_steps,
+            )
+            surrogate, losses = improve_surrogate(
+                surrogate_key, state.surrogate, problems, buffers, config
+            )
+            state = TrainState(surrogate, policy)
+            record = {"largest": prior.max_size, **metrics._asdict(), **losses._asdict()}
+            yield step + 1, state, record
+
+    state = TrainState(
+        Learner.of(surrogate_params, make_optimiser(config)),
+        Learner.of(acquisition_params, grpo_optimiser(config.grpo, num_steps)),
+    )
+    shown = {"reward": "reward", "nll": "parent_nll"}
+    state, records = train(
+        "end to end", steps, state, num_steps, config.checkpoint_every, shown, progress
+    )
+    return TrainedACBOSystem(state.surrogate.module, state.policy.module), records[-1]
 
 
 def train_complete_acbo_system(
@@ -274,7 +261,7 @@ def train_complete_acbo_system(
     acquisition_config,
     training_config,
     *,
-    config: Config | None = None,
+    config: Config = Config(),
 ) -> TrainedACBOSystem:
     """Stages 2 to 4 on demonstrations, of training and held out, without files
     (phase4_training_infrastructure.md). The configs are an `AcquisitionConfig` and a
@@ -287,7 +274,6 @@ def train_complete_acbo_system(
     policy = stage_3.train_acquisition_component(
         expert_trajectories, surrogate, acquisition_config
     ).policy
-    config = config or Config()
     return train_end_to_end(surrogate, policy, config.rounds, config=config)[0]
 
 
@@ -302,8 +288,8 @@ def main(config: Config) -> Path:
         surrogate, policy, config.rounds, config=config, progress=progress
     )
     out = config.folder / "acbo.eqx"
-    made = dict(seed=config.seed, step=config.rounds, parents=inputs, metrics=record)
-    system.save(out, config=asdict(config), **made)
+    metrics = {name: value for name, value in record.items() if name not in ("step", "largest")}
+    system.save(out, step=config.rounds, metrics=metrics, **progress.header)
     progress.finish()
     return out
 

@@ -33,7 +33,7 @@ from lib.rewards import RewardComponents, RewardConfig, experiment_reward
 from lib.scm import AbstractSCM, Intervention
 from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel
-from lib.training import Learner, filter_scan
+from lib.training import Learner, clipped_adam, merged
 
 
 CLIP = 0.2  # of the probability ratio
@@ -62,7 +62,7 @@ class GRPOConfig:
             raise ValueError(f"group_size = {self.group_size} must be at least 2")
 
 
-class Groups(eqx.Module):
+class Groups(NamedTuple):
     """Groups of candidates collected along campaigns; leading axes are added by `vmap` (problems)
     and `scan` (steps).
     """
@@ -93,8 +93,7 @@ class Simulator(NamedTuple):
         """The state before the first of `num_steps` experiments, and the sums it is read from."""
         summary = Summary.of(buffer, self.scm.task, self.surrogate.config.num_bins)
         output = self.surrogate.predict(summary, self.scm.task)
-        state = AcquisitionState(buffer, output, jnp.zeros((), int), jnp.asarray(num_steps))
-        return state, summary
+        return AcquisitionState(buffer, output, jnp.array(0), jnp.array(num_steps)), summary
 
     def experiment(
         self,
@@ -144,35 +143,12 @@ def collect_campaign(
             variable, value
         )
         log_prob = jax.vmap(distribution.log_prob)(variable, value)
-        first = jax.tree.map(lambda leaf: leaf[0], after)
-        return first, Groups(known[0], variable, value, log_prob, reward)
+        groups = Groups(known[0], variable, value, log_prob, reward)
+        return jax.tree.map(lambda leaf: leaf[0], after), groups
 
     start = simulator.start(buffer, num_steps)
     (last, _), groups = jax.lax.scan(step, start, jnp.arange(num_steps))
-    reward = nan_unless(fits, groups.reward)
-    return eqx.tree_at(lambda g: g.reward, groups, reward), last.buffer
-
-
-def collect_groups(
-    key: Key[Array, ""],
-    surrogate: ParentSetPredictionModel,
-    policy: AcquisitionPolicyNetwork,
-    problems: Problem,
-    num_steps: int,
-    rewards: RewardConfig,
-    config: GRPOConfig,
-) -> tuple[Groups, ExperienceBuffer]:
-    """A campaign on each of `problems` (leading axis): groups `[problems * steps]`, final buffers
-    `[problems]`.
-    """
-
-    def play(key, problem):
-        simulator = Simulator(surrogate, problem.scm, problem.truth, rewards)
-        return collect_campaign(key, simulator, policy, problem.buffer, num_steps, config)
-
-    keys = jr.split(key, problems.truth.baseline.shape[0])
-    groups, buffers = jax.vmap(play)(keys, problems)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups), buffers
+    return groups._replace(reward=nan_unless(fits, groups.reward)), last.buffer
 
 
 @eqx.filter_jit
@@ -197,14 +173,14 @@ def campaign_gains(
             after, reward = simulator.experiment(known, *policy(known[0]).mode(), noise)
             return after, (reward.optimization, feature_span(known[0]))
 
-        start = simulator.start(problem.buffer, num_steps)
-        gains, spans = jax.lax.scan(step, start, jr.split(key, num_steps))[1]
+        start, keys = simulator.start(problem.buffer, num_steps), jr.split(key, num_steps)
+        gains, spans = jax.lax.scan(step, start, keys)[1]
         return jnp.cumsum(gains), spans
 
     keys = jr.split(key, problems.truth.baseline.shape[0])
     gains, spans = jax.vmap(play)(keys, problems)
-    low, high = spans[:, :, 0].min((0, 1)), spans[:, :, 1].max((0, 1))
-    return gains.mean(0), jnp.stack([low, high])
+    span = jnp.stack([spans[:, :, 0].min((0, 1)), spans[:, :, 1].max((0, 1))])
+    return gains.mean(0), span
 
 
 class GRPOMetrics(NamedTuple):
@@ -257,8 +233,11 @@ def grpo_loss(
     ratio = jnp.exp(log_prob - groups.log_prob)
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     gain = jnp.minimum(ratio * advantages, clipped * advantages).mean(1)
-    objective = (gain * live).sum() / jnp.maximum(live.sum(), 1.0)
-    loss = -objective + config.kl_weight * kl.mean() - config.entropy_weight * entropy.mean()
+    loss = (
+        -(gain * live).sum() / jnp.maximum(live.sum(), 1.0)
+        + config.kl_weight * kl.mean()
+        - config.entropy_weight * entropy.mean()
+    )
     reward = jax.tree.map(jnp.mean, groups.reward)
     return loss, GRPOMetrics(
         reward=reward.total,
@@ -272,13 +251,19 @@ def grpo_loss(
     )
 
 
+def grpo_optimiser(config: GRPOConfig, iterations: int) -> optax.GradientTransformation:
+    """Adam with cosine decay to zero over so many iterations."""
+    steps = iterations * config.grpo_epochs
+    return clipped_adam(optax.cosine_decay_schedule(config.learning_rate, steps))
+
+
 def grpo_step(
     learner: Learner,
     optimiser: optax.GradientTransformation,
     reference: AcquisitionPolicyNetwork,
     groups: Groups,
     config: GRPOConfig,
-    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""] | float] = lambda _: 0.0,
+    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""]] | None = None,
 ) -> tuple[Learner, GRPOMetrics]:
     """`grpo_epochs` gradient steps of a policy on one batch of groups; the metrics are those before
     the last step. `extra_loss` is added to GRPO's.
@@ -286,9 +271,36 @@ def grpo_step(
 
     def loss(policy):
         loss, metrics = grpo_loss(policy, reference, groups, config)
-        return loss + extra_loss(policy), metrics
+        return loss + extra_loss(policy) if extra_loss else loss, metrics
 
-    learner, metrics = filter_scan(
+    learner, metrics = jax.lax.scan(
         lambda learner, _: learner.descend(optimiser, loss), learner, length=config.grpo_epochs
     )
     return learner, jax.tree.map(lambda leaf: leaf[-1], metrics)
+
+
+def grpo_iteration(
+    key: Key[Array, ""],
+    learner: Learner,
+    reference: AcquisitionPolicyNetwork,
+    surrogate: ParentSetPredictionModel,
+    problems: Problem,
+    num_steps: int,
+    rewards: RewardConfig,
+    config: GRPOConfig,
+    iterations: int,
+    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""]] | None = None,
+) -> tuple[Learner, ExperienceBuffer, GRPOMetrics]:
+    """One of `iterations`: the present policy plays a campaign on each of `problems` (leading
+    axis), and takes GRPO's steps on all groups; the final buffers `[problems]` too.
+    """
+
+    def play(key, problem):
+        simulator = Simulator(surrogate, problem.scm, problem.truth, rewards)
+        return collect_campaign(key, simulator, learner.module, problem.buffer, num_steps, config)
+
+    keys = jr.split(key, problems.truth.baseline.shape[0])
+    groups, buffers = jax.vmap(play)(keys, problems)
+    optimiser = grpo_optimiser(config, iterations)
+    learner, metrics = grpo_step(learner, optimiser, reference, merged(groups), config, extra_loss)
+    return learner, buffers, metrics

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, make_state
 from lib.surrogate import ParentSetPredictionModel
-from lib.training import Learner, clipped_adam, filter_scan
+from lib.training import Learner, clipped_adam
 from lib.trajectories import ExpertTrajectory
 
 
@@ -73,7 +73,7 @@ def extract_acquisition_training_data(
     trajectories: ExpertTrajectory, surrogate: ParentSetPredictionModel
 ) -> AcquisitionTrainingExample:
     """States as the trained surrogate reads them, the expert's choices and acquisition surfaces."""
-    num_steps = trajectories.variable.shape[1]
+    count, num_steps = trajectories.variable.shape
 
     def one(inputs):
         trajectory, step = inputs
@@ -84,7 +84,6 @@ def extract_acquisition_training_data(
             state, trajectory.variable[step], trajectory.value[step], trajectory.surface[step]
         )
 
-    count = trajectories.variable.shape[0]
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, num_steps, axis=0), trajectories)
     return jax.lax.map(one, (repeated, jnp.tile(jnp.arange(num_steps), count)), batch_size=32)
 
@@ -109,12 +108,12 @@ def clone_loss(
     def per_state(example):
         distribution, task = policy(example.state), example.state.task
         log_probs = jnp.where(task.candidates[:, None], distribution.logits, 0.0)
-        index = distribution.cell(example.variable, example.value)
         total = example.surface.sum()
         share = example.surface / jnp.where(total > 0, total, 1.0)
         # where the expert expects no improvement anywhere, only its choice is left
         weight = jnp.where(total > 0, SURFACE_WEIGHT, 0.0)
-        choice, surface = log_probs[example.variable, index], (share * log_probs).sum()
+        chosen = example.variable, distribution.cell(example.variable, example.value)
+        choice, surface = log_probs[chosen], (share * log_probs).sum()
         variable, value = distribution.mode()
         near = jnp.abs(value - example.value) <= 0.1 * (task.high - task.low)[variable]
         same = variable == example.variable
@@ -143,4 +142,4 @@ def clone(
 
     orders = jax.vmap(lambda k: jr.permutation(k, count))(jr.split(key, config.imitation_epochs))
     rows = orders[:, : count // batch * batch].reshape(-1, batch)
-    return filter_scan(step, Learner.of(policy, optimiser), rows)[0].module
+    return jax.lax.scan(step, Learner.of(policy, optimiser), rows)[0].module

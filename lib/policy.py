@@ -2,7 +2,7 @@
 value included.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -27,11 +27,6 @@ class PolicyConfig:
     """Width of a (variable, value) cell."""
     policy_n_layers: int = 2
     """Layers, each followed by a summary over all cells."""
-
-    @property
-    def hyperparameters(self) -> dict:
-        """What an artifact needs to rebuild the policy."""
-        return asdict(self)
 
 
 class AcquisitionState(eqx.Module):
@@ -121,8 +116,8 @@ class InterventionDistribution(eqx.Module):
     @property
     def log_widths(self) -> Float[Array, " bins"]:
         """Log of each cell's share of the range."""
-        ends = (jnp.arange(self.num_bins) == 0) | (jnp.arange(self.num_bins) == self.num_bins - 1)
-        return jnp.log(jnp.where(ends, 0.5, 1.0) / (self.num_bins - 1))
+        end = jnp.arange(self.num_bins) % (self.num_bins - 1) == 0
+        return jnp.log(jnp.where(end, 0.5, 1.0) / (self.num_bins - 1))
 
     def cell(self, variable: Int[Array, ""], value: Float[Array, ""]) -> Int[Array, ""]:
         """Index of the cell of `variable` that holds `value`."""
@@ -144,10 +139,8 @@ class InterventionDistribution(eqx.Module):
         )
         fraction = (index + jr.uniform(value_key, minval=-0.5, maxval=0.5)) / (self.num_bins - 1)
         # the ends' cells are half cells: fold the outer half back in
-        fraction = jnp.where(
-            fraction < 0, -fraction, jnp.where(fraction > 1, 2 - fraction, fraction)
-        )
-        return variable, self.value(variable, fraction)
+        folded = jnp.where(fraction > 1, 2 - fraction, jnp.abs(fraction))
+        return variable, self.value(variable, folded)
 
     def mode(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The centre of the most probable cell."""
@@ -160,15 +153,11 @@ class InterventionDistribution(eqx.Module):
 
     def entropy(self) -> Float[Array, ""]:
         """Differential entropy in nats (0 is uniform over the range of a single variable)."""
-        return -(self._probs * (self._finite - self.log_widths[None])).sum()
+        return -(jnp.exp(self.logits) * (self._finite - self.log_widths[None])).sum()
 
     def kl(self, other: "InterventionDistribution") -> Float[Array, ""]:
         """KL(self || other) in nats."""
-        return (self._probs * (self._finite - other._finite)).sum()
-
-    @property
-    def _probs(self):
-        return jnp.exp(self.logits)
+        return (jnp.exp(self.logits) * (self._finite - other._finite)).sum()
 
     @property
     def _finite(self):
@@ -210,17 +199,15 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
     output = state.output
     std = output.effect_std / output.spread
     gap = (output.effect_mean - state.best_value) / output.spread
-    improvement = expected_improvement(gap, std, 0.0)
     everywhere = jnp.ones_like(gap)
-    left = state.steps_left.astype(gap.dtype)
     features = [
         gap,
         jnp.tanh(gap),
         jnp.log(std),
         gap / (std + 0.1),
-        jnp.log(improvement + 1e-3),
+        jnp.log(expected_improvement(gap, std, 0.0) + 1e-3),
         output.marginals()[:, None] * everywhere,
-        jnp.log1p(left) * everywhere / 3.0,
+        jnp.log1p(state.steps_left.astype(gap.dtype)) * everywhere / 3.0,
         jnp.log1p(state.step.astype(gap.dtype)) * everywhere / 3.0,
     ]
     found = jnp.concatenate([jnp.stack(features, -1), output.evidence], -1)
@@ -269,8 +256,8 @@ class AcquisitionPolicyNetwork(eqx.Module):
     def __call__(self, state: AcquisitionState) -> InterventionDistribution:
         state = jax.lax.stop_gradient(state)
         allowed = state.task.candidates[:, None, None]
-        low, high = jax.lax.stop_gradient(self.span)[:, None, None]
-        features = jnp.clip(cell_features(state), low, high)
+        span = jax.lax.stop_gradient(self.span)[:, None, None]
+        features = jnp.clip(cell_features(state), *span)
         hidden = linear(self.cell, features) + linear(self.token, state.output.tokens)[:, None]
         cells = jnp.maximum(allowed.sum() * hidden.shape[1], 1)
         for layer in self.layers:

@@ -3,7 +3,7 @@ the expert and without ground truth.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Intervention, Task, check_index, experiment_key
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
-from lib.training import Learner, filter_scan
+from lib.training import Learner
 
 
 Choice = tuple[Int[Array, ""], Float[Array, ""]]  # a variable and the value to set it to
@@ -222,7 +222,7 @@ class TrainedACBOSystem(eqx.Module):
         surrogate, policy = self.surrogate.config, self.policy.config
         shape = dict(
             surrogate=surrogate.hyperparameters,
-            policy=policy.hyperparameters,
+            policy=asdict(policy),
             token_dim=3 * surrogate.model_hidden_dim,
         )
         save_module(Path(path), self, stage="acbo", hyperparameters=shape, **about)
@@ -400,5 +400,6 @@ def online_policy(
         batch = jax.tree.map(lambda leaf: leaf[None], group)
         return grpo_step(learner, optimiser, policy, batch, ONLINE)
 
-    learner, _ = filter_scan(update, Learner.of(policy, optimiser), jr.split(key, ONLINE_UPDATES))
+    start = Learner.of(policy, optimiser)
+    learner, _ = jax.lax.scan(update, start, jr.split(key, ONLINE_UPDATES))
     return learner.module(state)

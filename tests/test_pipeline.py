@@ -50,10 +50,9 @@ SURROGATE = SurrogateConfig(
     model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6
 )
 GRPO = GRPOConfig(group_size=3)
-SCRIPTS = "01_extract_demos", "02_train_surrogate", "03_warmstart_acquisition", "04_train_e2e"
-STAGES = [importlib.import_module(name) for name in SCRIPTS]
-EVALUATE = importlib.import_module("05_evaluate")
-DEPLOY = importlib.import_module("06_deploy")
+*STAGES, EVALUATE, DEPLOY = (
+    importlib.import_module(path.stem) for path in sorted(ROOT.glob("0?_*.py"))
+)
 EXAMPLE, BOUNDS = (ROOT / "examples" / name for name in ("experiments.csv", "bounds.csv"))
 
 
@@ -124,35 +123,29 @@ def finished(tmp_path_factory):
 
 
 LOGGED = {"demos": [1, 2], "surrogate": [2, 4, 5], "policy": [1, 2, 3], "acbo": [1, 2, 3]}
-PRODUCTS = "demos.npz", "surrogate.eqx", "policy.eqx", "bc_policy.eqx", "curves.npz", "acbo.eqx"
 
 
 def test_every_stage_writes_what_it_says(finished):
-    for name in PRODUCTS:
-        header = read_header(finished / name)
-        assert header["seed"] == 0 and header["metrics"] is not None
+    headers = {path.name: read_header(path) for path in finished.iterdir() if path.is_file()}
+    products = "demos.npz surrogate.eqx policy.eqx bc_policy.eqx curves.npz acbo.eqx"
+    assert set(headers) == set(products.split())
+    assert all(one["seed"] == 0 and one["metrics"] is not None for one in headers.values())
     logs = {name: read_log(finished / "logs" / f"{name}.jsonl") for name in LOGGED}
     assert {name: [record["step"] for record in log] for name, log in logs.items()} == LOGGED
     curves = load_arrays(finished / "curves.npz", "curves")[0]
     assert curves["reward"].shape == (3,) and curves["validation"].shape == (4, 2)
-    assert not list(finished.glob("*.ckpt"))
     # neither the number of steps nor the interval of evaluations is a multiple of a chunk
-    assert read_header(finished / "surrogate.eqx")["step"] == 5
-    evaluated = ["validation_set_nll" in record for record in logs["surrogate"]]
-    assert evaluated == [False, True, True]
-
-
-def test_the_first_stage_counts_what_it_kept_by_kind(finished):
-    metrics = read_header(finished / "demos.npz")["metrics"]
-    assert set(metrics["yield"]) == {"family", "mechanism", "variables"}
-    for kind, part in metrics["yield"].items():
+    assert headers["surrogate.eqx"]["step"] == 5
+    assert ["validation_set_nll" in one for one in logs["surrogate"]] == [False, True, True]
+    # the first stage counts what it kept by kind
+    metrics = headers["demos.npz"]["metrics"]
+    assert sum(record["failures"] for record in logs["demos"]) == metrics["failures"]
+    for part in metrics["yield"].values():
         for count in ("models", "kept"):
-            assert sum(label[count] for label in part.values()) == metrics[count], kind
-    families, sizes = (set(metrics["yield"][kind]) for kind in ("family", "variables"))
-    assert families <= set(OWN.families) and sizes == {"3"}
-    assert set(metrics["yield"]["mechanism"]) <= set(OWN.mechanisms)
-    log = read_log(finished / "logs" / "demos.jsonl")
-    assert sum(record["failures"] for record in log) == metrics["failures"]
+            assert sum(label[count] for label in part.values()) == metrics[count]
+    labels = {kind: set(part) for kind, part in metrics["yield"].items()}
+    assert labels.keys() == {"family", "mechanism", "variables"} and labels["variables"] == {"3"}
+    assert labels["family"] <= set(OWN.families) and labels["mechanism"] <= set(OWN.mechanisms)
 
 
 def test_the_first_stage_knows_the_family_of_every_model():
@@ -162,15 +155,14 @@ def test_the_first_stage_knows_the_family_of_every_model():
     prior = SCMPrior(max_vars=4, min_size=4, max_size=4, families=("chain", "fork"))
     config = replace(configs(Path())[0], prior=prior, batch=8)
     scms, families, buffers = STAGES[0].draw_batch(jr.key(0), config)
-    same = jax.jit(jax.vmap(lambda key: sample_problem(key, config.prior, 20, 1, 29)))(
-        jr.split(jr.key(0), 8)
-    )
-    for one, two in zip(jax.tree.leaves((scms, buffers)), jax.tree.leaves(same), strict=True):
+    draw = jax.jit(jax.vmap(lambda key: sample_problem(key, prior, 20, 1, 29)))
+    same = jax.tree.leaves(draw(jr.split(jr.key(0), 8)))
+    for one, two in zip(jax.tree.leaves((scms, buffers)), same, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    assert set(np.array(FAMILIES)[families]) == set(prior.families)
+    is_chain = np.array(FAMILIES)[families, None, None] == "chain"
     chain, fork = np.eye(4, k=1, dtype=bool), np.outer(np.arange(4) == 0, np.arange(4) > 0)
-    is_chain = np.asarray(families) == FAMILIES.index("chain")
-    assert (is_chain | (families == FAMILIES.index("fork"))).all() and len(set(is_chain)) == 2
-    assert (scms.adjacency == np.where(is_chain[:, None, None], chain, fork)).all()
+    assert (scms.adjacency == np.where(is_chain, chain, fork)).all()
 
 
 @pytest.mark.parametrize(
@@ -181,24 +173,23 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
 ):
     folder = finished.parent / f"killed {product}"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns(product, "logs"))
-    real = lib.training.save_checkpoint
+    real, main = lib.training.save_checkpoint, STAGES[stage].main
 
     def save_and_die(*args, **kwargs):
         real(*args, **kwargs)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lib.training, "save_checkpoint", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            STAGES[stage].main(configs(folder)[stage])
+        main(configs(folder)[stage])
     assert not (folder / product).exists()
-    assert STAGES[stage].main(configs(folder)[stage]) == folder / product
+    assert main(configs(folder)[stage]) == folder / product
     assert (folder / product).read_bytes() == (finished / product).read_bytes()
 
 
 def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
-    (tmp_path / "surrogate.eqx").write_bytes((finished / "policy.eqx").read_bytes())
-    (tmp_path / "policy.eqx").write_bytes((finished / "policy.eqx").read_bytes())
+    for name in ("surrogate.eqx", "policy.eqx"):
+        shutil.copy(finished / "policy.eqx", tmp_path / name)
     with pytest.raises(ArtifactError, match="surrogate.eqx.*02_train_surrogate.py"):
         STAGES[3].main(configs(tmp_path)[3])
 
@@ -222,15 +213,14 @@ def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
         EVALUATE.main(EVALUATE.Config(tmp_path))
 
 
-SUGGEST = ft.partial(DEPLOY.Suggest, EXAMPLE, "yield")
 EXPERIMENTS = "dose,heat,yield,intervened\n4,1.1,7.9,dose\n0,1.2,0.4,dose\n" + "".join(
     f"{i % 5},{i % 3 + 0.1 * i},{2 * (i % 5) + 0.3 * (i % 4)},\n" for i in range(12)
 )
 NORMAL = np.random.default_rng(0).normal(size=(20, 2)).tolist()
 NAMES = "a,b,yield,intervened\n"
 LARGE = NAMES + "".join(f"{1e25 * a:.6e},{b:.3f},{1e25 * (a + b):.6e},\n" for a, b in NORMAL)
-ROWS = "".join(f"{a:.3f},{b:.3f},{a + b:.3f},\n" for a, b in NORMAL)
-FAR = NAMES + ROWS + "4e5,0,1,a\n0,-4e5,1,b\n"
+FAR = NAMES + "".join(f"{a:.3f},{b:.3f},{a + b:.3f},\n" for a, b in NORMAL)
+FAR += "4e5,0,1,a\n0,-4e5,1,b\n"
 WIDE = "".join(f"v{i}," for i in range(129)) + "intervened\n"
 WIDE += "".join("".join(f"{row * row % (i + 2)}," for i in range(129)) + "\n" for row in range(12))
 
@@ -308,15 +298,12 @@ def numbers_of(answer) -> list[float]:
 
 def test_text_has_the_digits_of_the_json(tmp_path, monkeypatch, capsys):
     """With four digits a speed of 23554 was "2.355e+04" and a yield of 1000058.3 "1e+06"."""
-    rows = [
-        f"{23554 + 100 * a:.0f},{b:.2f},{1e6 + a + b:.1f},"
-        for a, b in np.random.default_rng(0).normal(size=(20, 2))
-    ]
-    (tmp_path / "data.csv").write_text("\n".join(["rpm,b,yield,intervened", *rows]) + "\n")
+    data = tmp_path / "data.csv"
+    rows = [f"{23554 + 100 * a:.0f},{b:.2f},{1e6 + a + b:.1f},\n" for a, b in NORMAL]
+    data.write_text("rpm,b,yield,intervened\n" + "".join(rows))
     as_stub(monkeypatch, 0.4)
-    answer = suggest(tmp_path / "data.csv", json=True)
-    assert json.loads(capsys.readouterr().out) == answer
-    assert suggest(tmp_path / "data.csv") == answer
+    answer = suggest(data, json=True)
+    assert json.loads(capsys.readouterr().out) == answer == suggest(data)
     text = capsys.readouterr().out
     assert "e+" not in text and ".0 " not in text
     for number in numbers_of(answer):
@@ -325,8 +312,9 @@ def test_text_has_the_digits_of_the_json(tmp_path, monkeypatch, capsys):
 
 
 def test_computed_columns_are_answered_without_the_noise_of_float32(tmp_path, monkeypatch):
-    rows = [f"{a!r},{b!r},{a + b!r}," for a, b in np.random.default_rng(0).random((20, 2)).tolist()]
-    (tmp_path / "data.csv").write_text("\n".join(["a,b,yield,intervened", *rows]) + "\n")
+    numbers = np.random.default_rng(0).random((20, 2)).tolist()
+    rows = [f"{a!r},{b!r},{a + b!r},\n" for a, b in numbers]
+    (tmp_path / "data.csv").write_text(NAMES + "".join(rows))
     as_stub(monkeypatch, 0.5)
     one = suggest(tmp_path / "data.csv")["next_experiment"]
     assert len(str(one["settings"]["a"])) <= 9 and len(str(one["predicted"])) <= 12
@@ -357,9 +345,9 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     tmp_path, monkeypatch, capsys, bounds, share, value
 ):
     """`a` is 0 or 1: rounded to that inside the bounds, with more digits where they exclude it."""
-    rows = [f"{i % 2},{i % 5},{i % 2 + i % 3:.1f}," for i in range(16)]
+    rows = [f"{i % 2},{i % 5},{i % 2 + i % 3:.1f},\n" for i in range(16)]
     data, ranges = tmp_path / "data.csv", tmp_path / "bounds.csv"
-    data.write_text("\n".join(["a,b,yield,intervened", *rows]) + "\n")
+    data.write_text(NAMES + "".join(rows))
     ranges.write_text("variable,low,high\na,{},{}\n".format(*bounds))
     as_stub(monkeypatch, share, slope=2.0)
     one = suggest(data, bounds=ranges)["next_experiment"]
@@ -367,9 +355,9 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     at = (value - units.shift[0]) / units.spread[0]
     nodes = (np.linspace(*bounds, 5) - units.shift[0]) / units.spread[0]
     low = np.interp(at, nodes, 2 * nodes - 0.1 - abs(nodes))
+    expected = units.shift[2] + units.spread[2] * np.array([2 * at, low])
+    assert [one["predicted"], one["low"]] == pytest.approx(expected, abs=1e-3)
     assert one["settings"] == {"a": value} and str(one["settings"]["a"]) != "-0.0"
-    assert one["predicted"] == pytest.approx(units.shift[2] + units.spread[2] * 2 * at, abs=1e-3)
-    assert one["low"] == pytest.approx(units.shift[2] + units.spread[2] * low, abs=1e-3)
     assert f"set a = {value:.15g} " in capsys.readouterr().out
 
 
@@ -391,12 +379,12 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
     wide, task_of = buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5)
 
     @eqx.filter_jit
-    def decide(step):
+    def decide():
         checked = check(system.surrogate, wide, task_of, 16)
-        state = AcquisitionState(wide, checked.averaged, jnp.asarray(step), jnp.array(3))
+        state = AcquisitionState(wide, checked.averaged, jnp.array(0), jnp.array(3))
         return checked.choose(system.policy(state).logits), checked.recommended()
 
-    (variable, value), (action, _) = decide(0)
+    (variable, value), (action, _) = decide()
     found = deploy_trained_system(system)(buffer, task, 3)
     assert found.experiment[0] == variable and abs(found.experiment[1] - value) < 1e-5
     assert found.action[0] == action
@@ -413,6 +401,7 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
         (1, {"learning_rate": float("nan")}, "learning_rate = nan"),
         (2, {"seed": 10**20}, "seed = 1000"),
         (2, {"checkpoint_every": 2}, "iterations = 3 must be a multiple"),
+        (GRPOConfig, {"group_size": 1}, "group_size = 1 must be at least 2"),
         (3, {"rounds": -1}, "rounds = -1"),
         (3, {"seed": -1}, "seed = -1"),
         *((EVALUATE.Config, {n: 0}, n) for n in ("num_problems", "literature_seeds")),
@@ -422,7 +411,10 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
         (EVALUATE.Config, {"num_obs": 9}, "num_obs"),
         (EVALUATE.Config, {"seed": 2**32}, "seed"),
         *((DEPLOY.Demo, {n: v}, n) for n, v in (("seeds", 0), ("steps", -1), ("num_obs", 0))),
-        *((SUGGEST, {"remaining": n}, "--remaining") for n in (0, -5, 2**31, 10**20)),
+        *(
+            (ft.partial(DEPLOY.Suggest, EXAMPLE, "yield"), {"remaining": n}, "--remaining")
+            for n in (0, -5, 2**31, 10**20)
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(config, changes, said):
@@ -446,7 +438,7 @@ def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
     folder = finished.parent / "cold only"
     folder.mkdir()
     for name in ("surrogate.eqx", "bc_policy.eqx"):  # a clone that an earlier run left
-        (folder / name).write_bytes((finished / name).read_bytes())
+        shutil.copy(finished / name, folder)
     alone = ImitationConfig(use_behavioral_cloning=False)
     STAGES[2].main(replace(configs(folder)[2], imitation=alone))
     assert len(load_arrays(folder / "curves.npz", "curves")[0]["validation"]) == 4
@@ -457,17 +449,14 @@ def test_validation_figures_have_no_unit(finished):
     config = configs(finished)[1]
     model = load_surrogate(finished / "surrogate.eqx")[0]
     drawn = STAGES[1].draw_chunk(jr.key(0), jnp.array(0), 2, config)
-    (batch,) = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
+    (batch,) = lib.training.merged(drawn)
     is_target = jnp.arange(batch.parents.shape[1])[None] == batch.task.target[:, None]
     scaled = batch.buffer.values * jnp.where(is_target, 1000.0, 1.0)[:, None]
-    other = batch._replace(
-        buffer=eqx.tree_at(lambda buffer: buffer.values, batch.buffer, scaled),
-        effects=1000.0 * batch.effects,
-    )
+    buffer = eqx.tree_at(lambda buffer: buffer.values, batch.buffer, scaled)
+    other = batch._replace(buffer=buffer, effects=1000.0 * batch.effects)
     one, two = (accuracy(model, (examples,)) for examples in (batch, other))
     assert one["validation_regret"] > 0
-    for name, value in one.items():
-        assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
 def test_units_do_not_matter(tmp_path):
@@ -490,8 +479,8 @@ def test_units_do_not_matter(tmp_path):
         one, two = plain[action], other[action]
         wanted = {k: v * factor.get(k, 1.0) for k, v in one["settings"].items()}
         assert two["settings"] == pytest.approx(wanted, rel=0.01)
-        for end in ("predicted", "low", "high"):
-            assert two[end] - 2.0**20 == pytest.approx(one[end], abs=0.1)
+        ends = "predicted", "low", "high"
+        assert [two[n] - 2.0**20 for n in ends] == pytest.approx([one[n] for n in ends], abs=0.1)
     assert other["parents"] == pytest.approx(plain["parents"], abs=0.02)
 
 
@@ -524,9 +513,7 @@ def test_studies_refuse_counts_that_cannot_be_meant(study):
     config = importlib.import_module(f"studies.{study}").Config
     counts = [f.name for f in fields(config) if f.type is int and not f.name.endswith("seed")]
     assert counts
-    for name in {"systems", "sizes"} & {f.name for f in fields(config)}:
-        with pytest.raises(ValueError, match=f"{name}: give at least one"):
-            config(**{name: ()})
-    for name in counts:
-        with pytest.raises(ValueError, match=name):
-            config(**{name: -1})
+    lists = {"systems", "sizes"} & {f.name for f in fields(config)}
+    for name, value in (*((name, -1) for name in counts), *((name, ()) for name in lists)):
+        with pytest.raises(ValueError, match=name if value else f"{name}: give at least one"):
+            config(**{name: value})

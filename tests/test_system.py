@@ -3,6 +3,7 @@ are untrained: only the plumbing is tested.
 """
 
 import functools as ft
+from dataclasses import asdict
 from pathlib import Path
 
 import equinox as eqx
@@ -94,7 +95,7 @@ def test_what_was_saved_is_what_is_loaded_and_another_stage_is_refused(system, t
     about = dict(config={}, seed=0, step=0, metrics={})
     system.save(kind(tmp_path / "acbo.eqx"), **about)
     width = 3 * SIZES.model_hidden_dim
-    policy = dict(policy=system.policy.config.hyperparameters, token_dim=width)
+    policy = dict(policy=asdict(system.policy.config), token_dim=width)
     for stage, shape in (("surrogate", SIZES.hyperparameters), ("policy", policy)):
         about |= dict(stage=stage, hyperparameters=shape)
         save_module(tmp_path / f"{stage}.eqx", getattr(system, stage), **about)
