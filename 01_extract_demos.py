@@ -148,26 +148,22 @@ def draw_batch(key: jax.Array, config: Config):
     return jax.vmap(one)(jr.split(key, config.batch))
 
 
-def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
+@eqx.filter_jit
+def describe(trajectories: ExpertTrajectory) -> dict[str, jax.Array]:
     """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the
     marginals, entropy in nats.
     """
 
-    @eqx.filter_jit
-    def read(trajectories):
-        def one(trajectory):
-            posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
-            marginals, entropy = posterior.marginals(), posterior.entropy()
-            return marginals, parents, posterior.log_prob(parents), entropy
+    def one(trajectory):
+        posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
+        both = jnp.stack([posterior.marginals() > 0.5, parents])
+        return jnp.exp(posterior.log_prob(parents)), both, posterior.entropy()
 
-        return jax.vmap(one)(trajectories)
-
-    marginals, parents, log_prob, entropy = (np.asarray(x) for x in read(trajectories))
-    said = marginals > 0.5
+    true_set, sets, entropy = jax.vmap(one)(trajectories)
     return {
-        "true_set_probability": float(np.exp(log_prob).mean()),
-        "parent_f1": float(2 * (said & parents).sum() / max(said.sum() + parents.sum(), 1)),
-        "final_entropy": float(entropy.mean()),
+        "true_set_probability": true_set.mean(),
+        "parent_f1": 2 * sets.all(1).sum() / jnp.maximum(sets.sum(), 1),
+        "final_entropy": entropy.mean(),
     }
 
 
@@ -221,8 +217,8 @@ def main(config: Config) -> Path:
     for index in bar:
         batch, _, consistent = run = run_batch(index)
         runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
-        counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
-        record = counts | describe(batch)
+        counts = {"consistent": consistent.mean(), "failures": batch.failures.sum()}
+        record = {name: x.item() for name, x in (counts | describe(batch)).items()}
         progress.keep(index + 1, record, runs if index + 1 < num_batches else None)
         bar.set_postfix(f1=record["parent_f1"], true_set=record["true_set_probability"])
 
@@ -248,7 +244,7 @@ def main(config: Config) -> Path:
         "consistent": int(consistent.sum()),
         "kept": int(kept.sum()),
         "failures": int(trajectories.failures.sum()),
-        **describe(chosen),
+        **{name: x.item() for name, x in describe(chosen).items()},
     }
     by_kind = yields(trajectories, families, kept)
     save_arrays(

@@ -19,7 +19,6 @@ variables take .25 s.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,8 +28,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib import expert_gp, expert_posterior
 from lib.buffer import ExperienceBuffer, nan_unless
+from lib.expert_gp import CausalGP, CausalPrior, Outcomes, aggregate_effects, fit_causal_gp
+from lib.expert_posterior import NOISE_FLOOR, ParentScaleConfig
+from lib.expert_prior import Scale
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.scm import (
@@ -39,7 +40,6 @@ from lib.scm import (
     check_scm,
     experiment_key,
     refine,
-    value_grid,
 )
 
 
@@ -47,29 +47,35 @@ from lib.scm import (
 SUPPORT = 1e-4
 
 
-class ExpertRun(eqx.Module):
-    """What the expert believed, computed and did. Axes `beliefs` and `steps+1` start before the
-    first experiment.
+class Demonstration(eqx.Module):
+    """What the expert believed, computed and did. Axis `beliefs` starts before the first step.
 
+    `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`.
+    `log_probs[t]` over `sets` is its belief before step t, the last one its belief at the end.
     `surface` is the expected improvement, in units of Y, on `value_grid(low, high, num_bins)`, zero
-    outside the exploration set. `variable`, `value`, `outcome` are the experiments; `recommended_*`
-    the intervention of least posterior mean over all candidates. The rows of the experiments stand
-    in `buffer` directly behind those that were there: before step t the expert knew the first
-    `num_initial + t` rows. `failures` counts hyperparameters of Gaussian processes that were left
-    out because their Cholesky factor failed (the best of the others was taken).
+    outside the exploration set. `variable`, `value`, `outcome` are the experiments. `failures`
+    counts hyperparameters of Gaussian processes that were left out because their Cholesky factor
+    failed (the best of the others was taken).
     """
 
+    buffer: ExperienceBuffer
+    num_initial: Int[Array, ""]
     sets: Bool[Array, "sets vars"]
     log_probs: Float[Array, "beliefs sets"]
     surface: Float[Array, "steps vars bins"]
     variable: Int[Array, " steps"]
     value: Float[Array, " steps"]
     outcome: Float[Array, " steps"]
-    recommended_variable: Int[Array, " steps+1"]
-    recommended_value: Float[Array, " steps+1"]
-    num_initial: Int[Array, ""]
-    buffer: ExperienceBuffer
     failures: Int[Array, ""]
+
+
+class ExpertRun(Demonstration):
+    """A run as it was made, with the recommendations before the first and after every experiment:
+    the intervention of least posterior mean over all candidates.
+    """
+
+    recommended_variable: Int[Array, " beliefs"]
+    recommended_value: Float[Array, " beliefs"]
 
     def posterior(self, target: Int[Array, ""] | int, step: int = -1) -> ParentSetPosterior:
         """The belief after `step` experiments (default: at the end)."""
@@ -79,129 +85,122 @@ class ExpertRun(eqx.Module):
 # --- the loop, shared with plain Bayesian optimisation ---
 
 
-class Decision(NamedTuple):
-    """One look at the surrogate, in raw units: surface, next experiment and recommendation."""
-
-    surface: Float[Array, "vars bins"]
-    variable: Int[Array, ""]
-    value: Float[Array, ""]
-    recommended_variable: Int[Array, ""]
-    recommended_value: Float[Array, ""]
-    failures: Int[Array, ""]
-
-
 def fit_causal_gps(
-    scm, scale, config, prior: expert_gp.CausalPrior, buffer, outcomes, share, noise_scales
-) -> expert_gp.CausalGP:
-    """The causal GP of every variable (leading axis), standardised.
+    scm: AbstractSCM,
+    scale: Scale,
+    prior: CausalPrior,
+    rows: ExperienceBuffer,
+    outcomes,
+    share,
+    noise_scales,
+) -> tuple[CausalGP, Int[Array, " vars"]]:
+    """The causal GP of every variable (leading axis), standardised, and how many hyperparameters
+    were left out.
 
-    `outcomes[samples]` are the standardised ones of the rows behind the `num_obs` first; a row
-    counts for a variable if it alone was set. The noise of an outcome is the prior's `noise` at its
-    value times `share[samples]`.
+    `outcomes[samples]` of the raw `rows` are standardised; a row counts for a variable if it alone
+    was set. The noise of an outcome is the prior's `noise` at its value times `share[samples]`.
     """
-    _, later = config.split(buffer)
-    alone = later.valid & (later.intervened.sum(1) == 1)
-    grid = scale.standardise(value_grid(scm.low, scm.high, config.num_values))
 
-    def fit(grid, mean, deviation, noise, points, used):
-        noise = jnp.maximum(jnp.interp(points, grid, noise) * share, expert_posterior.NOISE_FLOOR)
-        data = points, outcomes, noise, used
-        return expert_gp.fit_causal_gp((grid, mean, deviation), data, noise_scales)
+    def fit(prior, points, used):
+        noise = jnp.interp(points, prior.grid, prior.noise) * share
+        data = Outcomes(points, outcomes, jnp.maximum(noise, NOISE_FLOOR), used)
+        return fit_causal_gp(prior, data, noise_scales)
 
-    used = (later.intervened & alone[:, None] & scm.candidates[None, :]).T
-    return jax.vmap(fit)(grid, *prior, scale(later.values).T, used)
+    alone = rows.valid & (rows.intervened.sum(1) == 1)
+    used = rows.intervened & alone[:, None] & scm.candidates[None, :]
+    return jax.vmap(fit)(prior, scale(rows.values).T, used.T)
 
 
-def decide(scm, scale, gps: expert_gp.CausalGP, explore: Bool[Array, " vars"]) -> Decision:
-    """Maximise expected improvement over the variables in `explore`.
+def decide(scm: AbstractSCM, scale: Scale, gps: CausalGP, explore: Bool[Array, " vars"]):
+    """Maximise expected improvement over the variables in `explore`. Returns, in raw units, the
+    surface, variable and value of the next experiment, and those that are recommended.
 
     The incumbent is the least posterior mean over evaluated points of all variables (without noise:
     the best outcome seen); before any experiment it is the observational mean.
     """
-    candidates, target = scm.candidates, scm.target
-    at_points, _ = jax.vmap(lambda gp: gp(gp.points))(gps)
-    best: Any = jnp.where(gps.used, at_points, jnp.inf).min()
-    best = jnp.where(gps.used.any(), best, 0.0)
-    mean, std = jax.vmap(lambda gp: gp(gp.grid))(gps)
+    used, grid = gps.data.used, gps.prior.grid
+    at_points, _ = jax.vmap(lambda gp: gp(gp.data.points))(gps)
+    best = jnp.where(used.any(), jnp.where(used, at_points, jnp.inf).min(), 0.0)
+    mean, std = jax.vmap(lambda gp: gp(gp.prior.grid))(gps)
 
-    def predict(variable, points):
+    def predict(variable, points) -> tuple[Array, Array]:
         return jax.tree.map(lambda leaf: leaf[variable], gps)(points)
 
-    def log_improvement(variable, points):
-        mean, std = predict(variable, points)
-        return log_expected_improvement(mean, std, best)
+    def raw(variable, value):
+        value = value * scale.spread[variable] + scale.shift[variable]
+        return variable, jnp.clip(value, scm.low[variable], scm.high[variable])
 
-    table = jnp.where(explore[:, None], log_expected_improvement(mean, std, best), -jnp.inf)
-    variable, value = refine(log_improvement, gps.grid, table)
-    least = jnp.where(candidates[:, None], -mean, -jnp.inf)
-    recommended, at = refine(lambda i, points: -predict(i, points)[0], gps.grid, least)
-
-    def raw(i, value):
-        return jnp.clip(value * scale.spread[i] + scale.shift[i], scm.low[i], scm.high[i])
-
-    surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, target)
-    chosen, best = (variable, raw(variable, value)), (recommended, raw(recommended, at))
-    return Decision(surface, *chosen, *best, failures=gps.failures.sum())
+    improvement = log_expected_improvement(mean, std, best)
+    table = jnp.where(explore[:, None], improvement, -jnp.inf)
+    chosen = refine(lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table)
+    least = jnp.where(scm.candidates[:, None], -mean, -jnp.inf)
+    recommended = refine(lambda i, x: -predict(i, x)[0], grid, least)
+    surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, scm.target)
+    return surface, raw(*chosen), raw(*recommended)
 
 
 def optimise(
-    key, scm, buffer, config, sets, state, believe, update, noise_scales=(1.0,)
+    key, scm, buffer, config, *, sets, believe, state=None, noise_scales=(1.0,)
 ) -> ExpertRun:
-    """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` and
-    `update(state, row, intervened) -> state` are the method.
+    """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` is the
+    method, `state` a regression that absorbs every row, if it needs one.
 
     Raises `ValueError` if the buffer has no room for `num_steps` experiments; where only a traced
     program can count its rows, every number in the result is nan.
     """
-    capacity, num_vars = buffer.values.shape
+    (capacity, num_vars), target = buffer.values.shape, scm.target
     fits = buffer.has_room(config.num_steps, config.num_obs)
     start, samples = buffer.size, config.outcome_samples
-    scale = expert_posterior.Scale.of(buffer.values[: config.num_obs])
-    y = scale(buffer.values[config.num_obs :])[:, scm.target]
+    scale = Scale.of(config.split(buffer)[0])
     share = jnp.where(jnp.arange(config.num_obs, capacity) < start, 1.0, 1 / samples)
 
     def step(carry, t):
         buffer, outcomes, state = carry
+        _, later = config.split(buffer)
         log_probs, prior, explore = believe(state, buffer)
-        gps = fit_causal_gps(scm, scale, config, prior, buffer, outcomes, share, noise_scales)
-        decision = decide(scm, scale, gps, explore)
-        action = Intervention.single(decision.variable, decision.value, num_vars)
-        rows = scm.sample(experiment_key(key, t), action, samples + (samples > 1))
-        # The row that is kept is not among those averaged, as in the published protocol, unless it
-        # is the only one.
-        outcome = jnp.take(rows[-samples:].mean(0), scm.target)
-        standard = (outcome - scale.shift[scm.target]) / scale.spread[scm.target]
-        after = (
-            buffer.write(start + t, action, rows[0]),
-            outcomes.at[start + t - config.num_obs].set(standard),
-            update(state, rows[0], action.mask),
-        )
-        # The pass after the last experiment only looks.
-        more = t < config.num_steps
-        carry = jax.tree.map(lambda new, old: jnp.where(more, new, old), after, carry)
-        return carry, (log_probs, decision, outcome)
+        standard = (outcomes[config.num_obs :] - scale.shift[target]) / scale.spread[target]
+        gps, failures = fit_causal_gps(scm, scale, prior, later, standard, share, noise_scales)
+        surface, chosen, recommended = decide(scm, scale, gps, explore)
 
-    (buffer, _, _), (log_probs, decisions, outcome) = jax.lax.scan(
-        step, (buffer, y, state), jnp.arange(config.num_steps + 1)
+        def experiment():
+            action = Intervention.single(*chosen, num_vars)
+            rows = scm.sample(experiment_key(key, t), action, samples + (samples > 1))
+            # The row that is kept is not among those averaged, as in the published protocol,
+            # unless it is the only one.
+            outcome = jnp.take(rows[-samples:].mean(0), target)
+            return (
+                buffer.write(start + t, action, rows[0]),
+                outcomes.at[start + t].set(outcome),
+                state and state.absorb(rows[0]),
+            )
+
+        # the pass after the last experiment only looks
+        carry = jax.lax.cond(t < config.num_steps, experiment, lambda: carry)
+        return carry, (log_probs, surface, chosen, recommended, failures)
+
+    (buffer, outcomes, _), (log_probs, surface, chosen, recommended, failures) = jax.lax.scan(
+        step,
+        (buffer, jnp.take(buffer.values, target, axis=1), state),
+        jnp.arange(config.num_steps + 1),
     )
     run = ExpertRun(
         sets=sets,
         log_probs=log_probs,
-        surface=decisions.surface[:-1],
-        variable=decisions.variable[:-1],
-        value=decisions.value[:-1],
-        outcome=outcome[:-1],
-        recommended_variable=decisions.recommended_variable,
-        recommended_value=decisions.recommended_value,
+        surface=surface[:-1],
+        variable=chosen[0][:-1],
+        value=chosen[1][:-1],
+        outcome=outcomes[start + jnp.arange(config.num_steps)],
+        recommended_variable=recommended[0],
+        recommended_value=recommended[1],
         num_initial=start,
         buffer=buffer,
-        failures=decisions.failures.sum(),
+        failures=failures.sum(),
     )
     return nan_unless(fits, run)
 
 
 def check_expert_input(
-    scm: AbstractSCM, buffer: ExperienceBuffer, config: expert_posterior.ParentScaleConfig
+    scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig
 ) -> None:
     """Raise `ValueError` if the expert cannot work on `scm` from `buffer`, or as `check_scm` does.
     Nothing may be traced.
@@ -221,9 +220,7 @@ def check_expert_input(
             f"num_obs = {config.num_obs} must be observational: "
             "add observations before interventions, or lower num_obs"
         )
-    infinite = np.argwhere(~np.isfinite(values) & filled[:, None])
-    if len(infinite):
-        row, variable = infinite[0]
+    for row, variable in np.argwhere(~np.isfinite(values) & filled[:, None]):
         raise ValueError(
             f"row {row} of the buffer, {names[variable]}: {values[row, variable]} is "
             "not a finite number: correct or remove the row"
@@ -241,7 +238,7 @@ def run_parent_scale(
     key: Key[Array, ""],
     scm: AbstractSCM,
     buffer: ExperienceBuffer,
-    config: expert_posterior.ParentScaleConfig,
+    config: ParentScaleConfig,
     *,
     candidate_sets: tuple[Bool[Array, "sets vars"], Float[Array, " sets"]] | None = None,
     predict: Callable[[ExperienceBuffer], Float[Array, " sets"]] | None = None,
@@ -263,27 +260,21 @@ def run_parent_scale(
         with jax.ensure_compile_time_eval():
             check_expert_input(scm, buffer, config)
     prior_key, feature_key, _ = jr.split(key, 3)
-    observed, later = config.split(buffer)
-    scale = config.scale(scm.task, observed)
-    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, scm.task, observed)
-    star, effects = config.do_effects(scm.task, observed, sets, log_prior)
+    task, (observed, later) = scm.task, config.split(buffer)
+    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, task, observed)
+    star, effects = config.do_effects(task, observed, sets, log_prior)
+    grid, state = config.search_grid(task, observed), None
+    if predict is None:
+        state = config.initial_regression(feature_key, task, observed, sets, log_prior)
+        state, _ = state.absorb_all(later)
 
     def believe(state, buffer):
         log_probs = state.log_probs if predict is None else predict(buffer)
         support = (sets & (log_probs > jnp.log(SUPPORT))[:, None]).any(0) & scm.candidates
         explore = jnp.where(support.any(), support, scm.candidates)
-        return log_probs, expert_gp.aggregate_effects(log_probs, effects, star), explore
+        return log_probs, aggregate_effects(grid, log_probs, effects, star), explore
 
-    def update(state, row, intervened):
-        return state and expert_posterior.absorb_row(
-            state, scale, scm.target, row, intervened, True
-        )
-
-    state = None
-    if predict is None:
-        state = config.initial_regression(feature_key, scm.task, observed, sets, log_prior)
-        state, _ = expert_posterior.absorb_rows(state, scale, scm.target, later)
-    run = optimise(key, scm, buffer, config, sets, state, believe, update)
+    run = optimise(key, scm, buffer, config, sets=sets, believe=believe, state=state)
     return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))
 
 
@@ -291,7 +282,7 @@ def run_gp_ei(
     key: Key[Array, ""],
     scm: AbstractSCM,
     buffer: ExperienceBuffer,
-    config: expert_posterior.ParentScaleConfig,
+    config: ParentScaleConfig,
 ) -> ExpertRun:
     """Plain Bayesian optimisation over all candidates: the expert's Gaussian processes and
     acquisition without a graph.
@@ -299,16 +290,14 @@ def run_gp_ei(
     The prior mean is the observational mean of Y, the causal variance zero, the noise a fitted
     fraction of the variance of Y. Its `sets` are one empty set with probability one.
     """
-    shape = (scm.low.shape[0], config.num_values)
-    prior = expert_gp.CausalPrior(jnp.zeros(shape), jnp.zeros(shape), jnp.ones(shape))
+    grid = config.search_grid(scm.task, config.split(buffer)[0])
+    prior = CausalPrior(grid, jnp.zeros(grid.shape), jnp.zeros(grid.shape), jnp.ones(grid.shape))
     return optimise(
         key,
         scm,
         buffer,
         config,
-        sets=jnp.zeros((1, shape[0]), bool),
-        state=None,
+        sets=jnp.zeros((1, len(grid)), bool),
         believe=lambda state, buffer: (jnp.zeros(1), prior, scm.candidates),
-        update=lambda state, row, intervened: None,
         noise_scales=(0.03, 0.1, 0.3, 1.0),
     )

@@ -6,6 +6,7 @@ Optimization" (AISTATS 2020). Everything is for one problem, in whatever units t
 batch with `jax.vmap`.
 """
 
+import functools as ft
 from typing import NamedTuple
 
 import equinox as eqx
@@ -23,6 +24,8 @@ from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_
 STAR_LENGTHSCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 # noise variance / kernel amplitude; the least keeps float32 systems regular
 STAR_NOISE_RATIOS = (3e-4, 3e-3, 0.03, 0.2, 1.0)
+# that choose hyperparameters: the cost is cubic, and these need fewer rows than predictions do
+STAR_ROWS = 100
 
 
 class StarGP(NamedTuple):
@@ -61,17 +64,15 @@ def fit_star_gp(
     y: Float[Array, " samples"],
     sets: Bool[Array, "sets vars"],
     live: Bool[Array, " sets"],
-    max_rows: int = 100,
 ) -> StarGP:
     """Hyperparameters of maximal marginal likelihood for every set: a grid over lengthscale and
     noise ratio, the amplitude in closed form.
 
-    `x` standardised, `y` centred. Only the first `max_rows` rows are used here (the cost is cubic,
-    and hyperparameters need fewer rows than predictions do); `star_effects` uses them all. Sets
-    that are not `live` get ones, without any work.
+    `x` standardised, `y` centred. Only the first `STAR_ROWS` rows are used here; `star_effects`
+    uses them all. Sets that are not `live` get ones, without any work.
     """
     fit = jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))
-    return fit(live, sets, squared_distances(x[:max_rows]), y[:max_rows])
+    return fit(live, sets, squared_distances(x[:STAR_ROWS]), y[:STAR_ROWS])
 
 
 # one set after the other: under `vmap` a condition would compute both of its branches
@@ -99,8 +100,9 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
         i, j = jnp.unravel_index(jnp.argmax(jnp.where(failed, -jnp.inf, scores)), scores.shape)
         return StarGP(amplitudes[i, j], lengthscales[i], amplitudes[i, j] * ratios[j], failed.sum())
 
-    one = jnp.ones((), y.dtype)
-    return jax.lax.cond(alive, fit, lambda: StarGP(one, one, one, jnp.zeros((), int)))
+    return jax.lax.cond(
+        alive, fit, lambda: StarGP(*jnp.ones(3, y.dtype), failures=jnp.zeros((), int))
+    )
 
 
 def star_effects(
@@ -157,52 +159,53 @@ def effects_of_one_set(
             second = others.T @ others / num_rows
             weighted = own * alpha[None, :]
             mean = weighted @ others.mean(0)
-            mean_square = ((weighted @ second) * weighted).sum(1)
+            spread = ((weighted @ second) * weighted).sum(1) - mean**2
             explained = ((own @ (inverse * second)) * own).sum(1)
-            return StarEffects(
-                mean,
-                jnp.maximum(amplitude - explained, 0.0) + noise,
-                jnp.maximum(mean_square - mean**2, 0.0),
-            )
+            variance = jnp.maximum(amplitude - explained, 0.0) + noise
+            return StarEffects(mean, variance, jnp.maximum(spread, 0.0))
 
         constant = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, to_grid.shape[1:2]),
             with_others(kernel, jnp.ones((1, num_rows), y.dtype)),
         )
 
-        def one_variable(args):
-            member, square, to_value = args
-
-            def moved():
-                return with_others(
-                    amplitude * jnp.exp(scale * (distance - square)), jnp.exp(scale * to_value)
-                )
-
-            return jax.lax.cond(member, moved, lambda: constant)
+        def one_variable(of_variable):
+            member, square, to_value = of_variable
+            without = scale * (distance - square)
+            return jax.lax.cond(
+                member,
+                lambda: with_others(amplitude * jnp.exp(without), jnp.exp(scale * to_value)),
+                lambda: constant,
+            )
 
         return jax.lax.map(one_variable, (members, squares, to_grid))
 
-    def nothing():
-        zeros = jnp.zeros(to_grid.shape[:2], y.dtype)
-        return StarEffects(zeros, zeros, zeros)
-
-    return jax.lax.cond(alive, all_variables, nothing)
+    return jax.lax.cond(
+        alive,
+        all_variables,
+        lambda: StarEffects(*jnp.zeros((3, *to_grid.shape[:2]), y.dtype)),
+    )
 
 
 class CausalPrior(NamedTuple):
-    """Belief about E[Y | do(X_i = v)] before interventional data, each `[vars, bins]`.
+    """Belief about E[Y | do(X_i = v)] before interventional data, each `[vars, bins]`, or `[bins]`
+    for one variable.
 
-    `mean`, `deviation` (its standard deviation) and `noise`, the variance of one outcome Y under
-    do(X_i = v).
+    `grid` are the values v, increasing; at these `mean`, `deviation` (its standard deviation) and
+    `noise`, the variance of one outcome Y under do(X_i = v).
     """
 
-    mean: Float[Array, "vars bins"]
-    deviation: Float[Array, "vars bins"]
-    noise: Float[Array, "vars bins"]
+    grid: Float[Array, "*vars bins"]
+    mean: Float[Array, "*vars bins"]
+    deviation: Float[Array, "*vars bins"]
+    noise: Float[Array, "*vars bins"]
 
 
 def aggregate_effects(
-    log_probs: Float[Array, " sets"], effects: StarEffects, gp: StarGP
+    grid: Float[Array, "vars bins"],
+    log_probs: Float[Array, " sets"],
+    effects: StarEffects,
+    gp: StarGP,
 ) -> CausalPrior:
     """Average over parent sets by the laws of total expectation and variance.
 
@@ -213,7 +216,7 @@ def aggregate_effects(
     mean = jnp.tensordot(probs, effects.mean, 1)
     variance = jnp.tensordot(probs, effects.variance + (effects.mean - mean[None]) ** 2, 1)
     noise = jnp.tensordot(probs, effects.spread, 1) + probs @ gp.noise
-    return CausalPrior(mean, jnp.sqrt(variance), noise)
+    return CausalPrior(grid, mean, jnp.sqrt(variance), noise)
 
 
 # --- causal-prior GP of one variable, on interventional outcomes ---
@@ -222,83 +225,91 @@ LENGTHSCALES = (0.1, 0.2, 0.4, 0.8)  # of the range of the variable
 AMPLITUDES = (0.01, 0.04, 0.16, 0.64)  # sf^2, in units of the observational variance of Y
 
 
-class CausalGP(eqx.Module):
-    """A fitted GP for one variable: mean m(.), kernel sf^2 RBF + s(x) s(x'), with m and s linear
-    between the values of `grid`.
+class Outcomes(NamedTuple):
+    """What came of setting one variable to `points`, each `[samples]`: `outcomes` of Y, their
+    `noise` variances, and which rows are `used`; the others may hold anything.
     """
 
-    grid: Float[Array, " bins"]
-    mean: Float[Array, " bins"]
-    deviation: Float[Array, " bins"]
     points: Float[Array, " samples"]
+    outcomes: Float[Array, " samples"]
+    noise: Float[Array, " samples"]
     used: Bool[Array, " samples"]
+
+
+class CausalGP(eqx.Module):
+    """A fitted GP for one variable: mean m(.), kernel sf^2 RBF + s(x) s(x'), with m and s linear
+    between the values of the prior's grid.
+    """
+
+    prior: CausalPrior
+    data: Outcomes
     factor: Float[Array, "samples samples"]
     weights: Float[Array, " samples"]
     amplitude: Float[Array, ""]
     lengthscale: Float[Array, ""]
-    failures: Int[Array, ""]  # hyperparameters left out because their Cholesky factor failed
 
     def __call__(
         self, values: Float[Array, " values"]
     ) -> tuple[Float[Array, " values"], Float[Array, " values"]]:
         """Posterior mean and standard deviation of E[Y | do(X = v)] at `values`."""
-        prior = self.grid, self.deviation, self.amplitude, self.lengthscale
-        cross = causal_kernel(*prior, self.points, values) * self.used[:, None]
-        whitened = forward_solve(self.factor, cross)
-        variance = self.amplitude + jnp.interp(values, self.grid, self.deviation) ** 2
-        mean = jnp.interp(values, self.grid, self.mean) + self.weights @ cross
-        return mean, jnp.sqrt(jnp.maximum(variance - (whitened**2).sum(0), 1e-10))
+        grid, prior_mean, deviation, _ = self.prior
+        points, used = self.data.points, self.data.used[:, None]
+        cross = causal_kernel(self.prior, self.amplitude, self.lengthscale, points, values) * used
+        explained = (forward_solve(self.factor, cross) ** 2).sum(0)
+        variance = self.amplitude + jnp.interp(values, grid, deviation) ** 2
+        mean = jnp.interp(values, grid, prior_mean) + self.weights @ cross
+        return mean, jnp.sqrt(jnp.maximum(variance - explained, 1e-10))
 
 
-def causal_kernel(grid, deviation, amplitude, lengthscale, a, b):
+def causal_kernel(prior: CausalPrior, amplitude, lengthscale, a, b):
     """CausalRBF of Aglietti et al. 2020, eq. 5: sf^2 exp(-(a - b)^2 / 2 l^2) + s(a) s(b)."""
     rbf = amplitude * jnp.exp(-0.5 * ((a[:, None] - b[None, :]) / lengthscale) ** 2)
-    return rbf + jnp.interp(a, grid, deviation)[:, None] * jnp.interp(b, grid, deviation)[None, :]
+    at_a, at_b = (jnp.interp(x, prior.grid, prior.deviation) for x in (a, b))
+    return rbf + at_a[:, None] * at_b[None, :]
 
 
-def condition_causal_gp(prior, data, amplitude, lengthscale) -> tuple[CausalGP, Float[Array, ""]]:
-    """The GP with these hyperparameters and its log evidence, given `data`: points, outcomes, noise
-    variances, and which of them are used, each `[samples]`; `prior` is grid, mean and deviation,
-    each `[bins]`.
-    """
-    grid, mean, deviation = prior
+def condition_causal_gp(
+    prior: CausalPrior, data: Outcomes, amplitude, lengthscale
+) -> tuple[CausalGP, Float[Array, ""]]:
+    """The GP with these hyperparameters and its log evidence, nan if it cannot be factorised."""
     points, outcomes, noise, used = data
-    kernel = causal_kernel(grid, deviation, amplitude, lengthscale, points, points)
+    kernel = causal_kernel(prior, amplitude, lengthscale, points, points)
     # Outcomes nearly free of noise make the system singular to rounding: a hundred epsilons of the
     # prior variance are added.
     diagonal = noise + 100 * jnp.finfo(kernel.dtype).eps * jnp.diagonal(kernel)
     kernel = jnp.where(used[:, None] & used[None, :], kernel, 0.0)
     factor = cholesky(kernel + jnp.diag(jnp.where(used, diagonal, 1.0)))
-    residual = jnp.where(used, outcomes - jnp.interp(points, grid, mean), 0.0)
+    residual = jnp.where(used, outcomes - jnp.interp(points, prior.grid, prior.mean), 0.0)
     whitened = forward_solve(factor, residual[:, None])
     evidence = -0.5 * (whitened**2).sum() - jnp.log(jnp.diagonal(factor)).sum()
     weights = backward_solve(factor, whitened)[:, 0]
-    failures = (~jnp.isfinite(evidence)).astype(int)
-    fitted = factor, weights, amplitude, lengthscale, failures
-    return CausalGP(grid, mean, deviation, points, used, *fitted), evidence
+    return CausalGP(prior, data, factor, weights, amplitude, lengthscale), evidence
 
 
-def fit_causal_gp(prior, data, noise_scales: tuple[float, ...] = (1.0,)) -> CausalGP:
-    """GP of one variable; `prior` and `data` as in `condition_causal_gp`.
+def fit_causal_gp(
+    prior: CausalPrior, data: Outcomes, noise_scales: tuple[float, ...] = (1.0,)
+) -> tuple[CausalGP, Int[Array, ""]]:
+    """GP of one variable, and how many hyperparameters were left out because their Cholesky factor
+    failed.
 
     Hyperparameters maximise the marginal likelihood over LENGTHSCALES x AMPLITUDES x
-    `noise_scales`, with a weak log-normal prior that decides where there are no data. The grid is
-    increasing; a range of zero width is allowed and never explored.
+    `noise_scales`, with a weak log-normal prior that decides where there are no data. A range of
+    zero width is allowed and never explored.
     """
-    (grid, _, _), (points, outcomes, noise, used) = prior, data
-    width = jnp.maximum(grid[-1] - grid[0], 1e-6)
+    width = jnp.maximum(prior.grid[-1] - prior.grid[0], 1e-6)
     axes = jnp.array(LENGTHSCALES) * width, jnp.array(AMPLITUDES), jnp.array(noise_scales)
     lengthscales, amplitudes, scales = (a.ravel() for a in jnp.meshgrid(*axes, indexing="ij"))
-    evidence, failed = evidences(prior, data, (amplitudes, lengthscales, scales))
+    evidence = evidences(prior, data, (amplitudes, lengthscales, scales))
+    failed = ~jnp.isfinite(evidence)
     scores = (
         evidence
         - 0.5 * jnp.log(lengthscales / (0.4 * width)) ** 2
         - 0.125 * jnp.log(amplitudes / 0.1) ** 2
     )
     best = jnp.argmax(jnp.where(failed, -jnp.inf, scores))
-    data = points, outcomes, scales[best] * noise, used
+    data = data._replace(noise=scales[best] * data.noise)
     gp, _ = condition_causal_gp(prior, data, amplitudes[best], lengthscales[best])
-    return eqx.tree_at(lambda gp: gp.failures, gp, failed.sum())
+    return gp, failed.sum()
 
 
 # rows that a likelihood is computed on: the first of these that holds all that are used
@@ -308,24 +319,24 @@ PLACES = (4, 8, 16, 32, 64)
 # one variable after the other: under `vmap` a switch would compute all of its branches
 @sequential_vmap
 def evidences(prior, data, hyperparameters):
-    """Log evidence and whether it failed, each `[hyperparameters]`, of the GP of one variable;
-    `prior` and `data` as in `condition_causal_gp`.
+    """Log evidence `[hyperparameters]` of the GP of one variable with each of these amplitudes,
+    lengthscales and scales of the noise.
 
     A buffer has a place for every row of every variable, of which one variable uses few: they are
     moved to the front and the rest is cut off.
     """
-    used = data[-1]
-    sizes = [*(size for size in PLACES if size < len(used)), len(used)]
-    order = jnp.argsort(~used, stable=True)
+    count = len(data.used)
+    sizes = [*(size for size in PLACES if size < count), count]
+    order = jnp.argsort(~data.used, stable=True)
 
     def on_the_first(size):
+        first = Outcomes(*(row[order][:size] for row in data))
+
         def one(amplitude, lengthscale, scale):
-            points, outcomes, noise, used = (row[order][:size] for row in data)
-            scaled = points, outcomes, scale * noise, used
-            gp, evidence = condition_causal_gp(prior, scaled, amplitude, lengthscale)
-            return evidence, gp.failures > 0
+            scaled = first._replace(noise=scale * first.noise)
+            return condition_causal_gp(prior, scaled, amplitude, lengthscale)[1]
 
-        return lambda: jax.vmap(one)(*hyperparameters)
+        return jax.vmap(one)(*hyperparameters)
 
-    place = jnp.searchsorted(jnp.array(sizes), used.sum())
-    return jax.lax.switch(place, [on_the_first(size) for size in sizes])
+    place = jnp.searchsorted(jnp.array(sizes), data.used.sum())
+    return jax.lax.switch(place, [ft.partial(on_the_first, size) for size in sizes])

@@ -2,15 +2,13 @@
 its settings.
 """
 
-import itertools
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
@@ -21,6 +19,8 @@ from lib.scm import AbstractSCM, Task, value_grid
 
 
 NOISE_FLOOR = 1e-5  # variance of an outcome, in units of the variance of Y; the published floor
+NOISE_STEPS = 5  # of its fixed point
+FeatureKind = Literal["auto", "linear", "fourier"]
 
 
 class Features(NamedTuple):
@@ -40,19 +40,18 @@ class Features(NamedTuple):
         padded = jnp.pad(inside, ((0, 0), (0, num_features - x.shape[0])))
         return jnp.where(self.linear, padded, jnp.sqrt(2 / num_features) * jnp.cos(angles))
 
-    def of_rows(self, x: Float[Array, "samples vars"]) -> Float[Array, "sets samples features"]:
-        """Features of every row."""
-        return jax.vmap(lambda row: self(row), out_axes=1)(x)
-
 
 class ParentSetRegression(eqx.Module):
     """Bayesian linear regression of Y on features of every parent set, and the posterior over the
     sets.
 
     Weights have prior N(0, I); `mean[sets, features]` and `covariance[sets, features, features]`
-    are their posterior, `noise[sets]` the noise variance.
+    are their posterior, `noise[sets]` the noise variance. Rows come in raw units and are
+    standardised by `scale`.
     """
 
+    scale: Scale
+    target: Int[Array, ""]
     features: Features
     log_probs: Float[Array, " sets"]
     mean: Float[Array, "sets features"]
@@ -60,15 +59,21 @@ class ParentSetRegression(eqx.Module):
     noise: Float[Array, " sets"]
 
     @classmethod
-    def fit(cls, features: Features, log_prior, x, y, noise) -> "ParentSetRegression":
+    def fit(
+        cls, scale: Scale, target, features: Features, log_prior, rows, noise
+    ) -> "ParentSetRegression":
         """Condition the weights, not the probabilities of the sets, on observational
-        `x[samples, vars]` and `y[samples]`, given `noise[sets]`.
+        `rows[samples, vars]`, given `noise[sets]`.
         """
-        phi = features.of_rows(x)
+        x = scale(rows)
+        phi = jax.vmap(features, out_axes=1)(x)
         mean, covariance, _ = jax.vmap(regression)(
-            jnp.einsum("ksm,ksn->kmn", phi, phi), jnp.einsum("ksm,s->km", phi, y), noise
+            jnp.einsum("ksm,ksn->kmn", phi, phi),
+            jnp.einsum("ksm,s->km", phi, jnp.take(x, target, axis=1)),
+            noise,
         )
-        return cls(features, jax.nn.log_softmax(log_prior), mean, covariance, noise)
+        log_probs = jax.nn.log_softmax(log_prior)
+        return cls(scale, target, features, log_probs, mean, covariance, noise)
 
     def predict(self, phi: Float[Array, "sets features"]) -> tuple[Array, Array, Array]:
         """Mean and variance of the outcome of a row with these features under every set, and the
@@ -84,14 +89,14 @@ class ParentSetRegression(eqx.Module):
         density = -0.5 * jnp.log(variance) - 0.5 * (y - mean) ** 2 / variance
         return jax.nn.log_softmax(self.log_probs + density)
 
-    def absorb(
-        self, x: Float[Array, " vars"], y: Float[Array, ""], use: Bool[Array, ""]
-    ) -> "ParentSetRegression":
-        """Score one row by its predictive density under every set, then condition the weights on
-        it; nothing changes where `use` is false.
+    def absorb(self, row: Float[Array, " vars"]) -> "ParentSetRegression":
+        """Score a row in which the target was not set by its predictive density under every set,
+        then condition the weights on it.
         """
+        x = self.scale(row[None])[0]
+        y = x[self.target]
         mean, variance, gain = self.predict(self.features(x))
-        updated = replace(
+        return replace(
             self,
             log_probs=self.scored(y, mean, variance),
             mean=self.mean + gain * ((y - mean) / variance)[:, None],
@@ -99,7 +104,22 @@ class ParentSetRegression(eqx.Module):
             covariance=self.covariance
             - gain[:, :, None] * gain[:, None, :] / variance[:, None, None],
         )
-        return jax.tree.map(lambda new, old: jnp.where(use, new, old), updated, self)
+
+    def absorb_all(
+        self, rows: ExperienceBuffer
+    ) -> tuple["ParentSetRegression", Float[Array, "samples sets"]]:
+        """The belief after all rows, and its log-probabilities after each. A row that is not valid,
+        or in which the target was set, says nothing.
+        """
+
+        def follow(state, row):
+            use = row.valid & ~row.intervened[state.target]
+            after = jax.tree.map(
+                lambda new, old: jnp.where(use, new, old), state.absorb(row.values), state
+            )
+            return after, after.log_probs
+
+        return jax.lax.scan(follow, self, rows)
 
 
 def regression(
@@ -115,7 +135,7 @@ def regression(
 
 
 def estimate_noise(
-    phi: Float[Array, "samples features"], y: Float[Array, " samples"], iterations: int = 5
+    phi: Float[Array, "samples features"], y: Float[Array, " samples"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Residual variance, and the log evidence of `y` at it: MacKay's fixed point, residual sum of
     squares / (samples - effective weights).
@@ -126,11 +146,10 @@ def estimate_noise(
     def improve(noise, _):
         mean, covariance, _ = regression(gram, moment, noise)
         effective = num_features - jnp.trace(covariance)
-        return jnp.maximum(
-            ((y - phi @ mean) ** 2).sum() / (num_rows - effective), NOISE_FLOOR
-        ), None
+        improved = ((y - phi @ mean) ** 2).sum() / (num_rows - effective)
+        return jnp.maximum(improved, NOISE_FLOOR), None
 
-    noise, _ = jax.lax.scan(improve, jnp.var(y) / 2, length=iterations)
+    noise, _ = jax.lax.scan(improve, jnp.var(y) / 2, length=NOISE_STEPS)
     mean, _, log_det = regression(gram, moment, noise)
     fit = ((y - phi @ mean) ** 2).sum() / noise + (mean**2).sum()
     return noise, 0.5 * (log_det - fit - num_rows * jnp.log(2 * jnp.pi * noise))
@@ -144,29 +163,12 @@ def draw_features(key: Key[Array, ""], num_sets: int, num_vars: int, num_feature
 
     # one key per set and variable: padding leaves the draws of the others as they are
     def one_set(k):
-        one_variable = jax.vmap(
-            lambda i: jr.normal(jr.fold_in(jr.fold_in(omega_key, k), i), (num_features,))
-        )
-        return one_variable(jnp.arange(num_vars)), jr.uniform(
-            jr.fold_in(phase_key, k), (num_features,), maxval=2 * jnp.pi
-        )
+        key = jr.fold_in(omega_key, k)
+        omega = jax.vmap(lambda i: jr.normal(jr.fold_in(key, i), (num_features,)))
+        phase = jr.uniform(jr.fold_in(phase_key, k), (num_features,), maxval=2 * jnp.pi)
+        return omega(jnp.arange(num_vars)), phase
 
     return jax.vmap(one_set)(jnp.arange(num_sets))
-
-
-def uniform_prior(
-    task: Task, max_size: int = 3
-) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """All sets of one to `max_size` variables, equally probable; those with the target or with
-    padding have probability zero.
-    """
-    num_vars = task.var_mask.shape[0]
-    combinations = [
-        c for size in range(1, max_size + 1) for c in itertools.combinations(range(num_vars), size)
-    ]
-    sets = jnp.asarray(np.array([[i in c for i in range(num_vars)] for c in combinations]))
-    allowed = ~(sets & ~task.possible_parents[None, :]).any(1)
-    return sets, jnp.where(allowed, -jnp.log(allowed.sum()), -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -179,15 +181,9 @@ class ParentScaleConfig:
     """number of leading rows of the buffer that are observational (D_O)"""
     num_steps: int
     """number of experiments"""
-    prior: Literal["doubly_robust", "uniform"] = "doubly_robust"
-    """over parent sets: bootstrap frequencies, or uniform over all sets of one to `max_set_size`
-    variables
-    """
-    max_set_size: int = 3
-    """largest set of the uniform prior"""
     num_bootstraps: int = 10
     """bootstraps of the doubly robust prior"""
-    features: Literal["auto", "linear", "fourier"] = "auto"
+    features: FeatureKind = "auto"
     """of the parent-set regression; auto: whichever explains Y better on D_O, which can mislead
     where interventions go far beyond D_O
     """
@@ -203,12 +199,9 @@ class ParentScaleConfig:
     """
 
     def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            known = get_args(kind)  # of a Literal; others have none
-            if known and getattr(self, name) not in known:
-                raise ValueError(
-                    f"unknown {name} '{getattr(self, name)}': choose one of {', '.join(known)}"
-                )
+        if self.features not in get_args(FeatureKind):
+            choices = ", ".join(get_args(FeatureKind))
+            raise ValueError(f"unknown features '{self.features}': choose one of {choices}")
         if self.num_obs < MIN_OBSERVATIONS:
             raise ValueError(
                 f"num_obs = {self.num_obs}: the expert needs at least {MIN_OBSERVATIONS} "
@@ -231,8 +224,6 @@ class ParentScaleConfig:
         self, key: Key[Array, ""], task: Task, observed: Float[Array, "samples vars"]
     ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
         """Candidate sets and their log-probabilities before any regression."""
-        if self.prior == "uniform":
-            return uniform_prior(task, self.max_set_size)
         return doubly_robust_prior(key, observed, task, self.num_bootstraps, self.num_features)
 
     def scale(self, task: Task, observed: Float[Array, "samples vars"]) -> Scale:
@@ -248,31 +239,26 @@ class ParentScaleConfig:
         log_prior: Float[Array, " sets"],
     ) -> ParentSetRegression:
         """The parent-set regression after the observational rows, with the features asked for."""
-        x = self.scale(task, observed)(observed)
+        scale = self.scale(task, observed)
+        x = scale(observed)
         y, num_vars = jnp.take(x, task.target, axis=1), x.shape[1]
-        num_features = num_vars if self.features == "linear" else max(self.num_features, num_vars)
+        num_features = max(self.num_features, num_vars)
         omega, phase = draw_features(key, sets.shape[0], num_vars, num_features)
 
         def noise_and_evidence(linear, number):
-            phi = Features(sets, linear, omega[..., :number], phase[:, :number]).of_rows(x)
+            features = Features(sets, linear, omega[..., :number], phase[:, :number])
+            phi = jax.vmap(features, out_axes=1)(x)
             return jax.vmap(estimate_noise, in_axes=(0, None))(phi, y)
 
-        if self.features == "auto":
-            # Linear features fill no more than `num_vars` places; the rest would only be zeros to
-            # factorise.
-            noises, evidence = zip(
-                noise_and_evidence(False, num_features),
-                noise_and_evidence(True, num_vars),
-                strict=True,
-            )
-            evidence = jnp.stack(evidence)
-            linear = jnp.diff(jax.nn.logsumexp(log_prior[None] + evidence, axis=1))[0] >= 0
-            noise = jnp.where(linear, noises[1], noises[0])
-        else:
-            linear = jnp.array(self.features == "linear")
-            noise = noise_and_evidence(linear, num_features)[0]
-        features = Features(sets, linear, omega, phase)
-        return ParentSetRegression.fit(features, log_prior, x, y, noise)
+        waves, wave_evidence = noise_and_evidence(False, num_features)
+        # Linear features fill no more than `num_vars` places; the rest would only be zeros to
+        # factorise.
+        lines, line_evidence = noise_and_evidence(True, num_vars)
+        evidence = log_prior[None] + jnp.stack([wave_evidence, line_evidence])
+        straighter = jnp.diff(jax.nn.logsumexp(evidence, axis=1))[0] >= 0
+        linear = jnp.array(self.features == "linear") if self.features != "auto" else straighter
+        features, noise = Features(sets, linear, omega, phase), jnp.where(linear, lines, waves)
+        return ParentSetRegression.fit(scale, task.target, features, log_prior, observed, noise)
 
     def do_effects(
         self,
@@ -284,34 +270,17 @@ class ParentScaleConfig:
         """The star-graph GP of every set and its do-effects on the search grid, in units of the
         deviation of Y (its mean and variance too).
         """
-        scale, live = Scale.of(observed), log_prior > -jnp.inf
-        x = scale(observed)
-        y = jnp.take(x, task.target, axis=1)
+        x, live = Scale.of(observed)(observed), log_prior > -jnp.inf
+        y, grid = jnp.take(x, task.target, axis=1), self.search_grid(task, observed)
         star = fit_star_gp(x, y, sets, live)
-        grid = scale.standardise(value_grid(task.low, task.high, self.num_values))
         return star, star_effects(x, y, sets, star, grid, live)
 
-
-def absorb_row(
-    state: ParentSetRegression, scale: Scale, target: Int[Array, ""] | int, row, intervened, valid
-) -> ParentSetRegression:
-    """The belief after one raw row; a row that is not valid, or in which the target was set, says
-    nothing.
-    """
-    standard = scale(row[None])[0]
-    return state.absorb(standard, standard[target], valid & ~intervened[target])
-
-
-def absorb_rows(
-    state: ParentSetRegression, scale: Scale, target: Int[Array, ""], rows: ExperienceBuffer
-) -> tuple[ParentSetRegression, Float[Array, "samples sets"]]:
-    """The belief after all raw rows, and its log-probabilities after each."""
-
-    def follow(state, row):
-        after = absorb_row(state, scale, target, row.values, row.intervened, row.valid)
-        return after, after.log_probs
-
-    return jax.lax.scan(follow, state, rows)
+    def search_grid(
+        self, task: Task, observed: Float[Array, "samples vars"]
+    ) -> Float[Array, "vars bins"]:
+        """The values at which the acquisition is maximised, standardised."""
+        grid = value_grid(task.low, task.high, self.num_values)
+        return Scale.of(observed)(grid.T).T
 
 
 def replay_posterior(
@@ -331,6 +300,6 @@ def replay_posterior(
     observed, later = config.split(buffer)
     candidates = config.prior_over_sets(prior_key, scm.task, observed)
     state = config.initial_regression(feature_key, scm.task, observed, *candidates)
-    _, log_probs = absorb_rows(state, config.scale(scm.task, observed), scm.target, later)
+    _, log_probs = state.absorb_all(later)
     every = jnp.concatenate([state.log_probs[None], log_probs])
     return every[num_initial - config.num_obs + jnp.arange(config.num_steps + 1)]

@@ -46,10 +46,6 @@ class Scale(NamedTuple):
     def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
         return (rows - self.shift[None, :]) / self.spread[None, :]
 
-    def standardise(self, grid: Float[Array, "vars bins"]) -> Float[Array, "vars bins"]:
-        """Values of every variable."""
-        return self(grid.T).T
-
 
 def doubly_robust_prior(
     key: Key[Array, ""],
@@ -70,33 +66,29 @@ def doubly_robust_prior(
     selected most often the other half (`2 ** UNION_SIZE` more places): a true set that no bootstrap
     returned whole can then still be found.
     """
-    selection = select(key, rows, task, num_bootstraps, num_features)
-    return with_union(*set_frequencies(*selection[:2]), *selection)
+    selected, p_values = select(key, rows, task, num_bootstraps, num_features)
+    return with_union(selected, p_values, task.possible_parents)
 
 
-def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, Array, Array]:
-    """The parents that each bootstrap of `rows` selects `[bootstraps, vars]`, out of which
-    variables `[vars]`, and the p-values behind it `[bootstraps, vars]`.
+def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, Array]:
+    """The parents that each bootstrap of `rows` selects, and the p-values behind it, each
+    `[bootstraps, vars]`.
     """
     real, standard = task.possible_parents, Scale.of(rows)(rows)
-    feature_key, bootstrap_key = jr.split(key)
     x, y = jnp.where(real[None, :], standard, 0.0), jnp.take(standard, task.target, axis=1)
-    folds = num_bootstraps, NUM_FOLDS, num_features, PENALTY
-    p_values = increase_p_values(*held_out_residuals(feature_key, x, y, bootstrap_key, *folds))
-    selected = jax.vmap(lambda p: benjamini_yekutieli(p, real, FALSE_DISCOVERIES))(p_values)
-    return selected, real, p_values
+    p_values = increase_p_values(*held_out_residuals(key, x, y, num_bootstraps, num_features))
+    return jax.vmap(lambda p: benjamini_yekutieli(p, real))(p_values), p_values
 
 
-def held_out_residuals(
-    feature_key, x, y, bootstrap_key, num_bootstraps, num_folds, num_features, penalty
-):
+def held_out_residuals(key, x, y, num_bootstraps, num_features):
     """Products of the two nuisances' held-out residuals.
 
     Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one
     left out), and how often each bootstrap drew each row, `counts[bootstraps, samples]`. Rows are
-    padded to a multiple of `num_folds`; padding has count zero.
+    padded to a multiple of `NUM_FOLDS`; padding has count zero.
     """
     num_rows, num_vars = x.shape
+    feature_key, bootstrap_key = jr.split(key)
     omega_key, phase_key = jr.split(feature_key)
     squares = (x**2).sum(1)
     distance = jnp.sqrt(jnp.maximum(squares[:, None] + squares[None, :] - 2 * x @ x.T, 0.0))
@@ -107,32 +99,31 @@ def held_out_residuals(
     phase = jr.uniform(phase_key, (2, num_features), maxval=2 * jnp.pi)
 
     order_key, draw_key = jr.split(bootstrap_key)
-    per_fold = -(-num_rows // num_folds)
+    per_fold = -(-num_rows // NUM_FOLDS)
     # one assignment of rows to folds, common to all bootstraps
     order = jr.permutation(order_key, num_rows)
-    pad = num_folds * per_fold - num_rows
+    pad = NUM_FOLDS * per_fold - num_rows
     drawn = jr.randint(draw_key, (num_bootstraps, num_rows), 0, num_rows)
     counts = jax.vmap(lambda d: jnp.bincount(d, length=num_rows))(drawn).astype(x.dtype)
     counts = jnp.pad(counts[:, order], ((0, 0), (0, pad)))
-    weights = counts.reshape(num_bootstraps, num_folds, per_fold)
     x = jnp.pad(x[order], ((0, pad), (0, 0)))
-    folds_y = jnp.pad(y[order], (0, pad)).reshape(num_folds, per_fold)
+    folds_y = jnp.pad(y[order], (0, pad)).reshape(NUM_FOLDS, per_fold)
     # The intercept is penalised as weakly as the slopes: the data are standardised.
     ridge = num_rows * jnp.concatenate(
-        [jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, penalty)]
+        [jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, PENALTY)]
     )
 
-    def held_out(used, omega, phase, weights):
-        """Residuals of the regression on `used[samples, vars]` with row weights `[folds, rows]`,
-        each fold predicted from the others.
+    def held_out(used, omega, phase):
+        """Residuals `[bootstraps, samples]` of the regression on `used[samples, vars]`, each fold
+        predicted from the others.
         """
         waves = jnp.sqrt(2 / num_features) * jnp.cos(used @ omega + phase[None, :])
         phi = jnp.concatenate([jnp.ones((x.shape[0], 1)), used, waves], axis=1).reshape(
-            num_folds, per_fold, -1
+            NUM_FOLDS, per_fold, -1
         )
 
-        def bootstrap(w):
-            weighted = phi * w[:, :, None]
+        def bootstrap(weights):
+            weighted = phi * weights.reshape(NUM_FOLDS, per_fold, 1)
             gram = jnp.einsum("frm,frk->fmk", weighted, phi)
             moment = jnp.einsum("frm,fr->fm", weighted, folds_y)
             train = (gram.sum(0) + jnp.diag(ridge))[None] - gram  # leave one fold out
@@ -141,17 +132,15 @@ def held_out_residuals(
             )
             return (folds_y - jnp.einsum("frm,fmo->fr", phi, coefficients)).reshape(-1)
 
-        return jax.vmap(bootstrap)(weights)
+        return jax.vmap(bootstrap)(counts)
 
     def products(kept):
         """Residual products [bootstraps, samples] of the regression on the variables in `kept`."""
-        return jax.vmap(lambda omega, phase: held_out(x * kept[None, :], omega, phase, weights))(
-            omega, phase
-        ).prod(0)
+        return jax.vmap(lambda *waves: held_out(x * kept[None, :], *waves))(omega, phase).prod(0)
 
     kept = jnp.concatenate([jnp.ones((1, num_vars)), 1 - jnp.eye(num_vars)])
-    full, *_ = all_products = jax.lax.map(products, kept)
-    return full, all_products[1:], counts
+    residuals = jax.lax.map(products, kept)
+    return residuals[0], residuals[1:], counts
 
 
 def increase_p_values(full, without, counts) -> Float[Array, "bootstraps vars"]:
@@ -177,61 +166,59 @@ def increase_p_values(full, without, counts) -> Float[Array, "bootstraps vars"]:
 
 
 def benjamini_yekutieli(
-    p_values: Float[Array, " vars"], real: Bool[Array, " vars"], alpha: float
+    p_values: Float[Array, " vars"], real: Bool[Array, " vars"]
 ) -> Bool[Array, " vars"]:
-    """Hypotheses rejected at false discovery rate `alpha` under any dependence, among those in
+    """Hypotheses rejected at the rate `FALSE_DISCOVERIES` under any dependence, among those in
     `real` (Benjamini and Yekutieli, 2001).
     """
-    ranks = jnp.arange(1, p_values.shape[0] + 1)
-    count = real.sum()
+    ranks, count = jnp.arange(1, p_values.shape[0] + 1), real.sum()
     harmonic = jnp.where(ranks <= count, 1 / ranks, 0.0).sum()
     p_values = jnp.where(real, p_values, jnp.inf)
     ordered = jnp.sort(p_values)
-    passing = ordered <= alpha * ranks / (jnp.maximum(count, 1) * harmonic)
+    passing = ordered <= FALSE_DISCOVERIES * ranks / (jnp.maximum(count, 1) * harmonic)
     # step-up: everything up to the last that passes
-    threshold = jnp.where(passing, ordered, -jnp.inf).max()
-    return p_values <= threshold
+    return p_values <= jnp.where(passing, ordered, -jnp.inf).max()
 
 
 def set_frequencies(
     selected: Bool[Array, "bootstraps vars"], real: Bool[Array, " vars"]
 ) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """The distinct rows of `selected` with their frequencies; single variables, equally probable,
-    if every row is empty.
+    """The distinct rows of `selected` with the logarithms of their frequencies; single variables,
+    equally probable, if every row is empty.
     """
     num_bootstraps, num_vars = selected.shape
     same = (selected[:, None, :] == selected[None, :, :]).all(2)
     first = jnp.argmax(same, axis=1) == jnp.arange(num_bootstraps)
-    frequency = jnp.where(first, same.mean(1), 0.0)
-    empty = ~selected.any(1)
-    places = max(num_bootstraps, num_vars)
-    sets = jnp.pad(selected, ((0, places - num_bootstraps), (0, 0)))
-    frequency = jnp.pad(frequency, (0, places - num_bootstraps))
-    singles = jnp.pad(jnp.diag(real), ((0, places - num_vars), (0, 0)))
-    uniform = jnp.pad(real / jnp.maximum(real.sum(), 1), (0, places - num_vars))
-    sets = jnp.where(empty.all(), singles, sets)
-    return sets, jnp.log(jnp.where(empty.all(), uniform, frequency))
+    uniform = real / jnp.maximum(real.sum(), 1)
+
+    def choose(found, single):
+        """One of two arrays, which are padded to a common number of places."""
+        shape = (max(num_bootstraps, num_vars), *found.shape[1:])
+        found, single = (jnp.zeros(shape, a.dtype).at[: len(a)].set(a) for a in (found, single))
+        return jnp.where(selected.any(), found, single)
+
+    frequency = choose(jnp.where(first, same.mean(1), 0.0), uniform)
+    return choose(selected, jnp.diag(real)), jnp.log(frequency)
 
 
-def with_union(
-    sets, log_probs, selected, real, p_values
-) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
-    """Candidates with all subsets of the most often selected variables added, each of which gets
-    half of its probability there.
+def with_union(selected, p_values, real) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+    """The sets that bootstraps `selected`, and all subsets of the variables selected most often;
+    frequencies and subsets get half of the probability each.
 
     A variable is in a subset with its frequency of selection, smoothed by half a selection and half
     a non-selection; ties in frequency go to the smaller mean p-value.
     """
     num_bootstraps, num_vars = selected.shape
+    sets, log_frequencies = set_frequencies(selected, real)
     size = min(UNION_SIZE, num_vars)
-    frequency = (selected.sum(0) + 0.5) / (num_bootstraps + 1)
-    _, top = jax.lax.top_k(jnp.where(real, frequency - 1e-3 * p_values.mean(0), -jnp.inf), size)
+    share = (selected.sum(0) + 0.5) / (num_bootstraps + 1)
+    _, top = jax.lax.top_k(jnp.where(real, share - 1e-3 * p_values.mean(0), -jnp.inf), size)
     table = jnp.array(list(itertools.product([False, True], repeat=size)))
     subsets = jnp.zeros((2**size, num_vars), bool).at[:, top].set(table)
-    inside = jnp.where(real[top], frequency[top], 0.0)
-    probs = jnp.where(table, inside[None], 1 - inside[None]).prod(1)
-    frequencies = jnp.exp(log_probs)
+    inside = jnp.where(real[top], share[top], 0.0)
+    product = jnp.where(table, inside[None], 1 - inside[None]).prod(1)
+    frequencies = jnp.exp(log_frequencies)
     listed = (sets[:, None] == subsets[None]).all(2) & (frequencies > 0)[:, None]
-    probs = 0.5 * probs + 0.5 * (listed * frequencies[:, None]).sum(0)
+    probs = 0.5 * product + 0.5 * (listed * frequencies[:, None]).sum(0)
     rest = jnp.where(listed.any(1), 0.0, 0.5 * frequencies)
     return jnp.concatenate([subsets, sets]), jnp.log(jnp.concatenate([probs, rest]))

@@ -182,14 +182,13 @@ def generate_group_interventions(
     key: Key[Array, ""] | None = None,
 ) -> list[Intervention]:
     """Candidates, drawn independently from the policy."""
-    variables, values = _draw(acquisition_params, state, fresh(key), group_size)
-    size, pairs = state.buffer.values.shape[1], zip(variables.tolist(), values, strict=True)
-    return [Intervention.single(variable, value, size) for variable, value in pairs]
+    return _draw(acquisition_params, state, fresh(key), group_size)
 
 
 @eqx.filter_jit
 def _draw(policy, state, key, group_size):
-    return sample_group(key, policy(state), group_size)
+    size, drawn = state.buffer.values.shape[1], sample_group(key, policy(state), group_size)
+    return [Intervention.single(i, value, size) for i, value in zip(*drawn, strict=True)]
 
 
 def select_intervention(
@@ -276,8 +275,10 @@ def outcome_nll(output: SurrogateOutput, buffer: ExperienceBuffer) -> Float[Arra
 
     def one(row, mask):
         i = jnp.argmax(mask)
-        mean = jnp.interp(row[i], output.grid[i], output.effect_mean[i])
-        std = jnp.interp(row[i], output.grid[i], output.effect_std[i])
+        mean, std = (
+            jnp.interp(row[i], output.grid[i], table[i])
+            for table in (output.effect_mean, output.effect_std)
+        )
         variance = 1.0 + (std / output.spread) ** 2
         error = (row[task.target] - mean) / output.spread
         return 0.5 * (error**2 / variance + jnp.log(variance))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.artifacts import ArtifactError, load_arrays
 from lib.buffer import ExperienceBuffer
-from lib.expert import ExpertRun, run_parent_scale
+from lib.expert import Demonstration, ExpertRun, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.posterior import ParentSetPosterior
 from lib.scm import AbstractSCM, SyntheticSCM
@@ -40,29 +40,16 @@ class TrajectoryStep(NamedTuple):
     step_number: int
 
 
-class ExpertTrajectory(eqx.Module):
+class ExpertTrajectory(Demonstration):
     """A run of the expert on `scm`.
 
-    `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`.
-    `log_probs[t]` over `sets` is its belief before step t, the last one its belief at the end.
-    `surface[t]` is its expected improvement on the value grid. `reward[t]` is by how much the
-    outcome improved on the best outcome of earlier interventions (0 if it did not). `key_data` is
-    the random key of the run, from which the belief can be replayed. `failures` is
-    `ExpertRun.failures`.
+    `reward[t]` is by how much the outcome improved on the best outcome of earlier interventions (0
+    if it did not). `key_data` is the random key of the run, from which the belief can be replayed.
     """
 
     scm: SyntheticSCM
-    buffer: ExperienceBuffer
-    num_initial: Int[Array, ""]
-    sets: Bool[Array, "sets vars"]
-    log_probs: Float[Array, "beliefs sets"]
-    surface: Float[Array, "steps vars bins"]
-    variable: Int[Array, " steps"]
-    value: Float[Array, " steps"]
-    outcome: Float[Array, " steps"]
     reward: Float[Array, " steps"]
     key_data: Array
-    failures: Int[Array, ""]
 
     def buffer_before(self, step: Int[Array, ""] | int) -> ExperienceBuffer:
         """The rows that the expert knew before `step`."""
@@ -106,20 +93,9 @@ def extract_expert_trajectory(
     """The demonstration in a finished run; `key` is the one the run was given, from which the
     belief is replayed.
     """
-    return ExpertTrajectory(
-        scm=scm,
-        buffer=run.buffer,
-        num_initial=run.num_initial,
-        sets=run.sets,
-        log_probs=run.log_probs,
-        surface=run.surface,
-        variable=run.variable,
-        value=run.value,
-        outcome=run.outcome,
-        reward=improvements(run.buffer, run.num_initial, scm.target, run.outcome),
-        key_data=jr.key_data(key),
-        failures=run.failures,
-    )
+    shared = {name: getattr(run, name) for name in Demonstration.__dataclass_fields__}
+    reward = improvements(run.buffer, run.num_initial, scm.target, run.outcome)
+    return ExpertTrajectory(**shared, scm=scm, reward=reward, key_data=jr.key_data(key))
 
 
 @eqx.filter_jit
@@ -149,55 +125,47 @@ def expert_demonstration(
     Without a `config` the expert works from all observational rows, which must come first.
     """
     config = config or ParentScaleConfig(int(buffer.observational.sum()), num_interventions)
-    settings = replace(config, num_steps=num_interventions)
+    config = replace(config, num_steps=num_interventions)
     key = jr.key(0) if key is None else key
-    return run_parent_scale(key, scm, buffer.grow(num_interventions), settings).buffer
+    return run_parent_scale(key, scm, buffer.grow(num_interventions), config).buffer
 
 
 # --- validation ---
 
 
-class Consistency(NamedTuple):
-    """What `check_trajectory` found; all of them have to hold."""
-
-    finite: Bool[Array, ""]
-    normalised: Bool[Array, ""]
-    in_range: Bool[Array, ""]
-    recorded: Bool[Array, ""]
-    replayed: Bool[Array, ""]
-
-
-def check_trajectory(trajectory: ExpertTrajectory, config: ParentScaleConfig) -> Consistency:
-    """Whether numbers are finite, beliefs sum to one, choices lie in range, experiments stand in
-    the buffer as recorded, and the stored posterior follows from the stored data and key (replayed
-    to a total variation of .01).
+def check_trajectory(
+    trajectory: ExpertTrajectory, config: ParentScaleConfig
+) -> dict[str, Bool[Array, ""]]:
+    """Whether numbers are finite, beliefs normalised (they sum to one), choices in range,
+    experiments recorded in the buffer as they are, and the stored posterior follows from the stored
+    data and key (replayed to a total variation of .01). All of them have to hold.
     """
     scm, buffer, log_probs = trajectory.scm, trajectory.buffer, trajectory.log_probs
     variable, value, outcome = trajectory.variable, trajectory.value, trajectory.outcome
     numbers = buffer.values, trajectory.surface, value, outcome, trajectory.reward
     finite = jnp.stack([jnp.isfinite(a).all() for a in numbers]).all()
-    finite &= ~jnp.isnan(log_probs).any()
-    normalised = (jnp.abs(jnp.exp(log_probs).sum(-1) - 1.0) < 1e-3).all()
-    margin = 1e-4 * (scm.high - scm.low)[variable]
-    in_range = (
-        scm.candidates[variable]
-        & (value >= scm.low[variable] - margin)
-        & (value <= scm.high[variable] + margin)
-    )
+    low, high = scm.low[variable], scm.high[variable]
+    margin = 1e-4 * (high - low)
+    in_range = scm.candidates[variable] & (value >= low - margin) & (value <= high + margin)
     rows = trajectory.num_initial + jnp.arange(variable.shape[0])
 
     def stands(column, number):
         """Whether it is what the buffer has, to rounding."""
         return jnp.abs(buffer.values[rows, column] - number) <= 1e-5 + 1e-5 * jnp.abs(number)
 
-    recorded = buffer.intervened[rows, variable] & stands(variable, value)
+    recorded = buffer.valid[rows] & buffer.intervened[rows, variable] & stands(variable, value)
     if config.outcome_samples == 1:
         recorded &= stands(scm.target, outcome)
-    recorded = (buffer.valid[rows] & recorded).all()
     key = jr.wrap_key_data(trajectory.key_data)
     again = replay_posterior(key, scm, buffer, trajectory.num_initial, config)
     distance = 0.5 * jnp.abs(jnp.exp(again) - jnp.exp(log_probs)).sum(-1).max()
-    return Consistency(finite, normalised, in_range.all(), recorded, distance < 0.01)
+    return {
+        "finite": finite & ~jnp.isnan(log_probs).any(),
+        "normalised": (jnp.abs(jnp.exp(log_probs).sum(-1) - 1.0) < 1e-3).all(),
+        "in_range": in_range.all(),
+        "recorded": recorded.all(),
+        "replayed": distance < 0.01,
+    }
 
 
 @eqx.filter_jit
@@ -206,7 +174,7 @@ def validate_trajectory_consistency(
 ) -> Bool[Array, " batch"]:
     """Which of a batch of demonstrations are consistent (see `check_trajectory`)."""
     checks = jax.vmap(lambda t: check_trajectory(t, config))(trajectories)
-    return jnp.stack(checks).all(0)
+    return jnp.stack(list(checks.values())).all(0)
 
 
 def validate_demonstration_quality(
@@ -218,9 +186,8 @@ def validate_demonstration_quality(
     to the expert: no ground truth takes part.
     """
     entropy = jax.vmap(lambda t: t.posterior(-1).entropy())(trajectories)
-    return (entropy <= max_posterior_entropy) & (
-        trajectories.variable.shape[1] >= min_trajectory_length
-    )
+    long = trajectories.variable.shape[1] >= min_trajectory_length
+    return long & (entropy <= max_posterior_entropy)
 
 
 # --- splitting and augmentation ---
@@ -303,8 +270,10 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
     return replace(
         trajectory,
         scm=renamed,
-        buffer=ExperienceBuffer(
-            (buffer.values * sign[None])[:, old], buffer.intervened[:, old], buffer.valid
+        buffer=replace(
+            buffer,
+            values=(buffer.values * sign[None])[:, old],
+            intervened=buffer.intervened[:, old],
         ),
         sets=trajectory.sets[:, old],
         surface=surface[:, old],
@@ -328,25 +297,20 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
     `ArtifactError` if the file cannot be used.
     """
     arrays, header = load_arrays(path, "demos")
-
-    parts = {"scm": SyntheticSCM, "buffer": ExperienceBuffer}
+    inner = {"scm": SyntheticSCM, "buffer": ExperienceBuffer}
 
     def fields(kind, prefix):
-        return {
-            name: jnp.asarray(arrays[f"{prefix}/{name}"])
-            for name in kind.__dataclass_fields__
-            if name not in parts
-        }
+        names = kind.__dataclass_fields__.keys() - inner.keys()
+        return {name: jnp.asarray(arrays[f"{prefix}/{name}"]) for name in names}
 
     try:
-        inner = {name: fields(kind, f"{part}/{name}") for name, kind in parts.items()}
+        parts = {name: fields(kind, f"{part}/{name}") for name, kind in inner.items()}
         rest = fields(ExpertTrajectory, part)
     except KeyError as error:
         raise ArtifactError(path, f"it holds no {error}", "demos") from error
 
-    def build(inner, rest):
-        return ExpertTrajectory(
-            **{name: kind(**inner[name]) for name, kind in parts.items()}, **rest
-        )
+    def build(parts, rest):
+        built = {name: kind(**parts[name]) for name, kind in inner.items()}
+        return ExpertTrajectory(**built, **rest)
 
-    return jax.vmap(build)(inner, rest), header
+    return jax.vmap(build)(parts, rest), header

@@ -36,16 +36,15 @@ from lib.scm import value_grid
 class PublishedRegression(ParentSetRegression):
     """The regression whose sets are scored by the published likelihood."""
 
-    def absorb(self, x, y, use):
-        after, phi = super().absorb(x, y, use), self.features(x)
+    def absorb(self, row):
+        after, x = super().absorb(row), self.scale(row[None])[0]
+        phi, linear = self.features(x), self.features.linear
         before, *_ = self.predict(phi)
         mean, variance, _ = after.predict(phi)
         by_precision = jax.vmap(positive_solve)(self.covariance, phi[:, :, None])[:, :, 0]
-        linear = self.features.linear
         mean = jnp.where(linear, before, mean)
         variance = jnp.where(linear, self.noise + (phi * by_precision).sum(1), variance)
-        log_probs = jnp.where(use, self.scored(y, mean, variance), self.log_probs)
-        return replace(after, log_probs=log_probs)
+        return replace(after, log_probs=self.scored(x[self.target], mean, variance))
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class PublishedConfig(ParentScaleConfig):
     """Settings of the expert as published."""
 
     def prior_over_sets(self, key, task, observed):
-        if self.prior == "uniform":
-            return super().prior_over_sets(key, task, observed)
         return bootstrap_prior(key, observed, task, self.num_bootstraps, self.num_features)
 
     def scale(self, task, observed):
@@ -62,12 +59,13 @@ class PublishedConfig(ParentScaleConfig):
         return Scale(shift.at[task.target].set(0.0), spread.at[task.target].set(1.0))
 
     def initial_regression(self, key, task, observed, sets, log_prior):
-        x = self.scale(task, observed)(observed)
         # Sets with the target have probability zero, but it may be too large for their regression.
         without = sets.at[:, task.target].set(False)
         first = super().initial_regression(key, task, observed, without, log_prior)
-        y, noise = jnp.take(x, task.target, axis=1), jnp.ones_like(first.noise)
-        return PublishedRegression.fit(first.features, log_prior, x, y, noise)
+        noise = jnp.ones_like(first.noise)
+        return PublishedRegression.fit(
+            first.scale, task.target, first.features, log_prior, observed, noise
+        )
 
     def do_effects(self, task, observed, sets, log_prior):
         live, grid = log_prior > -jnp.inf, value_grid(task.low, task.high, self.num_values)
@@ -81,11 +79,14 @@ class PublishedConfig(ParentScaleConfig):
         return star._replace(noise=star.noise / spread**2), standard
 
 
-def bootstrap_prior(*arguments) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
+def bootstrap_prior(
+    key, rows, task, num_bootstraps, num_features
+) -> tuple[Bool[Array, "sets vars"], Float[Array, " sets"]]:
     """Sets with the frequencies with which bootstraps select them; the arguments are those of
     `lib.expert_prior.doubly_robust_prior`.
     """
-    sets, log_probs = set_frequencies(*select(*arguments)[:2])
+    selected, _ = select(key, rows, task, num_bootstraps, num_features)
+    sets, log_probs = set_frequencies(selected, task.possible_parents)
     return sets, without_empty(sets, log_probs)
 
 

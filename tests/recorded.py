@@ -10,8 +10,11 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from lib.scm import MECHANISMS, NOISES, SyntheticSCM
 
 
 FOLDER = Path(os.environ.get("PARENT_SCALE_CASES") or Path(__file__).parent / "cases")
@@ -46,3 +49,26 @@ def read_case(name):
         pytest.skip(f"no recorded run {name} in the folder of PARENT_SCALE_CASES ({FOLDER.name})")
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
+
+
+def linear_system(case) -> SyntheticSCM:
+    """The system of a recorded linear run, in raw units."""
+    d, topo = len(case["topo"]), case["topo"]
+    low, high = case["search_range"].T.astype(np.float32)
+    return SyntheticSCM(
+        order=jnp.asarray(topo, jnp.int32),
+        adjacency=jnp.asarray(case["adjacency"][topo][:, topo] != 0),
+        mechanism=jnp.array(MECHANISMS.index("linear")),
+        noise_kind=jnp.array(NOISES.index("gaussian")),
+        weights=jnp.asarray(case["weights"][topo][:, topo], jnp.float32),
+        frequencies=jnp.zeros((d, d, 1)),
+        phases=jnp.zeros((d, 1)),
+        amplitudes=jnp.zeros((d, 1)),
+        noise_scale=jnp.asarray(case["noise_sigma"][topo], jnp.float32),
+        shift=jnp.zeros(d),
+        spread=jnp.ones(d),
+        target=jnp.array(int(case["target"])),
+        low=jnp.asarray(low),
+        high=jnp.asarray(high),
+        var_mask=jnp.ones(d, bool),
+    )
