@@ -209,7 +209,7 @@ def evaluate_system_performance(
         name: scenario.regret(name, system, test_scms, optima, key)
         for name in (baseline_method, "acbo")
     }
-    records = regret_records(task, regret, np.asarray(test_scms.scm.mechanism))
+    records = regret_records(task, regret, test_scms.scm.mechanism)
     return EvaluationReport(records, {task: regret})
 
 
@@ -346,8 +346,9 @@ def success_records(
         records += cells("surrogate", f"{task}/expert's problems", name, {"parent F1": f1}, count)
     # speed: one posterior for one problem, after compilation, on this machine
     scm, buffer = (jax.tree.map(lambda leaf: leaf[0], x) for x in problems[::2])
-    surrogate = run.systems["acbo"].surrogate
-    slow, fast = accuracy.posterior_seconds(surrogate, scm, buffer, config.num_obs)
+    slow, fast = accuracy.posterior_seconds(
+        run.systems["acbo"].surrogate, scm, buffer, config.num_obs
+    )
     kept, moved = (mean_f1(some, some["acbo"]).value for some in (scores, transfer))
     lost = 1 - moved / max(kept, 1e-9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -374,8 +375,7 @@ def evaluate(run: Run) -> EvaluationReport:
         task = f"d={size}"
         problems, optima, scores, of_parents = measure_parents(run, size)
         regret[task], expert = play_all(run, size, problems, optima)
-        mechanism = np.asarray(problems.scm.mechanism)
-        records += of_parents + regret_records(task, regret[task], mechanism)
+        records += of_parents + regret_records(task, regret[task], problems.scm.mechanism)
         found[size] = task, problems, scores, expert
     _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
     records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)

@@ -159,14 +159,14 @@ def mean_f1(scores: Arrays, marginals: np.ndarray) -> metrics.Estimate:
     return metrics.summarise(metrics.parent_f1(marginals > 0.5, truth, possible))
 
 
-def regret_records(task: str, regret: Arrays, mechanism: np.ndarray) -> list[metrics.Record]:
+def regret_records(task: str, regret: Arrays, mechanism: jax.Array) -> list[metrics.Record]:
     """Simple regret of every method, by kind of mechanism too; the paired difference of each to
     acbo; and how often acbo ends better than doing nothing.
     """
     ours, steps = regret["acbo"], [s for s in REGRET_STEPS if s < regret["acbo"].shape[1]]
     kinds = {"": mechanism >= 0} | {f"/{n}": mechanism == i for i, n in enumerate(MECHANISMS)}
     parts = [
-        (task + kind, name, values[rows[: len(values)]])
+        (task + kind, name, values[np.asarray(rows)[: len(values)]])
         for kind, rows in kinds.items()
         for name, values in regret.items()
     ]

@@ -282,8 +282,7 @@ def prior_weights(reach, tried, config):
     wrong = jnp.where(tried, wrong, untried)
     near = jnp.minimum(1.0, (config.far / jnp.maximum(reach, 1e-6)) ** 2)
     right = ((1 - wrong)[:, None] * near[None])[..., None]
-    each = (1 - config.flat) / len(AMPLITUDES)
-    otherwise = jnp.array([config.flat] + [each] * len(AMPLITUDES))
+    otherwise = jnp.array([config.flat, *[(1 - config.flat) / len(AMPLITUDES)] * len(AMPLITUDES)])
     prior = jnp.concatenate([right, (1 - right) * otherwise[None, None]], axis=-1)
     no_effect = jnp.arange(prior.shape[-1]) == 1
     prior = jnp.concatenate([prior, jnp.broadcast_to(no_effect[None, None], prior[:1].shape)])

@@ -245,7 +245,7 @@ def evaluate_acquisition_performance(
             name: scenario.regret(name, system, problems, optima, play_key)
             for name in ("acbo", *rivals)
         }
-        records += regret_records(scenario.name, regret, np.asarray(problems.scm.mechanism))
+        records += regret_records(scenario.name, regret, problems.scm.mechanism)
     return {
         "/".join((r.task, r.method, r.metric)) + end: value
         for r in records
