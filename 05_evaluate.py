@@ -201,14 +201,16 @@ def evaluate_system_performance(
     """The system beside one method on problems whose truth is known, with room for `num_steps`
     experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
     """
-    scms = test_scms.scm
-    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(scms)
-    scenario = OptimizationScenario(f"d={scms.low.shape[1]}", num_obs=num_obs, num_steps=num_steps)
+    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(test_scms.scm)
+    task = f"d={test_scms.scm.low.shape[1]}"
+    scenario = OptimizationScenario(task, num_obs=num_obs, num_steps=num_steps)
     key = settings.stage_key(seed, "evaluation", "play")
-    who = baseline_method, "acbo"
-    regret = {name: scenario.regret(name, system, test_scms, optima, key) for name in who}
-    records = regret_records(scenario.name, regret, np.asarray(scms.mechanism))
-    return EvaluationReport(records, {scenario.name: regret})
+    regret = {
+        name: scenario.regret(name, system, test_scms, optima, key)
+        for name in (baseline_method, "acbo")
+    }
+    records = regret_records(task, regret, test_scms.scm.mechanism)
+    return EvaluationReport(records, {task: regret})
 
 
 def evaluate_surrogate_accuracy(
@@ -231,19 +233,38 @@ def evaluate_surrogate_accuracy(
 # --- what is played ---
 
 
-def play_all(run: Run, size: int, problems: Problem, optima: np.ndarray) -> tuple[Arrays, Arrays]:
+def measure_parents(run: Run, size: int) -> tuple[Problem, jax.Array, Arrays, list[Record]]:
+    """Held-out problems of one size and their optima, what is said of their parents, and records of
+    it.
+    """
+    config, surrogate, task = run.config, run.systems["acbo"].surrogate, f"d={size}"
+    prior = replace(config.prior, max_vars=max(run.bucket, size), min_size=size, max_size=size)
+    lengths = config.num_obs, config.per_variable, config.num_steps
+    scenario = OptimizationScenario(task, prior, *lengths)
+    (problems, optima), (validation, _) = (
+        scenario.draw(run.key(use, task), config.num_problems, surrogate.config.num_bins)
+        for use in ("problems", "validation")
+    )
+    scores, tuning = (
+        run.stored(f"{name}_d{size}", structure_scores, surrogate, some)
+        for name, some in (("structure", problems), ("structure_validation", validation))
+    )
+    records = accuracy.surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
+    return problems, optima, scores, records
+
+
+def play_all(run: Run, size: int, problems: Problem, optima: jax.Array) -> tuple[Arrays, Arrays]:
     """Simple regret by method, and what the expert's play gave."""
     config, task = run.config, f"d={size}"
-    keys = jr.split(run.key("play", task), config.num_problems)
-    problem = keys, problems.scm, problems.buffer
-    baseline, regret, played = np.asarray(problems.truth.baseline), {}, {}
+    problem = jr.split(run.key("play", task), len(optima)), problems.scm, problems.buffer
+    regret, played = {}, {}
     methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
     for name in tqdm(methods, desc=f"methods, {task}"):
         count = config.expert_problems if name in EXPERT_FAMILY else config.num_problems
         part = jax.tree.map(lambda leaf, n=count: leaf[:n], problem)
         played[name] = run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
-        known = optima[:count, None], baseline[:count, None]
-        regret[name] = metrics.normalised_regret(played[name]["recommended"], *known)
+        ends = optima[:count, None], problems.truth.baseline[:count, None]
+        regret[name] = metrics.normalised_regret(played[name]["recommended"], *ends)
     return regret, played["parent_scale"]
 
 
@@ -295,17 +316,19 @@ def training_rows(run: Run) -> list[tuple[str, str, str, float, int]]:
     """Task, method, criterion, value and number of measurements of what cloning gave, if anything
     was cloned.
     """
-    folder = run.config.folder
     if "bc_policy" not in run.systems:
         return []
+    folder = run.config.folder
     said = read_header(folder / "bc_policy.eqx")["metrics"]
-    names = {"expert_agreement": "variable_agreement", "expert_value_agreement": "value_agreement"}
     states = int(said["validation_states"])
-    rows = [("demos", "bc_policy", name, said[of], states) for name, of in names.items()]
+    rows = [
+        ("demos", "bc_policy", "expert_agreement", said["variable_agreement"], states),
+        ("demos", "bc_policy", "expert_value_agreement", said["value_agreement"], states),
+    ]
     curves = folder / "curves.npz", folder / "cold" / "curves.npz"
     if curves[1].exists():
-        gains = [load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves]
-        ratio = metrics.convergence_ratio(np.stack(gains))
+        gains = (load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves)
+        ratio = metrics.convergence_ratio(*gains)
         rows.append(("training", "grpo_policy", "convergence_ratio", ratio, 1))
     return rows
 
@@ -323,10 +346,11 @@ def success_records(
         records += cells("surrogate", f"{task}/expert's problems", name, {"parent F1": f1}, count)
     # speed: one posterior for one problem, after compilation, on this machine
     scm, buffer = (jax.tree.map(lambda leaf: leaf[0], x) for x in problems[::2])
-    surrogate = run.systems["acbo"].surrogate
-    slow, fast = accuracy.posterior_seconds(surrogate, scm, buffer, config.num_obs)
-    kept, moved = mean_f1(scores, scores["acbo"]), mean_f1(transfer, transfer["acbo"])
-    lost = 1 - moved.value / max(kept.value, 1e-9)
+    slow, fast = accuracy.posterior_seconds(
+        run.systems["acbo"].surrogate, scm, buffer, config.num_obs
+    )
+    kept, moved = (mean_f1(some, some["acbo"]).value for some in (scores, transfer))
+    lost = 1 - moved / max(kept, 1e-9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = [
         (task, "acbo", "accuracy_drop", 1 - ours.value / max(theirs.value, 1e-9), count),
@@ -344,23 +368,6 @@ def success_records(
 # --- the run ---
 
 
-def measure_parents(run: Run, size: int) -> tuple[Problem, np.ndarray, Arrays, list[Record]]:
-    """Held-out problems of one size and their optima, what is said of their parents, and records of
-    it.
-    """
-    config, surrogate, task = run.config, run.systems["acbo"].surrogate, f"d={size}"
-    prior = replace(config.prior, max_vars=max(run.bucket, size), min_size=size, max_size=size)
-    lengths = config.num_obs, config.per_variable, config.num_steps
-    scenario = OptimizationScenario(task, prior, *lengths)
-    sizes = config.num_problems, surrogate.config.num_bins
-    problems, optima = scenario.draw(run.key("problems", task), *sizes)
-    validation, _ = scenario.draw(run.key("validation", task), *sizes)
-    scores = run.stored(f"structure_d{size}", structure_scores, surrogate, problems)
-    tuning = run.stored(f"structure_validation_d{size}", structure_scores, surrogate, validation)
-    records = accuracy.surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
-    return problems, np.asarray(optima), scores, records
-
-
 def evaluate(run: Run) -> EvaluationReport:
     """Every comparison, in the order of the tables."""
     config, records, regret, found = run.config, [], {}, {}
@@ -368,8 +375,7 @@ def evaluate(run: Run) -> EvaluationReport:
         task = f"d={size}"
         problems, optima, scores, of_parents = measure_parents(run, size)
         regret[task], expert = play_all(run, size, problems, optima)
-        mechanism = np.asarray(problems.scm.mechanism)
-        records += of_parents + regret_records(task, regret[task], mechanism)
+        records += of_parents + regret_records(task, regret[task], problems.scm.mechanism)
         found[size] = task, problems, scores, expert
     _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
     records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)
@@ -380,13 +386,12 @@ def main(config: Config) -> Path:
     """Run every comparison, print and write the tables; returns the results folder."""
     settings.use_compilation_cache(config.folder.parent / "cache")
     folder, results = config.folder, config.folder / "results"
-    policies = {"grpo_policy": folder / "policy.eqx", "bc_policy": folder / "bc_policy.eqx"}
-    cloned = read_header(folder / "policy.eqx")["config"]["imitation"]["use_behavioral_cloning"]
-    if not cloned:
-        del policies["bc_policy"]
+    policies = {"grpo_policy": folder / "policy.eqx"}
     inputs = [folder / name for name in ("surrogate.eqx", "acbo.eqx", "curves.npz")]
-    cold = folder / "cold" / "curves.npz"
-    inputs += [*policies.values()] + ([cold] if cloned and cold.exists() else [])
+    if read_header(folder / "policy.eqx")["config"]["imitation"]["use_behavioral_cloning"]:
+        policies["bc_policy"] = folder / "bc_policy.eqx"
+        inputs += [path for path in [folder / "cold" / "curves.npz"] if path.exists()]
+    inputs += policies.values()
     config = replace(config, prior=inherit(config.prior, read_header(folder / "acbo.eqx")))
     surrogate, header = load_surrogate(folder / "surrogate.eqx")
     systems = {"acbo": TrainedACBOSystem.load(folder / "acbo.eqx")}

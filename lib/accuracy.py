@@ -52,26 +52,25 @@ def accuracy(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -
     surface's best point is as an action.
     """
     parts = [jax.device_get(predictions(model, batch)) for batch in validation]
-    slots = max(part["parents"].shape[1] for part in parts)
-
-    def padded(x):
-        """Variables, the second axis where there is one, up to those of the largest bucket."""
-        wide = [(0, 0), (0, slots - x.shape[1]), (0, 0)] if x.ndim > 1 else [(0, 0)]
-        return np.pad(x, wide[: x.ndim])
-
-    found = {name: np.concatenate([padded(part[name]) for part in parts]) for name in parts[0]}
-    marginals, truth, possible = (found[name] for name in ("marginals", "parents", "possible"))
+    decisions = [metrics.pooled(p["marginals"], p["parents"], p["possible"]) for p in parts]
+    marginals, truth = map(np.concatenate, zip(*decisions, strict=True))
     # interventions that are not allowed have no effect
-    error, std, effects = (found[name][found["usable"]] for name in ("error", "std", "effects"))
+    error, std, effects = (
+        np.concatenate([part[name][part["usable"]] for part in parts])
+        for name in ("error", "std", "effects")
+    )
+    log_prob, regret = (
+        np.concatenate([part[name] for part in parts]) for name in ("log_prob", "regret")
+    )
     return {
-        "validation_set_nll": -float(found["log_prob"].mean()),
+        "validation_set_nll": -float(log_prob.mean()),
         "validation_effect_nll": float((0.5 * (error / std) ** 2 + np.log(std)).mean()),
-        "validation_parent_f1": metrics.parent_f1(marginals > 0.5, truth, possible).pooled.value,
-        "validation_parent_auroc": metrics.auroc(marginals, truth, possible).value,
-        "validation_ece": metrics.expected_calibration_error(marginals, truth, possible).value,
+        "validation_parent_f1": float(metrics.f1(marginals > 0.5, truth)),
+        "validation_parent_auroc": metrics.auroc(marginals, truth),
+        "validation_ece": metrics.calibration_error(marginals, truth),
         "validation_effect_r2": float(1 - (error**2).mean() / effects.var()),
         "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
-        "validation_regret": float(found["regret"].mean()),
+        "validation_regret": float(regret.mean()),
     }
 
 
@@ -121,63 +120,66 @@ def surrogate_records(
     """Parent accuracy of the surrogate against baselines whose thresholds are chosen on the
     problems behind `tuning`; calibration, and true effects `[batch, vars, bins]` in its bands.
     """
-    records, truth, possible = [], scores["parents"], scores["possible"]
-    n, ours = len(truth), metrics.parent_f1(scores["acbo"] > 0.5, truth, possible)
-    for name in (*STRUCTURE_BASELINES, "acbo"):
-        f1, paired = ours, {}
-        if name != "acbo":
-            threshold = metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
-            f1 = metrics.parent_f1(scores[name] >= threshold, truth, possible)
-            below = metrics.paired_difference(ours.per_problem, f1.per_problem)
-            paired = {"F1 below acbo's, paired": below}
+    truth, possible = scores["parents"], scores["possible"]
+    said = {
+        name: scores[name]
+        >= metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
+        for name in STRUCTURE_BASELINES
+    } | {"acbo": scores["acbo"] > 0.5}
+    f1 = {name: metrics.parent_f1(chosen, truth, possible) for name, chosen in said.items()}
+    records, n = [], len(truth)
+    for name, values in f1.items():
         figures = {
-            "parent F1": f1.mean,
-            "pooled F1": f1.pooled,
-            "AUROC": metrics.auroc(scores[name], truth, possible),
-            "AUPRC": metrics.average_precision(scores[name], truth, possible),
+            "parent F1": metrics.summarise(values),
+            "pooled F1": metrics.bootstrap_pooled(metrics.f1, said[name], truth, possible),
+            "AUROC": metrics.bootstrap_pooled(metrics.auroc, scores[name], truth, possible),
+            "AUPRC": metrics.bootstrap_pooled(
+                metrics.average_precision, scores[name], truth, possible
+            ),
         }
-        records += metrics.cells("surrogate", task, name, figures | paired, n)
+        if name != "acbo":
+            figures["F1 below acbo's, paired"] = metrics.summarise(f1["acbo"] - values)
+        records += metrics.cells("surrogate", task, name, figures, n)
     usable, error = np.isfinite(effects), effects - scores["effect_mean"]
     inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
-    exact = ((scores["acbo"] > 0.5) == truth).all(1).astype(float)
     beliefs = {
-        "exact set": metrics.summarise(exact),
+        "exact set": metrics.summarise((said["acbo"] == truth).all(1)),
         "set NLL (nats)": metrics.summarise(-scores["log_prob"]),
-        "ECE": metrics.expected_calibration_error(scores["acbo"], truth, possible),
+        "ECE": metrics.bootstrap_pooled(metrics.calibration_error, scores["acbo"], truth, possible),
         "effect R2": float(1 - (error[usable] ** 2).mean() / effects[usable].var()),
         "coverage of 90 % bands": metrics.summarise(inside.sum((1, 2)) / usable.sum((1, 2))),
     }
     return records + metrics.cells("surrogate", f"{task}/beliefs and effects", "acbo", beliefs, n)
 
 
-def mean_f1(scores: Arrays, marginals: np.ndarray):
+def mean_f1(scores: Arrays, marginals: np.ndarray) -> metrics.Estimate:
     """Mean parent F1 of marginals on the first problems, as many as there are."""
-    n = len(marginals)
-    return metrics.parent_f1(marginals > 0.5, scores["parents"][:n], scores["possible"][:n]).mean
+    first = slice(len(marginals))
+    truth, possible = scores["parents"][first], scores["possible"][first]
+    return metrics.summarise(metrics.parent_f1(marginals > 0.5, truth, possible))
 
 
-def regret_records(task: str, regret: Arrays, mechanism: np.ndarray) -> list[metrics.Record]:
+def regret_records(task: str, regret: Arrays, mechanism: jax.Array) -> list[metrics.Record]:
     """Simple regret of every method, by kind of mechanism too; the paired difference of each to
     acbo; and how often acbo ends better than doing nothing.
     """
-    records = []
-    steps = [s for s in REGRET_STEPS if s < regret["acbo"].shape[1]]
+    ours, steps = regret["acbo"], [s for s in REGRET_STEPS if s < regret["acbo"].shape[1]]
     kinds = {"": mechanism >= 0} | {f"/{n}": mechanism == i for i, n in enumerate(MECHANISMS)}
-    for kind, rows in kinds.items():
-        for name, values in regret.items():
-            chosen = values[rows[: len(values)]]
-            if len(chosen):
-                figures = {f"regret@{s}": metrics.summarise(chosen[:, s]) for s in steps}
-                records += metrics.cells("optimisation", task + kind, name, figures, len(chosen))
-    for name in [name for name in regret if name != "acbo"]:
-        values, ours = regret[name], regret["acbo"][: len(regret[name])]
-        figures = {
-            f"regret@{s}": metrics.paired_difference(values[:, s], ours[:, s]) for s in steps
-        }
-        part = f"{task}/regret above acbo's, paired"
-        records += metrics.cells("optimisation", part, name, figures, len(values))
-    better = metrics.summarise((regret["acbo"][:, -1] < 1.0).astype(float))
+    parts = [
+        (task + kind, name, values[np.asarray(rows)[: len(values)]])
+        for kind, rows in kinds.items()
+        for name, values in regret.items()
+    ]
+    parts += [
+        (f"{task}/regret above acbo's, paired", name, values - ours[: len(values)])
+        for name, values in regret.items()
+        if name != "acbo"
+    ]
+    records = []
+    for part, name, values in parts:
+        if len(values):
+            figures = {f"regret@{s}": metrics.summarise(values[:, s]) for s in steps}
+            records += metrics.cells("optimisation", part, name, figures, len(values))
+    stability = {"stability": metrics.summarise(ours[:, -1] < 1.0)}
     unit = "share of problems better than doing nothing"
-    return records + metrics.cells(
-        "success", task, "acbo", {"stability": better}, len(mechanism), unit
-    )
+    return records + metrics.cells("success", task, "acbo", stability, len(ours), unit)

@@ -226,8 +226,7 @@ class Checked(NamedTuple):
         """Variable and value of the lowest believed mean; variable -1, doing nothing, where its
         expected gain over that is not `pays` times its expected loss.
         """
-        candidates, mean = self.output.task.candidates[:, None], self.belief.mean
-        mean = jnp.where(candidates, mean, jnp.inf)
+        mean = jnp.where(self.output.task.candidates[:, None], self.belief.mean, jnp.inf)
         i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
         gain = self.belief.against_nothing[1][i, b]
         loss = gain + mean[i, b] - self.belief.nothing
@@ -241,7 +240,7 @@ class Checked(NamedTuple):
         taught what it can is not repeated, whatever a policy thinks of it.
         """
         worth = self.gain
-        allowed = self.output.task.candidates[:, None] & (worth >= enough * worth.max())
+        allowed = worth >= enough * worth.max()
         return self.output.highest(jnp.where(allowed, preference, -jnp.inf))
 
 
@@ -257,8 +256,8 @@ def check(
     All of them are predicted from the rows that are none of them.
     """
     done, bins = Experiments.of(buffer, task, most), surrogate.config.num_bins
-    rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
-    before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
+    others = jnp.ones_like(buffer.valid).at[done.row].set(~done.valid)
+    before = Summary.of(buffer.only(others), task, bins)
     made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
     both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add(made, task))
     told = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
@@ -267,11 +266,10 @@ def check(
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
     )
-    frame = before.frame
-    ends = jnp.abs(jnp.stack([task.low, task.high]) - frame.shift[None])
+    usual, spread = before.frame.shift, before.frame.spread
+    reach = jnp.abs(jnp.stack([task.low, task.high]) - usual[None]).max(0) / spread
     observed = jnp.maximum(buffer.observational.sum(), 1)
-    reach = ends.max(0) / frame.spread
-    belief = average(output, (mean, std), done, frame.shift, reach, observed, config)
+    belief = average(output, (mean, std), done, usual, reach, observed, config)
     return Checked(output, belief, done, (mean, std))
 
 
@@ -284,8 +282,7 @@ def prior_weights(reach, tried, config):
     wrong = jnp.where(tried, wrong, untried)
     near = jnp.minimum(1.0, (config.far / jnp.maximum(reach, 1e-6)) ** 2)
     right = ((1 - wrong)[:, None] * near[None])[..., None]
-    each = (1 - config.flat) / len(AMPLITUDES)
-    otherwise = jnp.array([config.flat] + [each] * len(AMPLITUDES))
+    otherwise = jnp.array([config.flat, *[(1 - config.flat) / len(AMPLITUDES)] * len(AMPLITUDES)])
     prior = jnp.concatenate([right, (1 - right) * otherwise[None, None]], axis=-1)
     no_effect = jnp.arange(prior.shape[-1]) == 1
     prior = jnp.concatenate([prior, jnp.broadcast_to(no_effect[None, None], prior[:1].shape)])
@@ -332,8 +329,8 @@ def average(output, said, done, usual, reach, observed, config) -> Belief:
     evidence = logsumexp(joint, axis=-1)
     world = jnp.log(worlds)[:, None] + jnp.where(task.candidates[None, None], evidence, 0.0).sum(-1)
     world = jnp.exp(world - logsumexp(world))
-    weights = world[..., None, None] * jnp.exp(joint - evidence[..., None])
-    weights = weights.sum(0)  # [noises, vars, components]
+    # [noises, vars, components]
+    weights = (world[..., None, None] * jnp.exp(joint - evidence[..., None])).sum(0)
 
     # the surrogate's and the flat surface are the same whatever the noise; a process's is not, and
     # becomes the normal with the moments of its mixture over the noise

@@ -157,13 +157,11 @@ class Benchmark(AbstractSCM):
     def simulate(
         self, noise: Float[Array, "samples vars"], intervention: Intervention
     ) -> Float[Array, "samples vars"]:
-        index = {name: i for i, name in enumerate(self.names)}
-
         def do(name, natural):
-            i = index[name]
+            i = self.names.index(name)
             return jnp.where(intervention.mask[i], intervention.values[i], natural)
 
-        u = {name: noise[:, i] for name, i in index.items()}
+        u = dict(zip(self.names, noise.T, strict=False))
         rows = jnp.stack(BENCHMARKS[self.name].equations(u, do), 1)
         return jnp.pad(rows, ((0, 0), (0, noise.shape[1] - rows.shape[1])))
 

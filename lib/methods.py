@@ -217,11 +217,10 @@ class OptimizationScenario:
         """Simple regret of `name` before the first and after each experiment; the same `key` pairs
         methods.
         """
-        lengths = dict(num_obs=self.num_obs, num_steps=self.num_steps)
         problem = jr.split(key, len(optima)), problems.scm, problems.buffer
-        reached = np.asarray(play(name, system, *problem, **lengths)["recommended"])
-        ends = (np.asarray(x)[:, None] for x in (optima, problems.truth.baseline))
-        return normalised_regret(reached, *ends)
+        played = play(name, system, *problem, self.num_obs, self.num_steps)
+        ends = optima[:, None], problems.truth.baseline[:, None]
+        return normalised_regret(played["recommended"], *ends)
 
 
 def evaluate_acquisition_performance(
@@ -246,7 +245,7 @@ def evaluate_acquisition_performance(
             name: scenario.regret(name, system, problems, optima, play_key)
             for name in ("acbo", *rivals)
         }
-        records += regret_records(scenario.name, regret, np.asarray(problems.scm.mechanism))
+        records += regret_records(scenario.name, regret, problems.scm.mechanism)
     return {
         "/".join((r.task, r.method, r.metric)) + end: value
         for r in records

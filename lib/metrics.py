@@ -21,16 +21,15 @@ import jax
 import numpy as np
 import scipy.stats
 import tabulate
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
 from lib.artifacts import replace_file
 
 
-HostArray = np.ndarray | Array
-Scores = Float[HostArray, "batch vars"]
-Flags = Bool[HostArray, "batch vars"]
+Scores = Float[np.ndarray, "batch vars"]
+Flags = Bool[np.ndarray, "batch vars"]
 NUM_RESAMPLES = 2000
 Table = Literal[
     "success",
@@ -72,7 +71,7 @@ class Estimate(NamedTuple):
 # --- intervals ---
 
 
-def summarise(values: Shaped[HostArray, " n"]) -> Estimate:
+def summarise(values: Shaped[np.ndarray, " n"]) -> Estimate:
     """Mean over problems with its t interval; a single problem has the interval [-inf, inf]. Raises
     `ValueError` for no values or for NaN.
     """
@@ -87,13 +86,6 @@ def summarise(values: Shaped[HostArray, " n"]) -> Estimate:
         return Estimate(mean, -np.inf, np.inf)
     half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return Estimate(mean, mean - half, mean + half)
-
-
-def paired_difference(a: Shaped[HostArray, " n"], b: Shaped[HostArray, " m"]) -> Estimate:
-    """Mean of a - b, where entry i of both is the same problem."""
-    if len(a) != len(b):
-        raise ValueError(f"not paired: {len(a)} and {len(b)} problems")
-    return summarise(np.asarray(a, float) - np.asarray(b, float))
 
 
 def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
@@ -116,34 +108,21 @@ def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
 
 
 # --- structure ---
-# `[batch, vars]` arrays; `mask` marks the variables that count (not the target, not padding)
+# decisions, one per variable that counts (not the target, not padding), as vectors; or `[batch,
+# vars]` arrays, whose `mask` marks those variables
 
 
-class ParentF1(NamedTuple):
-    """`mean`: mean of the F1 of single problems; `pooled`: F1 of all decisions together;
-    `per_problem[batch]`.
+def f1(said: np.ndarray, truth: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said`, zeros and ones, against true parents; 1
+    where there is nothing to find and nothing was said.
     """
-
-    mean: Estimate
-    pooled: Estimate
-    per_problem: Float[np.ndarray, " batch"]
+    total = said.sum(axis) + truth.sum(axis)
+    return np.where(total > 0, 2 * (said * truth).sum(axis) / np.maximum(total, 1), 1.0)
 
 
-def parent_f1(said: Flags, truth: Flags, mask: Flags) -> ParentF1:
-    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said` against true parents; 1 where there is
-    nothing to find and nothing was said.
-    """
-    said, truth, mask = (np.asarray(x, bool) for x in (said, truth, mask))
-    counts = np.stack([(x & mask).sum(1) for x in (said & truth, said, truth)], 1)
-    per_problem = f1_of(*counts.T)
-    pooled_f1 = bootstrap(lambda c: float(f1_of(*c.sum(0))), counts)
-    return ParentF1(summarise(per_problem), pooled_f1, per_problem)
-
-
-def f1_of(hits, said, parents) -> Float[np.ndarray, "*shape"]:
-    """F1 from how many of those said are parents, and how many were said and are parents."""
-    total = said + parents
-    return np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
+def parent_f1(said: Flags, truth: Flags, mask: Flags) -> Float[np.ndarray, " batch"]:
+    """The `f1` of every problem."""
+    return f1(said & mask, truth & mask, axis=1)
 
 
 def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
@@ -155,84 +134,60 @@ def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
     score, label = pooled(scores, truth, mask)
     if not label.any():
         raise ValueError("no true parent among these problems: no threshold is better than another")
-    problem = np.nonzero(np.asarray(mask, bool))[0]
-    order = np.argsort(-score, kind="stable")
-    score, label, problem = score[order], label[order], problem[order]
-    # of the sum of F1 over problems, when the next decision is said too
-    change = np.zeros(len(score))
-    for p in np.unique(problem):
-        own = problem == p
-        hits, said = np.append(0, label[own].cumsum()), np.arange(own.sum() + 1)
-        change[own] = np.diff(f1_of(hits, said, label[own].sum()))
-    last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
-    best = int(np.argmax(np.where(last, change.cumsum(), -np.inf)))
-    return float(score[best] if best + 1 == len(score) else 0.5 * (score[best] + score[best + 1]))
+    thresholds = np.unique(score)[::-1]
+    best = np.argmax([parent_f1(scores >= t, truth, mask).mean() for t in thresholds])
+    return float(thresholds[best : best + 2].mean())
 
 
-def auroc(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
-    """Probability that a parent scores above a non-parent, pooled over problems; ties count one
-    half (Mann-Whitney).
+def auroc(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"]) -> float:
+    """Probability that a parent scores above a non-parent; ties count one half (Mann-Whitney). NaN
+    unless there are both.
     """
-
-    def statistic(score, label):
-        positive, negative = label.sum(), (~label).sum()
-        if positive == 0 or negative == 0:
-            return np.nan
-        return (scipy.stats.rankdata(score)[label].sum() - positive * (positive + 1) / 2) / (
-            positive * negative
-        )
-
-    return bootstrap_pooled(statistic, scores, truth, mask)
+    positive, negative = label.sum(), (~label).sum()
+    if positive == 0 or negative == 0:
+        return np.nan
+    above = scipy.stats.rankdata(score)[label].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
 
 
-def average_precision(scores: Scores, truth: Flags, mask: Flags) -> Estimate:
+def average_precision(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"]) -> float:
     """Area under the precision-recall steps, sum of (recall_k - recall_(k-1)) precision_k over
-    distinct scores, pooled over problems.
+    distinct scores. NaN without a parent.
     """
-
-    def statistic(score, label):
-        if not label.any():
-            return np.nan
-        order = np.argsort(-score, kind="stable")
-        score, label = score[order], label[order]
-        last = np.append(score[:-1] > score[1:], True)
-        found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
-        return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
-
-    return bootstrap_pooled(statistic, scores, truth, mask)
+    if not label.any():
+        return np.nan
+    order = np.argsort(-score, kind="stable")
+    score, label = score[order], label[order]
+    last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
+    found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
+    return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
 
 
-def expected_calibration_error(
-    probs: Scores, truth: Flags, mask: Flags, bins: int = 10
-) -> Estimate:
-    """Mean over decisions of |share of parents - mean probability| of the decision's bin; `bins`
-    equal bins of [0, 1] (Naeini et al., AAAI 2015).
+def calibration_error(prob: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"]) -> float:
+    """Mean over decisions of |share of parents - mean probability| of the decision's bin; ten equal
+    bins of [0, 1] (Naeini et al., AAAI 2015).
     """
-
-    def statistic(prob, label):
-        index = np.minimum((prob * bins).astype(int), bins - 1)
-        # (share - mean probability) times the number in the bin
-        gap = np.bincount(index, label.astype(float) - prob, bins)
-        return float(np.abs(gap).sum() / len(prob)) if len(prob) else np.nan
-
-    return bootstrap_pooled(statistic, probs, truth, mask)
+    index = np.minimum((prob * 10).astype(int), 9)
+    # (share - mean probability) times the number in the bin
+    gap = np.bincount(index, label.astype(float) - prob, 10)
+    return float(np.abs(gap).sum() / len(prob))
 
 
 def bootstrap_pooled(statistic, scores, truth, mask) -> Estimate:
     """`statistic(score, label)` of all decisions together, resampled over problems."""
-    data = (np.asarray(x, kind) for x, kind in ((scores, float), (truth, bool), (mask, bool)))
-    return bootstrap(lambda *problems: statistic(*pooled(*problems)), *data)
+    return bootstrap(lambda *problems: statistic(*pooled(*problems)), scores, truth, mask)
 
 
-def pooled(scores, truth, mask) -> tuple[np.ndarray, np.ndarray]:
+def pooled(
+    scores: np.ndarray, truth: np.ndarray, mask: np.ndarray
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Scores and labels of all variables that count, as vectors; raises `ValueError` for NaN among
     them.
     """
-    mask = np.asarray(mask, bool)
-    score = np.asarray(scores, float)[mask]
+    score = np.asarray(scores[mask], float)
     if np.isnan(score).any():
         raise ValueError("NaN among the scores")
-    return score, np.asarray(truth, bool)[mask]
+    return score, truth[mask]
 
 
 # --- optimisation: noise-free expected outcomes, minimised ---
@@ -242,28 +197,23 @@ def normalised_regret(mean_outcome, optimum, baseline) -> Float[np.ndarray, "*sh
     """(E[Y | do chosen] - y*) / (E[Y] - y*): 0 at the optimum, 1 for doing nothing, above 1 for
     harm. `ValueError` where doing nothing is best.
     """
-    mean_outcome, optimum, baseline = (
-        np.asarray(x, float) for x in (mean_outcome, optimum, baseline)
-    )
-    room = baseline - optimum
-    if np.any(room <= 0):
-        raise ValueError(
-            f"no room for improvement in {int((room <= 0).sum())} problem(s): E[Y] "
-            "must lie above y*"
-        )
-    return np.asarray((mean_outcome - optimum) / room)
+    reached, best, nothing = (np.asarray(x, float) for x in (mean_outcome, optimum, baseline))
+    without = int((nothing <= best).sum())
+    if without:
+        raise ValueError(f"no room for improvement in {without} problem(s): E[Y] must lie above y*")
+    return np.asarray((reached - best) / (nothing - best))
 
 
 # --- training ---
 
 
-def convergence_ratio(returns: Float[HostArray, "runs checkpoints"]) -> float:
+def convergence_ratio(
+    warm: Float[np.ndarray, " checkpoints"], cold: Float[np.ndarray, " checkpoints"]
+) -> float:
     """Training that the warm start needs to reach what the cold start ends with, as a share of the
-    whole; 1 if it never does.
-
-    `returns[2, checkpoints]`: warm, cold; equally far apart, the first before any training.
+    whole; 1 if it never does. Both are what validation gave at checkpoints that are equally far
+    apart, the first before any training.
     """
-    warm, cold = np.asarray(returns, float)
     reached = np.flatnonzero(warm >= cold[-1])
     return float(reached[0] / (len(warm) - 1)) if len(reached) else 1.0
 
@@ -298,15 +248,13 @@ def cells(
 
 def stamp(seed: int) -> str:
     """Where a table comes from, in one line: command, commit, seed and machine."""
-    root = Path(__file__).resolve().parents[1]
+    root, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    named = str(script.relative_to(root)) if root in script.parents else script.name
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    script = Path(sys.argv[0]).resolve()
-    command = [str(script.relative_to(root)) if root in script.parents else script.name]
-    device = jax.devices()[0].device_kind
     return (
-        f"`python {shlex.join(command + sys.argv[1:])}`, commit `{commit}`, seed {seed}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, {device}"
+        f"`python {shlex.join([named, *sys.argv[1:]])}`, commit `{commit}`, seed {seed}, "
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
     )
 
 
@@ -331,23 +279,21 @@ def write_results(folder: Path, records: Sequence[Record], seed: int) -> None:
         {k: None if isinstance(v, float) and np.isinf(v) else v for k, v in asdict(r).items()}
         for r in records
     ]
-    text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
-    replace_file(folder / "metrics.json", text.encode())
+    files = {"metrics.json": json.dumps(rows, indent=1, allow_nan=False) + "\n"}
     for table in dict.fromkeys(r.table for r in records):
-        header = "task,method,metric,value,low,high,n,unit\n"
         lines = [
             f'"{r.task}","{r.method}","{r.metric}",{r.value!r},{r.low!r},{r.high!r},{r.n},'
             f'"{r.unit}"\n'
             for r in records
             if r.table == table
         ]
-        files = {
-            "md": f"{render(records, table)}\n\n{stamp(seed)}\n",
-            "tex": render(records, table, "latex") + "\n",
-            "csv": header + "".join(lines),
+        files |= {
+            f"{table}.md": f"{render(records, table)}\n\n{stamp(seed)}\n",
+            f"{table}.tex": render(records, table, "latex") + "\n",
+            f"{table}.csv": "task,method,metric,value,low,high,n,unit\n" + "".join(lines),
         }
-        for suffix, text in files.items():
-            replace_file(folder / f"{table}.{suffix}", text.encode())
+    for name, text in files.items():
+        replace_file(folder / name, text.encode())
 
 
 def render(records: Sequence[Record], table: str, style: str = "github") -> str:
@@ -368,8 +314,8 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
 
     def grid(part, name):
         names = dict.fromkeys(name(r) for r in part)
-        methods = dict.fromkeys(r.method for r in part)
         found = {(r.method, name(r)): cell(r) for r in part}
+        methods = dict.fromkeys(r.method for r in part)
         rows = [[method, *(found.get((method, n), "") for n in names)] for method in methods]
         return typeset(rows, ["method", *names])
 
@@ -380,14 +326,14 @@ def render(records: Sequence[Record], table: str, style: str = "github") -> str:
         )
     if len({r.metric for r in chosen}) == 1:
         return grid(chosen, lambda r: r.task)
-    heading = "% {}\n" if style.startswith("latex") else "**{}**\n\n"
-    parts = {
-        task: [r for r in chosen if r.task == task]
-        for task in dict.fromkeys(r.task for r in chosen)
-    }
+    heading = "% {}\n" if style == "latex" else "**{}**\n\n"
     return "\n\n".join(
-        heading.format(task) + grid(part, lambda r: r.metric + (f" ({r.unit})" if r.unit else ""))
-        for task, part in parts.items()
+        heading.format(task)
+        + grid(
+            [r for r in chosen if r.task == task],
+            lambda r: r.metric + (f" ({r.unit})" if r.unit else ""),
+        )
+        for task in dict.fromkeys(r.task for r in chosen)
     )
 
 
@@ -409,7 +355,11 @@ def draw_regret(regret: Mapping[str, np.ndarray], path: Path, title: str) -> Non
         if name == "acbo":
             half = 1.96 * values.std(0) / np.sqrt(len(values))
             axes.fill_between(steps, mean - half, mean + half, color="black", alpha=0.15)
-    unit = "simple regret (share of the possible improvement)"
-    axes.set(xlabel="experiments", ylabel=unit, title=title, ylim=(0, None))
+    axes.set(
+        xlabel="experiments",
+        ylabel="simple regret (share of the possible improvement)",
+        title=title,
+        ylim=(0, None),
+    )
     figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)

@@ -32,15 +32,7 @@ from tqdm import tqdm
 from lib import settings
 from lib.check import BELIEFS, PROCESSES, CheckConfig, check
 from lib.methods import OptimizationScenario, make_method
-from lib.metrics import (
-    Record,
-    cells,
-    normalised_regret,
-    paired_difference,
-    render,
-    summarise,
-    write_results,
-)
+from lib.metrics import Record, cells, normalised_regret, render, summarise, write_results
 from lib.problems import in_batches
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior
@@ -130,30 +122,29 @@ def inside_simulator(system, size, num_obs, players, config) -> list[Record]:
     bins = system.surrogate.config.num_bins
     problems, optima = kind.draw(draw_key, config.num_problems, bins)
     keys, baseline = jr.split(play_key, config.num_problems), np.asarray(problems.truth.baseline)
-    outcome = jnp.take_along_axis(
-        problems.buffer.values, problems.scm.target[:, None, None], axis=2
-    )
-    spread = np.asarray(jnp.std(outcome[:, :num_obs, 0], axis=1))
+    targets = problems.scm.target[:, None, None]
+    outcome = jnp.take_along_axis(problems.buffer.values, targets, axis=2)[:, :num_obs, 0]
+    spread = np.asarray(jnp.std(outcome, axis=1))
     records, regrets = [], {}
-    for name, beliefs in tqdm(players.items(), desc=kind.name):
-        reached, nothing, bands = map(
-            np.asarray,
-            campaigns(name, system, beliefs, keys, problems, num_obs, config.num_steps),
-        )
-        regrets[name] = normalised_regret(reached, np.asarray(optima)[:, None], baseline[:, None])
+
+    def after(regret):
         steps = [t for t in (0, 1, 5, 10) if t <= config.num_steps]
-        figures = {f"regret@{t}": summarise(regrets[name][:, t]) for t in steps}
-        figures |= {"bands": summarise(bands), "nothing": summarise(nothing.astype(float))}
-        figures["worse"] = summarise((reached[:, -1] > baseline + 0.02 * spread).astype(float))
+        return {f"regret@{t}": summarise(regret[:, t]) for t in steps}
+
+    for name, beliefs in tqdm(players.items(), desc=kind.name):
+        played = campaigns(name, system, beliefs, keys, problems, num_obs, config.num_steps)
+        reached, nothing, bands = jax.device_get(played)
+        regrets[name] = normalised_regret(reached, optima[:, None], baseline[:, None])
+        figures = after(regrets[name]) | {
+            "bands": summarise(bands),
+            "nothing": summarise(nothing),
+            "worse": summarise(reached[:, -1] > baseline + 0.02 * spread),
+        }
         records += cells("optimisation", kind.name, name, figures, len(keys))
     for rival in ("acbo_unchecked", "surrogate_ei"):
         for name in [name for name in regrets if name not in (rival, "surrogate_ei")]:
-            figures = {
-                f"regret@{t}": paired_difference(regrets[name][:, t], regrets[rival][:, t])
-                for t in steps
-            }
-            part = f"{kind.name}/above {rival}'s, paired"
-            records += cells("optimisation", part, name, figures, len(keys))
+            part, above = f"{kind.name}/above {rival}'s, paired", regrets[name] - regrets[rival]
+            records += cells("optimisation", part, name, after(above), len(keys))
     return records
 
 
@@ -191,12 +182,9 @@ def outside(players, config) -> list[Record]:
                 field.play(deploy, system, s, 0, config.system) for s in range(config.field_seeds)
             ]
             rows.append({key: field.middle([one[key] for one in each]) for key in each[0]})
-        known = {
-            key: values[~np.isnan(values)]
-            for key in rows[0]
-            if not np.isnan(values := np.array([row[key] for row in rows], float)).all()
-        }
-        figures = {key: summarise(values) for key, values in known.items()}
+        columns = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
+        known = {key: values[~np.isnan(values)] for key, values in columns.items()}
+        figures = {key: summarise(values) for key, values in known.items() if len(values)}
         records += cells("ablation", "outside, first answer", name, figures, len(rows))
     return records
 

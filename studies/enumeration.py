@@ -14,7 +14,6 @@ of the target, which must have something to gain, is taken at the coefficients' 
 
 import itertools
 from functools import lru_cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,15 +80,6 @@ def log_graph_prior(num_vars: int, prior: SCMPrior) -> Float[np.ndarray, " dags"
     codes = (enumerate_dags(num_vars).reshape(-1, num_vars**2) * 2 ** np.arange(num_vars**2)).sum(1)
     with np.errstate(divide="ignore"):
         return np.log(np.bincount(drawn, minlength=2 ** (num_vars**2))[codes] / NUM_GRAPHS)
-
-
-class Mechanisms(NamedTuple):
-    """Log marginal likelihood, and the coefficients' posterior means, of every variable given every
-    set of `subsets`.
-    """
-
-    evidence: Float[Array, "vars sets"]
-    coefficients: Float[Array, "vars sets vars"]
 
 
 def subsets(num_vars: int) -> Bool[np.ndarray, "sets vars"]:
@@ -194,24 +184,15 @@ def fit_mechanism(
     return evidence, share @ coefficients
 
 
-class GraphPosterior(NamedTuple):
-    """P(graph | data) over `enumerate_dags`, the number in `subsets` of the target's parents in
-    each, and the mean total effects of every variable.
+def graph_posterior(
+    buffer: ExperienceBuffer, task: Task, prior: SCMPrior, num_bins: int = 2
+) -> tuple[Frame, Float[Array, " dags"], Int[Array, " dags"], Float[Array, "dags vars vars"]]:
+    """Weigh every graph over the buffer's variables, of which none is padding: the units of the
+    data; P(graph | data) over `enumerate_dags`; the number in `subsets` of the target's parents in
+    each; and the mean total effects of every variable.
 
     Coefficients of different mechanisms are independent given the data, and no path meets a
     mechanism twice: the total effect of mean coefficients is the mean total effect.
-    """
-
-    frame: Frame
-    probs: Float[Array, " dags"]
-    parent_set: Int[Array, " dags"]
-    total: Float[Array, "dags vars vars"]
-
-
-def graph_posterior(
-    buffer: ExperienceBuffer, task: Task, prior: SCMPrior, num_bins: int = 2
-) -> GraphPosterior:
-    """Weigh every graph over the buffer's variables, of which none is padding.
 
     Pure: `jit` and `vmap` over the first two arguments. Raises `ValueError` for a prior that is not
     linear, Gaussian and standardised, and for more than `MAX_ENUMERATED` variables.
@@ -231,11 +212,12 @@ def graph_posterior(
         others = sets & (jnp.arange(num_vars) != i)[None]
         return jax.vmap(lambda members: fit_mechanism(x, x[:, i], used, members, prior))(others)
 
-    mechanisms = Mechanisms(*jax.lax.map(variable, jnp.arange(num_vars)))
-    # [dags, vars]: which set each variable's parents are
-    code = jnp.tensordot(2 ** jnp.arange(num_vars), graphs.astype(int), axes=(0, 1))
     own = jnp.arange(num_vars)
-    direct = mechanisms.coefficients[own[None], code].swapaxes(1, 2)  # [dags, parent, child]
+    # log marginal likelihood and mean coefficients of every variable given every set
+    evidence, coefficients = jax.lax.map(variable, own)
+    # [dags, vars]: which set each variable's parents are
+    code = jnp.tensordot(2**own, graphs.astype(int), axes=(0, 1))
+    direct = coefficients[own[None], code].swapaxes(1, 2)  # [dags, parent, child]
     total = jnp.linalg.inv(jnp.eye(num_vars)[None] - direct) - jnp.eye(num_vars)[None]
     # the target is one of the variables that some intervention lowers by `min_effect`
     ends = frame.grid[:, jnp.array([0, -1])]
@@ -247,10 +229,10 @@ def graph_posterior(
     )
     log_weights = (
         jnp.asarray(log_graph_prior(num_vars, prior), x.dtype)
-        + mechanisms.evidence[own[None], code].sum(1)
+        + evidence[own[None], code].sum(1)
         + jnp.log(chosen)
     )
-    return GraphPosterior(frame, jax.nn.softmax(log_weights), code[:, task.target], total)
+    return frame, jax.nn.softmax(log_weights), code[:, task.target], total
 
 
 def enumerated_posterior(
@@ -261,10 +243,10 @@ def enumerated_posterior(
 
     As pure as `graph_posterior`, and with its errors.
     """
-    found, sets = graph_posterior(buffer, task, prior), jnp.asarray(subsets(buffer.values.shape[1]))
-    return ParentSetPosterior(
-        task.target, sets, jnp.log(jnp.zeros(len(sets)).at[found.parent_set].add(found.probs))
-    )
+    _, probs, parent_set, _ = graph_posterior(buffer, task, prior)
+    sets = jnp.asarray(subsets(buffer.values.shape[1]))
+    log_probs = jnp.log(jnp.zeros(len(sets)).at[parent_set].add(probs))
+    return ParentSetPosterior(task.target, sets, log_probs)
 
 
 def enumerated_effects(

@@ -3,9 +3,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
 from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM
@@ -17,17 +16,15 @@ MAX_TARGET_PARENTS = 3
 
 
 def erdos_renyi(
-    key_or_seed: Key[Array, ""] | int,
+    seed: int,
     num_vars: int,
     linear: bool,
     num_obs: int = 200,
     per_variable: int = 2,
     *,
     childless: bool = True,
-    num_slots: int | None = None,
 ) -> tuple[SyntheticSCM, ExperienceBuffer]:
-    """One of CBO-U's random systems, padded to `num_slots` variables, and its first data set. Drawn
-    on the host: not for `jit`.
+    """One of CBO-U's random systems, and its first data set. Drawn on the host: not for `jit`.
 
     Linear: weights ~ N(2, 1), noise N(0, 1). Nonlinear: per variable with parents one hidden layer
     of `NUM_HIDDEN` tanh units, weights and biases ~ N(0, 1), noise of deviation 0.1; a variable
@@ -37,55 +34,43 @@ def erdos_renyi(
 
     The buffer holds `num_obs` observational rows, then `per_variable` rows for each variable save
     the target, in order, set to values uniform in [-5, 5], which may lie outside its range. It has
-    no free places. The same seed gives the same graph and target for both kinds and the same system
-    in every padding.
+    no free places. The same seed gives the same graph and target for both kinds.
 
     Source: CBO-U's code, except that here each seed draws its own system. There all runs of one
     size share one graph, one target and one set of observational rows, so that the published
     deviations hold no variation over systems. No published target has a child (the graphs follow
     from the published seeds, tests/test_literature.py), which is what the doubly robust prior
     assumes; hence the default of `childless`. Raises `ValueError` for fewer than 3 variables (no
-    graph would qualify) or too few places.
+    graph would qualify).
     """
-    slots = num_vars if num_slots is None else num_slots
     if num_vars < 3:
         raise ValueError(f"a random system needs at least 3 variables, not {num_vars}")
-    if slots < num_vars:
-        raise ValueError(f"{num_vars} variables do not fit in {slots} places")
-
-    def pad(x: np.ndarray, num_axes: int = 1) -> Array:
-        """`x` with the first `num_axes` axes lengthened from `num_vars` to `slots`."""
-        return jnp.asarray(
-            np.pad(x, [(0, slots - num_vars)] * num_axes + [(0, 0)] * (x.ndim - num_axes))
-        )
-
-    rng = np.random.default_rng(
-        key_or_seed if isinstance(key_or_seed, int) else np.asarray(jr.key_data(key_or_seed))
-    )
+    rng = np.random.default_rng(seed)
     graph, order, target = erdos_renyi_graph(rng, num_vars, childless)
     bias = np.where(graph[:, order].any(0) & (not linear), rng.standard_normal(num_vars), 0.0)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
-        order=jnp.asarray(np.concatenate([order, np.arange(num_vars, slots)])),
-        adjacency=pad(graph[order][:, order], 2),
+        order=jnp.asarray(order),
+        adjacency=jnp.asarray(graph[order][:, order]),
         mechanism=jnp.int32(MECHANISMS.index("linear" if linear else "mlp")),
         noise_kind=jnp.int32(NOISES.index("gaussian")),
-        weights=pad(rng.normal(2.0, 1.0, (num_vars, num_vars)), 2),
-        frequencies=pad(rng.standard_normal((num_vars, num_vars, NUM_HIDDEN)), 2),
-        phases=pad(rng.standard_normal((num_vars, NUM_HIDDEN))),
-        amplitudes=pad(rng.standard_normal((num_vars, NUM_HIDDEN))),
-        noise_scale=pad(np.full(num_vars, 1.0 if linear else 0.1)),
-        shift=pad(-bias),
-        spread=jnp.ones(slots),
+        weights=jnp.asarray(rng.normal(2.0, 1.0, (num_vars, num_vars))),
+        frequencies=jnp.asarray(rng.standard_normal((num_vars, num_vars, NUM_HIDDEN))),
+        phases=jnp.asarray(rng.standard_normal((num_vars, NUM_HIDDEN))),
+        amplitudes=jnp.asarray(rng.standard_normal((num_vars, NUM_HIDDEN))),
+        noise_scale=jnp.full(num_vars, 1.0 if linear else 0.1),
+        shift=jnp.asarray(-bias),
+        spread=jnp.ones(num_vars),
         target=jnp.int32(target),
-        low=jnp.zeros(slots),
-        high=jnp.zeros(slots),
-        var_mask=jnp.arange(slots) < num_vars,
+        low=jnp.zeros(num_vars),
+        high=jnp.zeros(num_vars),
+        var_mask=jnp.ones(num_vars, bool),
     )
     variables = np.repeat(np.delete(np.arange(num_vars), target), per_variable)
     chosen = np.concatenate([np.full(num_obs, -1), variables])  # -1: nothing is set
-    masks = jnp.asarray(chosen[:, None] == np.arange(slots)[None])
+    masks = jnp.asarray(chosen[:, None] == np.arange(num_vars)[None])
     values = jnp.asarray(np.where(masks, rng.uniform(-5.0, 5.0, (len(chosen), 1)), 0.0))
-    rows = one_row_each(scm, pad(rng.standard_normal((len(chosen), num_vars)).T).T, masks, values)
+    noise = jnp.asarray(rng.standard_normal((len(chosen), num_vars)))
+    rows = one_row_each(scm, noise, masks, values)
     low, high = rows[:num_obs].min(0), rows[:num_obs].max(0)
     scm = eqx.tree_at(lambda scm: (scm.low, scm.high), scm, (low, high))
     return scm, ExperienceBuffer(rows, masks, jnp.ones(len(chosen), bool))

@@ -99,7 +99,7 @@ def measure_regret(
         name: scenario.regret(*player, problems, optima, play_key)
         for name, player in tqdm(players.items(), desc=scenario.name)
     }
-    return regret_records(scenario.name, regret, np.asarray(problems.scm.mechanism))
+    return regret_records(scenario.name, regret, problems.scm.mechanism)
 
 
 @eqx.filter_jit
@@ -120,17 +120,17 @@ def inside_bands(system: TrainedACBOSystem, problems: Problem) -> tuple[jax.Arra
 def measure_bands(systems: dict[str, TrainedACBOSystem], size: int, config: Config) -> list[Record]:
     """Coverage of the bands by size of effect, pooled."""
     scenario, records = of_size(size, config), []
+    key = settings.stage_key(config.seed, "policy", "bands", scenario.name)
     for name, system in systems.items():
-        key = settings.stage_key(config.seed, "policy", "bands", scenario.name)
         bins = system.surrogate.config.num_bins
         problems, _ = scenario.draw(key, config.band_problems, bins)
-        effect, inside = (np.asarray(x) for x in inside_bands(system, problems))
+        effect, inside = jax.device_get(inside_bands(system, problems))
         for label, (low, high) in EFFECTS.items():
             chosen = (effect >= low) & (effect < high)
-            counts = np.stack([(inside & chosen).sum((1, 2)), chosen.sum((1, 2))], 1).astype(float)
-            found = bootstrap(lambda c: float(c[:, 0].sum() / max(c[:, 1].sum(), 1)), counts)
-            figures = {f"bands hold, {label}": found}
-            records += cells("effects", scenario.name, name, figures, len(counts))
+            held, known = (inside & chosen).sum((1, 2)), chosen.sum((1, 2))
+            share = bootstrap(lambda a, b: float(a.sum() / max(b.sum(), 1)), held, known)
+            figures = {f"bands hold, {label}": share}
+            records += cells("effects", scenario.name, name, figures, len(held))
     return records
 
 

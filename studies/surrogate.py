@@ -88,11 +88,12 @@ def surfaces(surrogate: ParentSetPredictionModel, problems: Problem) -> dict[str
     return in_batches(one, problems)
 
 
-def first_regret(predicted: Arrays, problems: Problem) -> Arrays:
-    """Regret of each surface's lowest point `[batch]`, by who predicts it."""
-    count, baseline = len(problems.truth.baseline), np.asarray(problems.truth.baseline)
-    effects = np.asarray(problems.truth.effects).reshape(count, -1)
-    found = {}
+def first_regret(predicted: Arrays, effects: np.ndarray, baseline: np.ndarray) -> Arrays:
+    """Regret of each surface's lowest point `[batch]`, by who predicts it; `effects` are the true
+    ones `[batch, vars, bins]`, `baseline` E[Y] `[batch]`.
+    """
+    count, found = len(effects), {}
+    effects = effects.reshape(count, -1)
     for name, surface in predicted.items():
         chosen = np.where(np.isfinite(effects), surface.reshape(count, -1), np.inf).argmin(1)
         reached = effects[np.arange(count), chosen]
@@ -113,17 +114,17 @@ def measure(
         )
         for use in ("problems", "validation")
     )
+    truth = jax.device_get(problems.truth)
     scores, tuning = (
-        {name: np.asarray(x) for name, x in structure_scores(surrogate, some).items()}
-        for some in (problems, validation)
+        jax.device_get(structure_scores(surrogate, some)) for some in (problems, validation)
     )
-    records = surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
-    predicted = {name: np.asarray(x) for name, x in surfaces(surrogate, problems).items()}
-    regret = first_regret(predicted, problems)
+    records = surrogate_records(task, scores, tuning, truth.effects)
+    predicted = jax.device_get(surfaces(surrogate, problems))
+    regret = first_regret(predicted, truth.effects, truth.baseline)
     for name, values in regret.items():
         figures = {"regret": metrics.summarise(values)}
         if name != "acbo":
-            figures["above acbo's, paired"] = metrics.paired_difference(values, regret["acbo"])
+            figures["above acbo's, paired"] = metrics.summarise(values - regret["acbo"])
         part = f"{task}/first experiment"
         records += metrics.cells("surrogate", part, name, figures, len(values))
     return records

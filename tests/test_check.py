@@ -55,9 +55,8 @@ class Fixed(ParentSetPredictionModel):
 
 def data(experiments, *, extra=0, reach=2.0, noise=1.0):
     """Forty observations of two causes and Y, then `experiments` (variable, value, outcome)."""
-    rng = np.random.default_rng(0)
     values = np.zeros((64, 3 + extra), np.float32)
-    observed = rng.normal(size=(NUM_OBS, 3)) * [1, 1, noise]
+    observed = np.random.default_rng(0).normal(size=(NUM_OBS, 3))
     values[:NUM_OBS, :3] = (observed - observed.mean(0)) / observed.std(0) * [1, 1, noise]
     set_by_hand = np.zeros(values.shape, bool)
     for row, (variable, value, outcome) in enumerate(experiments, start=NUM_OBS):

@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import networkx as nx
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ def test_random_graphs():
     for num_vars in (3, 10, 20, 50):
         for _ in range(10):
             graph, order, target = erdos_renyi_graph(rng, num_vars)
-            digraph = nx.from_numpy_array(graph.astype(int), create_using=nx.DiGraph)
+            digraph = nx.DiGraph(graph)
             assert nx.is_directed_acyclic_graph(digraph) and sorted(order) == list(range(num_vars))
             assert all(order.tolist().index(a) < order.tolist().index(b) for a, b in digraph.edges)
             assert any(
@@ -61,12 +60,10 @@ def test_data_of_random_systems(linear):
     scm, buffer = erdos_renyi(5, 10, linear, num_obs=60, per_variable=2)
     check_scm(scm)
     values, intervened = np.asarray(buffer.values), np.asarray(buffer.intervened)
-    target = int(scm.target)
     assert buffer.valid.all() and values.shape == (60 + 2 * 9, 10)
     assert not intervened[:60].any() and (intervened[60:].sum(1) == 1).all()
-    np.testing.assert_array_equal(
-        intervened[60:].argmax(1), np.repeat([i for i in range(10) if i != target], 2)
-    )
+    others = np.delete(np.arange(10), int(scm.target))
+    np.testing.assert_array_equal(intervened[60:].argmax(1), np.repeat(others, 2))
     assert (np.abs(values[intervened]) <= 5).all() and values[intervened].std() > 2
     np.testing.assert_array_equal(scm.low, values[:60].min(0))
     np.testing.assert_array_equal(scm.high, values[:60].max(0))
@@ -79,48 +76,24 @@ def test_weights_over_seeds():
     """Linear weights ~ N(2, 1); weights and biases of the hidden layers ~ N(0, 1); a variable
     without parents has no bias.
     """
-    systems = [erdos_renyi(seed, 10, False, num_obs=10)[0] for seed in range(40)]
-    weights = np.concatenate(
-        [np.asarray(scm.weights)[np.asarray(scm.adjacency)] for scm in systems]
-    )
-    roots = [~np.asarray(scm.adjacency).any(0) for scm in systems]
-    bias = np.concatenate(
-        [np.asarray(scm.shift)[~root] for scm, root in zip(systems, roots, strict=True)]
-    )
-    assert all(
-        (np.asarray(scm.shift)[root] == 0).all() for scm, root in zip(systems, roots, strict=True)
-    )
-    hidden = [
-        np.concatenate([np.ravel(getattr(scm, name)) for scm in systems])
-        for name in ("frequencies", "phases", "amplitudes")
-    ]
-    for sample, mean in ((weights, 2.0), (bias, 0.0), *((h, 0.0) for h in hidden)):
-        assert abs(sample.mean() - mean) < 5 / np.sqrt(len(sample))
-        assert abs(sample.std() - 1.0) < 5 / np.sqrt(2 * len(sample))
+    drawn = [erdos_renyi(seed, 10, False, num_obs=10)[0] for seed in range(40)]
+    systems = jax.device_get(jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn))
+    roots = ~systems.adjacency.any(1)
+    assert (systems.shift[roots] == 0).all()
+    hidden = systems.frequencies, systems.phases, systems.amplitudes, systems.shift[~roots]
+    for sample, mean in ((systems.weights[systems.adjacency], 2.0), *((h, 0.0) for h in hidden)):
+        assert abs(sample.mean() - mean) < 5 / np.sqrt(sample.size)
+        assert abs(sample.std() - 1.0) < 5 / np.sqrt(2 * sample.size)
 
 
 def test_seeds_of_random_systems():
-    one, again, other, keyed = (erdos_renyi(seed, 10, True) for seed in (3, 3, 4, jr.key(3)))
-    assert all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True)
-    )
-    assert len({np.asarray(scm.graph).tobytes() for scm, _ in (one, other, keyed)}) == 3
-    assert jnp.array_equal(keyed[1].values, erdos_renyi(jr.key(3), 10, True)[1].values)
-    scm, buffer = erdos_renyi(3, 10, True, num_slots=13)
+    one, again, other = (erdos_renyi(seed, 10, True) for seed in (3, 3, 4))
+    assert all(map(jnp.array_equal, jax.tree.leaves(one), jax.tree.leaves(again)))
+    assert not jnp.array_equal(one[0].graph, other[0].graph)
     nonlinear, _ = erdos_renyi(3, 10, False)
     assert jnp.array_equal(nonlinear.graph, one[0].graph) and nonlinear.target == one[0].target
-    assert (
-        jnp.array_equal(scm.graph[:10, :10], one[0].graph)
-        and scm.target == one[0].target
-        and not scm.candidates[10:].any()
-    )
-    np.testing.assert_allclose(buffer.values[:, :10], one[1].values, rtol=1e-5, atol=1e-4)
-    assert not buffer.values[:, 10:].any() and not buffer.intervened[:, 10:].any()
 
 
 def test_errors():
     with pytest.raises(ValueError, match="at least 3 variables, not 2"):
         erdos_renyi(0, 2, True)
-    with pytest.raises(ValueError, match="10 variables do not fit in 8 places"):
-        erdos_renyi(0, 10, True, num_slots=8)

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from lib.literature import Benchmark
 from lib.scm import Intervention
 from studies.expert import BENCHMARKS  # with the one that only it plays
-
-
-def logistic(x):
-    return 1.0 / (1.0 + np.exp(-x))
 
 
 def toy(rng, n, do):
@@ -32,7 +29,7 @@ def graph4(rng, n, do):
 
 def epidemiology(rng, n, do):
     b, t = rng.uniform(-1, 1, n), do.get("T", rng.uniform(4, 8, n))
-    viral = logistic(0.5 * t + b)
+    viral = expit(0.5 * t + b)
     r = do.get("R", 4 + viral * t)
     return {
         "B": b,
@@ -46,9 +43,9 @@ def epidemiology(rng, n, do):
 def healthcare(rng, n, do):
     age = rng.uniform(55, 75, n)
     bmi = rng.normal(27 - 0.01 * age, np.sqrt(0.7))
-    a = do.get("Aspirin", logistic(-8 + 0.1 * age + 0.03 * bmi))
-    s = do.get("Statin", logistic(-13 + 0.1 * age + 0.2 * bmi))
-    c = logistic(2.2 - 0.05 * age + 0.01 * bmi - 0.04 * s + 0.02 * a)
+    a = do.get("Aspirin", expit(-8 + 0.1 * age + 0.03 * bmi))
+    s = do.get("Statin", expit(-13 + 0.1 * age + 0.2 * bmi))
+    c = expit(2.2 - 0.05 * age + 0.01 * bmi - 0.04 * s + 0.02 * a)
     y = rng.normal(6.8 + 0.04 * age + 0.15 * bmi - 0.6 * s + 0.55 * a + c, np.sqrt(0.4))
     return {"Age": age, "BMI": bmi, "Aspirin": a, "Statin": s, "Cancer": c, "Y": y}
 

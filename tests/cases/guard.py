@@ -64,17 +64,10 @@ TRAINING = ("stage", "gradient", "suggest")  # names that begin so: tolerance 1e
 SHIPPED = TrainedACBOSystem.load(ROOT / "pretrained" / "acbo.eqx")
 
 
-def shifts(policy):
-    """Weights that add one number to all logits (those of steps done and left are among the direct
-    ones): their gradient is rounding, of which Adam makes whole steps.
-    """
-    return policy.score[1].bias, policy.direct.bias, policy.direct.weight
-
-
 def norms(tree) -> np.ndarray:
     """The norm of every array in a tree."""
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return np.array([float(jnp.linalg.norm(leaf)) for leaf in leaves])
+    learned = eqx.filter(tree, eqx.is_inexact_array)
+    return np.array([float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(learned)])
 
 
 def shipped() -> dict:
@@ -99,43 +92,45 @@ def shipped() -> dict:
 
 def stages() -> dict:
     """Toy runs of stages 1 to 4: what they log, and the norms of the weights that they write."""
-    made = dict(num_models=4, num_steps=3, min_trajectory_length=3)
-    alone = ImitationConfig(use_behavioral_cloning=False)
+    toys = (  # script, folder, log, what its entries are called, settings
+        (
+            *("01_extract_demos", "toy", "demos", ""),
+            dict(num_models=4, num_steps=3, min_trajectory_length=3),
+        ),
+        ("02_train_surrogate", "toy", "surrogate", "", dict(steps=2, warmup_steps=1)),
+        ("03_warmstart_acquisition", "toy", "policy", "warm_", dict(iterations=2)),
+        (
+            *("03_warmstart_acquisition", "cold", "policy", "cold_"),
+            dict(iterations=2, imitation=ImitationConfig(use_behavioral_cloning=False)),
+        ),
+        ("04_train_e2e", "toy", "acbo", "", dict(rounds=2, levels=2)),
+    )
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder, cold = Path(temporary) / "toy", Path(temporary) / "cold"
-        cold.mkdir()
-        for name, log, prefix, there, change in (
-            ("01_extract_demos", "demos", "", folder, made),
-            ("02_train_surrogate", "surrogate", "", folder, dict(steps=2, warmup_steps=1)),
-            ("03_warmstart_acquisition", "policy", "warm_", folder, dict(iterations=2)),
-            (
-                "03_warmstart_acquisition",
-                "policy",
-                "cold_",
-                cold,
-                dict(iterations=2, imitation=alone),
-            ),
-            ("04_train_e2e", "acbo", "", folder, dict(rounds=2, levels=2)),
-        ):
-            if there == cold:
-                shutil.copy(folder / "surrogate.eqx", cold)
+        toy = Path(temporary) / "toy"
+        for name, folder, log, prefix, change in toys:
+            there = Path(temporary) / folder
+            if folder == "cold":
+                there.mkdir()
+                shutil.copy(toy / "surrogate.eqx", there)
             script = importlib.import_module(name)
-            config = replace(script.PRESETS["smoke"][1], folder=there, **change)
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                script.main(config)
+            script.main(replace(script.PRESETS["smoke"][1], folder=there, **change))
             for line in (there / "logs" / f"{log}.jsonl").read_text().splitlines():
                 record = json.loads(line)
                 start = f"stage {name[:2]}/{record['step']}/{prefix}"
                 for key in record.keys() - {"step", "time"}:
                     found[start + key] = np.array(record[key])
-        system = TrainedACBOSystem.load(folder / "acbo.eqx")
+        system = TrainedACBOSystem.load(toy / "acbo.eqx")
+    # but for weights that add one number to all logits (those of steps done and left are among the
+    # direct ones): their gradient is rounding, of which Adam makes whole steps
+    policy = eqx.tree_at(
+        lambda policy: (policy.score[1].bias, policy.direct.bias, policy.direct.weight),
+        system.policy,
+        (None,) * 3,
+    )
     return found | {
         "stage 04/surrogate": norms(system.surrogate),
-        "stage 04/policy": norms(eqx.tree_at(shifts, system.policy, (None,) * 3)),
+        "stage 04/policy": norms(policy),
     }
 
 
@@ -205,9 +200,8 @@ def campaigns() -> dict:
 def answer() -> dict:
     """Numbers of the shipped system's answer on the example."""
     script, folder = importlib.import_module("06_deploy"), ROOT / "examples"
-    data, bounds = folder / "experiments.csv", folder / "bounds.csv"
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = script.suggest(script.Suggest(data, "yield", objective="max", bounds=bounds))
+    settings = dict(objective="max", bounds=folder / "bounds.csv")
+    found = script.suggest(script.Suggest(folder / "experiments.csv", "yield", **settings))
     numbers = {"suggest/parents": np.array([p for _, p in sorted(found["parents"].items())])}
     for name in ("next_experiment", "recommended_action"):
         action = found[name]
@@ -220,8 +214,9 @@ PARTS = {part.__name__: part for part in (shipped, gradients, campaigns, answer,
 
 
 def computed(parts: list[str]) -> dict[str, np.ndarray]:
-    """What `parts` give in this tree."""
-    return {name: np.asarray(x) for part in parts for name, x in PARTS[part]().items()}
+    """What `parts` give in this tree, without what they print."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return {name: np.asarray(x) for part in parts for name, x in PARTS[part]().items()}
 
 
 def of_commit(commit: str, parts: list[str]) -> dict[str, np.ndarray]:
@@ -243,10 +238,9 @@ def compare(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> int:
     worst = [(np.inf, 0.0, f"{name} is gone") for name in before.keys() - now.keys()]
     worst += [(np.inf, 0.0, f"{name} is new") for name in now.keys() - before.keys()]
     for name in before.keys() & now.keys():
-        a, b = before[name].astype(float), now[name].astype(float)
-        same, finite = a.shape == b.shape, np.isfinite(a)
-        error = np.inf
-        if same and np.array_equal(finite, np.isfinite(b)):
+        a, b, error = before[name].astype(float), now[name].astype(float), np.inf
+        finite = np.isfinite(a)
+        if np.array_equal(finite, np.isfinite(b)):  # and of the same shape
             error = np.max(np.abs(a[finite] - b[finite]) / (1.0 + np.abs(a[finite])), initial=0.0)
         worst.append((error, 1e-4 if name.startswith(TRAINING) else 1e-5, name))
     for error, allowed, name in sorted(worst, reverse=True)[:12]:
