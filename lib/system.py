@@ -70,15 +70,19 @@ def run_campaign(
 
     def step(buffer, t):
         (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
-        intervention = Intervention.single(variable, value, scm.var_mask.shape[0])
-        row = scm.sample(experiment_key(key, t), intervention, 1)[0]
-        made = variable, value, jnp.take(row, scm.target)
-        return buffer.write(start + t, intervention, row), (made, recommended)
 
-    buffer, (made, recommended) = jax.lax.scan(step, buffer, jnp.arange(num_steps))
-    _, last = decide(jr.fold_in(method_key, num_steps), buffer, jnp.array(num_steps))
-    path = map(jnp.append, recommended, last)
-    return nan_unless(fits, OptimizationResult(*made, *path, buffer=buffer))
+        def experiment():
+            intervention = Intervention.single(variable, value, scm.var_mask.shape[0])
+            row = scm.sample(experiment_key(key, t), intervention, 1)[0]
+            return buffer.write(start + t, intervention, row), jnp.take(row, scm.target)
+
+        # the pass after the last experiment only looks
+        after, outcome = jax.lax.cond(t < num_steps, experiment, lambda: (buffer, jnp.zeros(())))
+        return after, (variable, value, outcome, *recommended)
+
+    buffer, path = jax.lax.scan(step, buffer, jnp.arange(num_steps + 1))
+    made, recommended = [each[:-1] for each in path[:3]], path[3:]
+    return nan_unless(fits, OptimizationResult(*made, *recommended, buffer=buffer))
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:

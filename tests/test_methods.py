@@ -72,7 +72,7 @@ def test_exploration_means_few_rows_wide_ranges_and_valleys():
     assert scenario.prior.max_lengthscale < usual.max_lengthscale
 
 
-@pytest.mark.parametrize("name", ["surrogate_ei", "parent_scale", "bo", "cbo_known_graph"])
+@pytest.mark.parametrize("name", ["surrogate_ei", "parent_scale", "bo"])
 def test_the_noise_of_an_experiment_is_the_same_for_all_methods(system, name):
     """What every method saw is what its experiments give with the noise of (key, step)."""
     problems, _ = SCENARIO.draw(jr.key(0), 1, SIZES.num_bins)
