@@ -394,13 +394,15 @@ def online_policy(
     """
     optimiser, output = optax.adam(ONLINE.learning_rate), state.output
 
+    def score(variable, value):
+        worth = jnp.interp(value, output.grid[variable], gain[variable]) / output.spread
+        return RewardComponents(worth, jnp.zeros_like(worth), jnp.zeros_like(worth), worth)
+
     def update(learner, key):
         distribution = learner.module(state)
         variable, value = sample_group(key, distribution, ONLINE.group_size)
         log_prob = jax.vmap(distribution.log_prob)(variable, value)
-        worth = jax.vmap(jnp.interp)(value, output.grid[variable], gain[variable]) / output.spread
-        reward = RewardComponents(worth, jnp.zeros_like(worth), jnp.zeros_like(worth), worth)
-        group = Groups(state, variable, value, log_prob, reward)
+        group = Groups(state, variable, value, log_prob, jax.vmap(score)(variable, value))
         batch = jax.tree.map(lambda leaf: leaf[None], group)
         return grpo_step(learner, optimiser, policy, batch, ONLINE)
 
