@@ -81,8 +81,9 @@ def run_campaign(
         return after, (variable, value, outcome, *recommended)
 
     buffer, path = jax.lax.scan(step, buffer, jnp.arange(num_steps + 1))
-    made, recommended = [each[:-1] for each in path[:3]], path[3:]
-    return nan_unless(fits, OptimizationResult(*made, *recommended, buffer=buffer))
+    (variable, value, outcome), recommended = (x[:-1] for x in path[:3]), path[3:]
+    result = OptimizationResult(variable, value, outcome, *recommended, buffer=buffer)
+    return nan_unless(fits, result)
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:

@@ -344,8 +344,8 @@ def test_published_hyperparameters_are_a_maximum_of_the_likelihood_within_limits
     lengthscale is set to one, as published.
     """
     rng = np.random.default_rng(3)
-    x, noise = rng.normal(size=(2, 40, 2))
-    y = np.stack([np.sin(2 * x[:, 0]), 3 * x[:, 1]]) + 0.1 * noise.T
+    x = rng.normal(size=(40, 2))
+    y = np.stack([np.sin(2 * x[:, 0]), 3 * x[:, 1]]) + 0.1 * rng.normal(size=(2, 40))
     fit, sets = jax.jit(published.fit_star_gp), jnp.eye(2, dtype=bool)
     wave, line = (fit(single(x), single(y[i]), sets[i : i + 1], EVERY[:1]) for i in range(2))
 
