@@ -96,8 +96,9 @@ def column_moments(
     count, kept = jnp.maximum(rows.sum(), 1), rows.reshape(-1, *(1,) * (x.ndim - 1))
     mean = jnp.where(kept, x, 0.0).sum(0) / count
     deviation = jnp.sqrt(jnp.where(kept, (x - mean[None]) ** 2, 0.0).sum(0) / count)
-    # relative: no unit is too small
-    return mean, jnp.where(deviation > 1e-6 * jnp.abs(mean), deviation, 1.0)
+    varies = deviation > 1e-6 * jnp.abs(mean)  # relative: no unit is too small
+    # a constant is its first row to the last digit, which its sum may not be
+    return jnp.where(varies, mean, x[jnp.argmax(rows)]), jnp.where(varies, deviation, 1.0)
 
 
 def powers_of(z: Float[Array, "*shape"], degree: int) -> Float[Array, "*shape powers"]:
