@@ -256,8 +256,8 @@ def check(
     All of them are predicted from the rows that are none of them.
     """
     done, bins = Experiments.of(buffer, task, most), surrogate.config.num_bins
-    others = jnp.ones_like(buffer.valid).at[done.row].set(~done.valid)
-    before = Summary.of(buffer.only(others), task, bins)
+    rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
+    before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
     made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
     both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add(made, task))
     told = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
