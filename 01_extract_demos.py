@@ -148,22 +148,26 @@ def draw_batch(key: jax.Array, config: Config):
     return jax.vmap(one)(jr.split(key, config.batch))
 
 
-@eqx.filter_jit
-def describe(trajectories: ExpertTrajectory) -> dict[str, jax.Array]:
+def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the
     marginals, entropy in nats.
     """
 
-    def one(trajectory):
-        posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
-        both = jnp.stack([posterior.marginals() > 0.5, parents])
-        return jnp.exp(posterior.log_prob(parents)), both, posterior.entropy()
+    @eqx.filter_jit
+    def read(trajectories):
+        def one(trajectory):
+            posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
+            marginals, entropy = posterior.marginals(), posterior.entropy()
+            return marginals, parents, posterior.log_prob(parents), entropy
 
-    true_set, sets, entropy = jax.vmap(one)(trajectories)
+        return jax.vmap(one)(trajectories)
+
+    marginals, parents, log_prob, entropy = (np.asarray(x) for x in read(trajectories))
+    said = marginals > 0.5
     return {
-        "true_set_probability": true_set.mean(),
-        "parent_f1": 2 * sets.all(1).sum() / jnp.maximum(sets.sum(), 1),
-        "final_entropy": entropy.mean(),
+        "true_set_probability": float(np.exp(log_prob).mean()),
+        "parent_f1": float(2 * (said & parents).sum() / max(said.sum() + parents.sum(), 1)),
+        "final_entropy": float(entropy.mean()),
     }
 
 
@@ -217,8 +221,8 @@ def main(config: Config) -> Path:
     for index in bar:
         batch, _, consistent = run = run_batch(index)
         runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
-        counts = {"consistent": consistent.mean(), "failures": batch.failures.sum()}
-        record = {name: x.item() for name, x in (counts | describe(batch)).items()}
+        counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
+        record = counts | describe(batch)
         progress.keep(index + 1, record, runs if index + 1 < num_batches else None)
         bar.set_postfix(f1=record["parent_f1"], true_set=record["true_set_probability"])
 
@@ -244,7 +248,7 @@ def main(config: Config) -> Path:
         "consistent": int(consistent.sum()),
         "kept": int(kept.sum()),
         "failures": int(trajectories.failures.sum()),
-        **{name: x.item() for name, x in describe(chosen).items()},
+        **describe(chosen),
     }
     by_kind = yields(trajectories, families, kept)
     save_arrays(
