@@ -166,7 +166,7 @@ def test_twins_share_their_noise(problem, campaign):
     assert (problem.scm.noise_scale > 0.1).all()
     same = like_the_first(groups)
     one, two = (np.ma.array(groups.reward.total, mask=mask) for mask in (~same, same))
-    assert np.ptp(one, 1).max() < 1e-5 and np.ptp(two, 1).max() < 1e-5
+    assert one.ptp(1).max() < 1e-5 and two.ptp(1).max() < 1e-5
     assert (abs(one.min(1) - two.min(1)) > 1e-4).any()
 
 
