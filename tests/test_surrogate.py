@@ -115,7 +115,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def outputs(model):
-    predict = eqx.filter_jit(jax.vmap(model.predict))
+    predict = eqx.filter_jit(lambda *problems: jax.vmap(model.predict)(*problems))
     batch = jax.device_get(predict(*stack(VARIANTS.values())))
     return {
         name: jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), batch)
