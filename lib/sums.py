@@ -51,10 +51,8 @@ class Frame(NamedTuple):
         self, buffer: ExperienceBuffer, var_mask: Bool[Array, " vars"]
     ) -> Float[Array, "samples vars"]:
         """The values of the buffer in these units; free rows and padding are zero."""
-        kept, shift = buffer.valid[:, None] & var_mask[None], self.shift[None]
-        # chosen before the difference, or the compiler contracts it with the mean's quotient and a
-        # constant column is not quite zero
-        values = (jnp.where(kept, buffer.values, shift) - shift) / self.spread[None]
+        values = (buffer.values - self.shift[None]) / self.spread[None]
+        kept = buffer.valid[:, None] & var_mask[None]
         return jnp.where(kept, jnp.clip(values, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0)
 
 
