@@ -13,9 +13,14 @@ import jax.scipy as jsp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.expert_prior import LINEAR_PENALTY
 from lib.linalg import positive_inverse
-from lib.regression import CUBIC_PENALTY, column_moments, fitted_surface, usable_rows
+from lib.regression import (
+    CUBIC_PENALTY,
+    LINEAR_PENALTY,
+    column_moments,
+    fitted_surface,
+    usable_rows,
+)
 from lib.scm import Task, value_grid
 
 
