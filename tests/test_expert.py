@@ -708,7 +708,8 @@ def play(key, scm, buffer):
 
 @pytest.fixture(scope="module")
 def problem():
-    return make_problem(3)
+    """One place more than there are variables."""
+    return make_problem(4)
 
 
 @pytest.fixture(scope="module")
@@ -739,7 +740,7 @@ def test_rows_stand_behind_those_that_were_there(runs, problem):
     assert run.buffer.valid[:, :STOP].all() and not run.buffer.valid[:, STOP:].any()
     assert not run.buffer.values[:, STOP:].any() and not run.buffer.intervened[:, STOP:].any()
     rows = run.buffer.values[:, START:STOP]
-    assert (run.buffer.intervened[:, START:STOP] == jax.nn.one_hot(run.variable, 3)).all()
+    assert (run.buffer.intervened[:, START:STOP] == jax.nn.one_hot(run.variable, 4)).all()
     assert (np.take_along_axis(rows, run.variable[..., None], 2)[..., 0] == run.value).all()
     assert (rows[:, :, 2] == run.outcome).all()  # one sample: the outcome is the row's
 
@@ -767,8 +768,8 @@ def test_the_surface_is_an_improvement_on_possible_parents(runs):
     assert (np.take_along_axis(support, np.asarray(run.variable)[..., None], 2)).all()
 
 
-def test_places_without_a_variable_leave_the_run_as_it_is():
-    (run, _), (wide, _) = (play(KEYS, *make_problem(slots)) for slots in (4, 6))
+def test_places_without_a_variable_leave_the_run_as_it_is(runs):
+    (run, _), (wide, _) = runs, play(KEYS, *make_problem(6))
     for name in ("variable", "recommended_variable"):
         assert (getattr(run, name) == getattr(wide, name)).all()
     for name in ("value", "outcome", "recommended_value"):
