@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 from tyro.extras import overridable_config_cli
 
 from lib import settings
@@ -32,7 +31,7 @@ from lib.expert_posterior import ParentScaleConfig
 from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
-from lib.training import Progress
+from lib.training import Progress, merged, train
 from lib.trajectories import (
     ExpertTrajectory,
     augment_expert_demonstrations,
@@ -204,7 +203,7 @@ def main(config: Config) -> Path:
     )
     out, num_batches = config.folder / "demos.npz", -(-config.num_models // config.batch)
 
-    # --- start, or continue ---
+    # --- run the expert ---
     def run_batch(index):
         scms, families, buffers = draw_batch(jr.fold_in(problem_key, index), config)
         keys = jr.split(jr.fold_in(expert_key, index), config.batch)
@@ -213,22 +212,21 @@ def main(config: Config) -> Path:
 
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
-    progress = Progress(config.folder, "demos", __file__, config)
-    runs, start = progress.resume(nothing)
 
-    # --- run the expert ---
-    bar = tqdm(range(start, num_batches), "expert", initial=start, total=num_batches, unit="batch")
-    for index in bar:
-        batch, _, consistent = run = run_batch(index)
-        runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
-        counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
-        record = counts | describe(batch)
-        progress.keep(index + 1, record, runs if index + 1 < num_batches else None)
-        bar.set_postfix(f1=record["parent_f1"], true_set=record["true_set_probability"])
+    def steps(runs, start):
+        for index in range(start, num_batches):
+            batch, _, consistent = run = run_batch(index)
+            runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
+            counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
+            yield index + 1, runs, counts | describe(batch)
+
+    progress = Progress(config.folder, "demos", __file__, config)
+    shown = {"f1": "parent_f1", "true_set": "true_set_probability"}
+    runs, _ = train("expert", steps, nothing, num_batches, 1, shown, progress)
 
     # --- filter, split, augment, write ---
     trajectories, families, consistent = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: config.num_models], runs
+        lambda leaf: leaf[: config.num_models], merged(runs)
     )
     good = validate_demonstration_quality(
         trajectories, config.min_trajectory_length, config.max_posterior_entropy
@@ -241,8 +239,8 @@ def main(config: Config) -> Path:
             "raise --num-models, or --max-posterior-entropy"
         )
     chosen = take(trajectories, np.flatnonzero(kept))
-    train, validation = extract_expert_demonstrations(chosen, config.validation_split)
-    train = augment_expert_demonstrations(train, config.augmentation_factor, key=augment_key)
+    training, validation = extract_expert_demonstrations(chosen, config.validation_split)
+    training = augment_expert_demonstrations(training, config.augmentation_factor, key=augment_key)
     metrics = {
         "models": config.num_models,
         "consistent": int(consistent.sum()),
@@ -253,13 +251,12 @@ def main(config: Config) -> Path:
     by_kind = yields(trajectories, families, kept)
     save_arrays(
         out,
-        to_arrays(train, "train") | to_arrays(validation, "validation"),
+        to_arrays(training, "train") | to_arrays(validation, "validation"),
         stage="demos",
-        config=asdict(config),
         hyperparameters=asdict(config.expert),
-        seed=config.seed,
         step=num_batches,
         metrics=metrics | {"yield": by_kind},
+        **progress.header,
     )
     progress.finish()
     rounded = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in metrics.items()}
