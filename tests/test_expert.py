@@ -762,7 +762,7 @@ def test_the_surface_is_an_improvement_on_possible_parents(runs):
     assert surface.shape[3] == CONFIG.num_bins
     support = np.any(np.asarray(run.sets)[:, None] & (probs > SUPPORT)[..., None], axis=2)
     # no possible parent: everything is explored
-    support = np.where(np.any(support, axis=2, keepdims=True), support, [True, True, False])
+    support = np.where(np.any(support, axis=2, keepdims=True), support, [True, True, False, False])
     assert (surface[~support] == 0).all() and (surface >= 0).all() and np.isfinite(surface).all()
     assert (surface.max(3)[support] > 0).all()
     assert (np.take_along_axis(support, np.asarray(run.variable)[..., None], 2)).all()
