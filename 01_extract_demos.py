@@ -147,21 +147,21 @@ def draw_batch(key: jax.Array, config: Config):
     return jax.vmap(one)(jr.split(key, config.batch))
 
 
+@eqx.filter_jit
+@jax.vmap
+def final_beliefs(trajectory: ExpertTrajectory) -> tuple[jax.Array, ...]:
+    """Parents' marginals `[batch, vars]`, the true parents, the true set's log-probability and the
+    entropy in nats `[batch]`, after the last experiment of every trajectory (leading axis).
+    """
+    posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
+    return posterior.marginals(), parents, posterior.log_prob(parents), posterior.entropy()
+
+
 def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     """Quality of a batch of demonstrations: final belief in the true set, parent F1 of the
     marginals, entropy in nats.
     """
-
-    @eqx.filter_jit
-    def read(trajectories):
-        def one(trajectory):
-            posterior, parents = trajectory.posterior(-1), trajectory.scm.parents
-            marginals, entropy = posterior.marginals(), posterior.entropy()
-            return marginals, parents, posterior.log_prob(parents), entropy
-
-        return jax.vmap(one)(trajectories)
-
-    marginals, parents, log_prob, entropy = (np.asarray(x) for x in read(trajectories))
+    marginals, parents, log_prob, entropy = map(np.asarray, final_beliefs(trajectories))
     said = marginals > 0.5
     return {
         "true_set_probability": float(np.exp(log_prob).mean()),

@@ -187,12 +187,12 @@ def cut_log(path: Path, resume_step: int) -> None:
 
 def write_log(path: Path, step: int, metrics: Mapping[str, Any]) -> None:
     """Append one line of JSON: `step`, the metrics, and `time` (seconds since 1970, the one place
-    for wall-clock times). Raises `ValueError` if a metric is not finite: the run has diverged, or
-    the metric divides by zero.
+    for wall-clock times). Raises `ArtifactError` if a metric is not finite: the run has diverged,
+    or the metric divides by zero.
     """
     for name, value in metrics.items():
         if not np.isfinite(value).all():
-            raise ValueError(f"{path}, step {step}: {name} is {value}")
+            raise ArtifactError(path, f"not written, step {step}: {name} is {value}")
     with open(path, "ab") as file:
         file.write(encode({"step": step, **metrics, "time": round(time.time(), 3)}) + b"\n")
 

@@ -168,7 +168,7 @@ class TrainedACBOSystem(eqx.Module):
             )
         check_state(state)
         if key is None:
-            return eqx.filter_jit(self.policy)(state).mode()
+            return _mode(self.policy, state)
         return self.distribution(state, exploration_rate).sample(key)
 
     def play(
@@ -346,6 +346,11 @@ def deploy_trained_system(
 ) -> DeployedACBOSystem:
     """The system ready to answer (phase4_training_infrastructure.md)."""
     return DeployedACBOSystem(system, deployment_config)
+
+
+@eqx.filter_jit
+def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
+    return policy(state).mode()
 
 
 @eqx.filter_jit

@@ -78,10 +78,12 @@ class Progress:
         return state, start
 
     def keep(self, step: int, metrics: dict[str, Any], state: Any = None) -> None:
-        """A line of the log, and a checkpoint if there is a `state`."""
+        """A line of the log, then a checkpoint if there is a `state`: a kill in between leaves a
+        line too many, which `resume` drops, and not one too few.
+        """
+        write_log(self.log_path, step, metrics)
         if state is not None:
             save_checkpoint(self.checkpoint, state, fingerprint=self.fingerprint, step=step)
-        write_log(self.log_path, step, metrics)
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes."""

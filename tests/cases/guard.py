@@ -215,8 +215,12 @@ PARTS = {part.__name__: part for part in (shipped, gradients, campaigns, answer,
 
 def computed(parts: list[str]) -> dict[str, np.ndarray]:
     """What `parts` give in this tree, without what they print."""
+    found = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return {name: np.asarray(x) for part in parts for name, x in PARTS[part]().items()}
+        for part in parts:
+            found |= {name: np.asarray(x) for name, x in PARTS[part]().items()}
+            jax.clear_caches()  # the programs of all parts are more than a process may map
+    return found
 
 
 def of_commit(commit: str, parts: list[str]) -> dict[str, np.ndarray]:
