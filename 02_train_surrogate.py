@@ -157,14 +157,14 @@ PRESETS = {
     ),
     "small": ("about 11 minutes on 2 busy CPU cores", TrainingConfig()),
     "hour": (
-        "larger, about 100 minutes on 2 CPU cores",
+        "larger, about 70 minutes on 2 CPU cores",
         TrainingConfig(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=20, max_size=20),
             buckets=(Bucket(6, 4), Bucket(10, 4), Bucket(20, 1)),
             design=DataDesign(max_obs=500, max_interventions=80),
             model=surrogate.SurrogateConfig(model_hidden_dim=96, model_n_layers=6),
-            steps=12_000,
+            steps=10_000,
             learning_rate=3e-3,
             evaluate_every=1000,
         ),
@@ -177,7 +177,11 @@ PRESETS = {
             buckets=(Bucket(6, 32), Bucket(10, 32), Bucket(20, 16)),
             design=DataDesign(max_obs=500, max_interventions=80),
             model=surrogate.SurrogateConfig(
-                model_hidden_dim=256, model_n_layers=8, num_products=64, mixed_precision=True
+                model_hidden_dim=256,
+                model_n_layers=8,
+                num_heads=4,
+                head_dim=32,
+                mixed_precision=True,
             ),
             steps=100_000,
             learning_rate=2e-3,

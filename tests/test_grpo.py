@@ -24,7 +24,7 @@ BINS, STEPS, GROUP = 5, 3, 6
 PRIOR = SCMPrior(max_vars=5, min_size=4, max_size=4)
 DESIGN = CampaignDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
 SIZES = SurrogateConfig(
-    model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS
+    model_hidden_dim=16, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=BINS
 )
 CONFIG = grpo.GRPOConfig(group_size=GROUP, kl_weight=0.0, entropy_weight=0.0, learning_rate=1e-2)
 

@@ -19,7 +19,7 @@ from lib.surrogate import SurrogateConfig
 
 
 SIZES = SurrogateConfig(
-    model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6
+    model_hidden_dim=8, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=6
 )
 EASY = SCMPrior(max_vars=3, max_size=3), CampaignDesign(12, 12, 1, 4)
 RATE = 1e-3

@@ -18,7 +18,7 @@ from studies.policy import exploration_scenario
 
 
 SIZES = SurrogateConfig(
-    model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=5
+    model_hidden_dim=8, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=5
 )
 SCENARIO = methods.OptimizationScenario(
     "tiny", SCMPrior(max_vars=4, min_size=4, max_size=4), num_obs=12, per_variable=1, num_steps=3

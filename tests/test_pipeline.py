@@ -47,7 +47,7 @@ OWN = replace(PRIOR, mechanisms=("mlp", "polynomial"), max_range=3.0)  # what st
 DESIGN = DataDesign(min_obs=20, max_obs=24, max_interventions=8)
 CAMPAIGN = CampaignDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
 SURROGATE = SurrogateConfig(
-    model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=6
+    model_hidden_dim=8, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=6
 )
 GRPO = GRPOConfig(group_size=3)
 *STAGES, EVALUATE, DEPLOY = (

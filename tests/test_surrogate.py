@@ -26,7 +26,7 @@ from lib.training import Learner
 
 
 CONFIG = surrogate.SurrogateConfig(
-    model_hidden_dim=16, model_n_layers=2, num_products=4, num_components=2, num_bins=5
+    model_hidden_dim=16, model_n_layers=2, num_heads=2, head_dim=4, num_components=2, num_bins=5
 )
 REAL, SLOTS, ROWS, VALID, TARGET = 6, 8, 32, 26, 2  # six variables in eight slots, six rows free
 FILLED = np.arange(ROWS) < VALID

@@ -32,7 +32,7 @@ from lib.system import (
 
 NUM_VARS, STEPS = 5, 3
 SIZES = SurrogateConfig(
-    model_hidden_dim=16, model_n_layers=1, num_products=4, num_components=2, num_bins=5
+    model_hidden_dim=16, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=5
 )
 
 

@@ -444,7 +444,12 @@ def test_surrogate_examples_pair_data_with_the_belief_they_led_to(trajectories):
 def test_acquisition_states_do_not_know_what_came_of_the_choice(trajectories):
     """State t is the same whatever rows t and later hold, and not the same without row t - 1."""
     sizes = SurrogateConfig(
-        model_hidden_dim=8, model_n_layers=1, num_products=4, num_components=2, num_bins=BINS
+        model_hidden_dim=8,
+        model_n_layers=1,
+        num_heads=2,
+        head_dim=4,
+        num_components=2,
+        num_bins=BINS,
     )
     model = ParentSetPredictionModel(sizes, key=jr.key(4))
     run = jax.jit(lambda t: extract_acquisition_training_data(t, model))
