@@ -133,13 +133,13 @@ PRESETS = {
     ),
     "small": ("about 6 minutes on 2 busy CPU cores", AcquisitionConfig()),
     "hour": (
-        "at most 60 minutes on 2 CPU cores",
+        "about half an hour on 2 CPU cores",
         AcquisitionConfig(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=10, max_size=10),
             campaign=CampaignDesign(max_obs=200, num_steps=12),
             imitation=ImitationConfig(imitation_epochs=6),
-            iterations=400,
+            iterations=200,
             problems_per_iteration=24,
             average=0.98,
         ),

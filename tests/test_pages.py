@@ -212,7 +212,8 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
             assert f"{sum(leaf.size for leaf in jax.tree.leaves(module)):,}" in text
         sizes = system.surrogate.config
         pattern = rf"{sizes.model_n_layers}\s(?:blocks )?of width {sizes.model_hidden_dim}\b"
-        assert re.search(pattern, text) and f"{sizes.num_products} channels" in text
+        heads = f"{sizes.num_heads} heads of {sizes.head_dim}"
+        assert re.search(pattern, text) and heads in text
 
 
 def test_expert_counts_are_sums_of_its_table():

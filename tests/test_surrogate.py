@@ -204,6 +204,21 @@ def test_blocks_differ_at_initialisation(model):
     assert all((a != b).any() for a, b in zip(one, other, strict=True))
 
 
+def test_a_block_knows_neither_the_order_of_variables_nor_those_that_do_not_exist():
+    """In float64, but for the softmax, which JAX's attention takes in float32."""
+    with jax.enable_x64(True):
+        pairs = np.random.default_rng(2).normal(size=(SLOTS, SLOTS, 8))
+        block = surrogate.Block(8, 2, 4, key=jr.key(0))
+        block = jax.tree.map(lambda leaf: leaf.astype(float) if eqx.is_array(leaf) else leaf, block)
+        call = eqx.filter_jit(lambda pairs: block(pairs, jnp.arange(len(pairs)) < REAL))
+        order, whole = np.ix_(PERMUTATION, PERMUTATION), np.asarray(call(jnp.asarray(pairs)))
+        alone = np.asarray(call(jnp.asarray(pairs[:REAL, :REAL])))
+        moved = np.asarray(call(jnp.asarray(pairs[:REAL, :REAL][order])))
+    assert whole.dtype == np.float64 and np.abs(alone - pairs[:REAL, :REAL]).min() > 0
+    np.testing.assert_allclose(whole[:REAL, :REAL], alone, rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(moved, alone[order], rtol=1e-7, atol=1e-7)
+
+
 def test_mixed_precision_changes_digits_only(outputs):
     # the same weights
     half = eqx.filter_jit(surrogate.ParentSetPredictionModel)(
