@@ -157,13 +157,13 @@ PRESETS = {
     ),
     "small": ("about 11 minutes on 2 busy CPU cores", TrainingConfig()),
     "hour": (
-        "larger, about 70 minutes on 2 CPU cores",
+        "larger, about 65 minutes on 2 CPU cores",
         TrainingConfig(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=20, max_size=20),
             buckets=(Bucket(6, 4), Bucket(10, 4), Bucket(20, 1)),
             design=DataDesign(max_obs=500, max_interventions=80),
-            model=surrogate.SurrogateConfig(model_hidden_dim=96, model_n_layers=6, num_heads=3),
+            model=surrogate.SurrogateConfig(model_hidden_dim=96, model_n_layers=6),
             steps=15_000,
             learning_rate=3e-3,
             evaluate_every=1000,
