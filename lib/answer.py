@@ -1,0 +1,279 @@
+"""What a system said of a person's file, in the person's own units and words."""
+
+import hashlib
+import itertools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from lib.buffer import ExperienceBuffer
+from lib.check import CheckConfig
+from lib.reading import Experience
+from lib.scm import Intervention
+
+
+MOST_TRIED = 64  # experiments with what is recommended that are left out in turn
+VERSION = "1"  # of the answer's format
+REASONS = (  # for an experiment: of another setting than the one to recommend, or of that
+    "may turn out better than what is recommended now",
+    "the best setting known: one more outcome tells whether it is",
+)
+
+
+def imagined(buffer, said, variable: int, value: float, target: int) -> ExperienceBuffer:
+    """The rows, and an experiment that gave what it is expected to."""
+    outcome = np.interp(value, said.grid[variable], said.mean[variable])
+    row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
+    intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+    return buffer.grow(1).add_intervention(intervention, row)
+
+
+def elsewhere(asked, ahead: list[tuple[int, float]], candidates: np.ndarray):
+    """The answer, with the experiment of the largest gain a step of the grid away from those that
+    are `ahead`, if its own is one of them.
+    """
+    taken = np.zeros(asked.gain.shape, bool)
+    for variable, value in ahead:
+        grid = asked.grid[variable]
+        taken[variable] |= np.abs(grid - value) <= 1.01 * (grid[1] - grid[0])
+    variable, value = asked.experiment
+    if not taken[variable, np.abs(asked.grid[variable] - value).argmin()]:
+        return asked
+    free = np.where(~taken, asked.gain, -1.0)[: len(candidates)]
+    free = np.where(candidates[:, None], free, -1.0)
+    i, b = np.unravel_index(free.argmax(), free.shape)
+    return asked._replace(experiment=(i, asked.grid[i, b]))
+
+
+def resting_on_one(data: Experience, said, without) -> list[str]:
+    """Which experiments with what is recommended decide alone: `without` one of them another
+    variable would be.
+    """
+    flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
+    own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen]) if chosen >= 0 else np.array([])
+    found = []
+    for row in own[:MOST_TRIED]:
+        other = int(without(row).action[0])
+        if other not in (chosen, -1):
+            found.append(
+                f"without row {data.lines[row]} the recommendation would be to set "
+                f"{data.names[other]}: look at that row"
+            )
+    return found
+
+
+def in_own_units(config, data, said, following) -> dict:
+    """What the system `said`, in the columns' own units and digits, and the experiments of the
+    answers `following`.
+    """
+    names, target, units, task = data.names, data.target, data.units, data.task
+    low, high = data.low, data.high
+    # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
+    digits = [
+        d if log else min(d, 6 - math.floor(math.log10(s)))
+        for d, s, log in zip(units.digits, units.spread, units.logs, strict=True)
+    ]
+
+    def rounded_outcome(y: float) -> float:
+        """Predictions get two digits more than their column, or a narrow band would be rounded
+        away.
+        """
+        return round(y, digits[target] + 2) + 0.0  # + 0: no -0
+
+    def outcomes(numbers) -> dict:
+        """Mean and band of the target, within what it can be; of logarithms, the median."""
+        raw = units.one(target).raw(np.array(numbers, float)[:, None])[:, 0].clip(*data.ends)
+        return dict(
+            zip(("predicted", "low", "high"), map(rounded_outcome, raw.tolist()), strict=True)
+        )
+
+    def gained(deviations: float, settings: dict) -> float:
+        """A gain in the target's unit: of logarithms, that on the value that is predicted."""
+        share = float(units.spread[target] * deviations)
+        return share if not units.logs[target] else abs(settings["predicted"]) * math.expm1(share)
+
+    def effect(i, value) -> dict:
+        """do(variable i = value) as a person reads it: the value with its column's digits, or more
+        where the range has none with so few, one of those that are possible, and what is predicted
+        there.
+        """
+        unit, bound = units.one(int(i)), data.bounds.get(int(i))
+        raw = float(np.clip(unit.raw(np.array([float(value)])).item(), low[i], high[i]))
+        if bound and bound.values:
+            written = min(bound.values, key=lambda one: abs(one - raw))
+        else:
+            rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))
+            written = next(one for one in rounded if low[i] <= one <= high[i])
+        at = unit.exact(np.array([written])).item()
+        curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
+        return {"settings": {names[i]: written}, **outcomes(curves)}
+
+    def curve(i) -> dict:
+        """Predictions over the range of variable i."""
+        points = zip(said.mean[i], said.low[i], said.high[i], strict=True)
+        values = [units.written(int(i), value) for value in said.grid[i]]
+        each = [outcomes(point) for point in points]
+        return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
+
+    sign = -1.0 if config.objective == "max" else 1.0
+    settable = np.flatnonzero(np.asarray(task.candidates))
+    best = (sign * said.mean).argmin(1)
+    effects = [effect(i, said.grid[i, best[i]]) for i in settable]
+    lowest = min(settable, key=lambda i: sign * said.mean[i, best[i]])
+    nothing = outcomes(said.nothing)
+    action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
+
+    def experiment(asked) -> dict:
+        """The next experiment of an answer, what it is expected to gain, and why."""
+        tried, value = asked.experiment
+        gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
+        reason = REASONS[asked.experiment == said.action]
+        gain = rounded_outcome(gained(float(gain), action))
+        return effect(*asked.experiment) | {"expected_gain": gain, "reason": reason}
+
+    most = following[0].gain.max()
+    surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
+    surfaces = (
+        (surrogate, "the surrogate's"),
+        (flat, "the flat"),
+        (1 - surrogate - flat, "their own"),
+    )
+    check = {
+        "experiments": int(said.experiments),
+        "in_band": int(said.in_band),
+        "widened_by": round(float(said.widened_by), 2),
+        "surface": max(surfaces)[1],
+        "surrogate_weight": round(surrogate, 3),
+    }
+    answer = {
+        "target": names[target],
+        "objective": config.objective,
+        "nothing": nothing,
+        "recommended_action": action
+        | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
+        "next_experiment": experiment(following[0]),
+        "stop": {
+            "expected_gain": rounded_outcome(gained(float(most), action)),
+            "worth_it": bool(most > config.worth * said.spread),
+        },
+        "parents": {
+            names[i]: float(said.marginals[i])
+            for i in np.argsort(-said.marginals[: len(names)])
+            if i != target
+        },
+        "parent_sets": [
+            {"parents": sorted(members), "probability": p}
+            for members, p in said.parent_sets.to_dict(names).items()
+        ],
+        "best_effects": sorted(effects, key=lambda one: sign * one["predicted"]),
+        "check": check,
+        "notes": data.notes,
+        "warnings": warnings_of(data, check),
+        "version": VERSION,
+        "system": config.system.name,
+        "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
+    }
+    if config.batch > 1:
+        answer["batch"] = [experiment(asked) for asked in following]
+    if config.curves:
+        answer["curves"] = {names[i]: curve(i) for i in settable}
+    return answer
+
+
+def warnings_of(data, check) -> list[str]:
+    """What limits the answer, each in one sentence."""
+    names, buffer, task = data.names, data.buffer, data.task
+    done, in_band = check["experiments"], check["in_band"]
+    observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
+    tried = np.asarray(buffer.intervened.any(0))
+    ends = np.stack([task.low, task.high])
+    reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
+    limits = [
+        (
+            len(buffer.valid) < 2 * len(names),
+            f"{len(buffer.valid)} rows for {len(names)} columns: so few rows cannot tell which "
+            "column matters",
+        ),
+        (
+            not done,
+            "no experiment to check against: what looks like an effect may have a common cause "
+            "that is not in the file",
+        ),
+        (
+            in_band < 0.7 * done,
+            f"{done - in_band} of {done} experiments lay outside the 90 % band predicted "
+            "for them: be wary of what no experiment has shown yet",
+        ),
+        *(
+            (
+                not tried[i] and not data.bounds,
+                f"'{names[i]}' was never set: its range is what was seen of it",
+            )
+            for i in np.flatnonzero(np.asarray(task.candidates))
+        ),
+        *(
+            (
+                reach[i] > CheckConfig.far,
+                f"'{names[i]}': its range reaches {reach[i]:.0f} deviations from what was "
+                "observed: the surrogate was not trained on such and counts for less there",
+            )
+            for i in np.flatnonzero(np.asarray(task.candidates))
+        ),
+    ]
+    return [sentence for holds, sentence in limits if holds]
+
+
+def text(number: float) -> str:
+    """A number with the digits that it has."""
+    return repr(number).removesuffix(".0")
+
+
+def as_text(answer: dict) -> str:
+    """The answer for a person, with the digits that the JSON has."""
+    target, check, stop = answer["target"], answer["check"], answer["stop"]
+    best, following = answer["recommended_action"], answer["next_experiment"]
+
+    def setting(one: dict) -> list[str]:
+        """Variable, value, and what is expected of it."""
+        name, value = next(iter(one["settings"].items()), ("(nothing)", None))
+        chosen = "" if value is None else text(value)
+        return [name, chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+
+    def sentence(one: dict) -> str:
+        name, value, predicted, band = setting(one)
+        chosen = f"set {name} = {value}" if value else "set nothing"
+        return f"{chosen}   ({target} {predicted} expected, {band})"
+
+    effects = *answer["best_effects"], {"settings": {}, **answer["nothing"]}
+    tables = {
+        (f"parent of {target}?", "probability"): [
+            [name, f"{p:.2f}"] for name, p in answer["parents"].items()
+        ],
+        ("most probable parent sets", "probability"): [
+            [f"{{{', '.join(one['parents'])}}}", f"{one['probability']:.2f}"]
+            for one in answer["parent_sets"]
+        ],
+        ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
+    }
+    parts = [
+        *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),
+        f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
+        f"predicted; {check['surface']} surface is believed most (surrogate "
+        f"{text(check['surrogate_weight'])}), bands {text(check['widened_by'])} times as wide.",
+        *(f"Note: {one}." for one in answer["notes"]),
+        *(f"Warning: {one}." for one in answer["warnings"]),
+        f"Next experiment:    {sentence(following)}\n{' ' * 20}{following['reason']}; expected "
+        f"gain {text(following['expected_gain'])}",
+        *(f"At the same time:   {sentence(one)}" for one in answer.get("batch", [])[1:]),
+        f"Best action so far: {sentence(best)}\n{' ' * 20}"
+        f"{'' if best['settings'] else 'no setting gains enough for what it risks; the best is '}"
+        f"better than nothing with probability {text(best['probability_better_than_nothing'])}",
+    ]
+    if not stop["worth_it"]:
+        parts.append(
+            f"Stop: one more experiment is expected to gain {text(stop['expected_gain'])} at most; "
+            "the noise of an outcome is what is left."
+        )
+    return "\n\n".join(parts)
