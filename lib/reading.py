@@ -184,26 +184,19 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
                     f"{path}, column '{name}': numbers with several units "
                     f"({', '.join(sorted(different))}): write them in one"
                 )
-            odd = there & ~known
-            if odd.any():
-                lines = [table.lines[r] for r in np.flatnonzero(odd)]
-                notes.append(
-                    f"'{name}': {rows_in_words(lines)}: '{cells[int(odd.argmax())]}' is no number, "
-                    "read as missing"
-                )
-            if (limits & known).any():
-                notes.append(f"'{name}': {int((limits & known).sum())} limits read as their ends")
-            code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells])
-            if code.any() and (known & ~code).any():
-                rest = values[known & ~code]
-                apart = np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
-                if (code := code & known & apart).any():
-                    lines = [table.lines[r] for r in np.flatnonzero(code)]
-                    notes.append(
-                        f"'{name}': {rows_in_words(lines)}: '{cells[int(code.argmax())]}' stands "
-                        "for no value, read as missing"
-                    )
-                    known = known & ~code
+            code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells]) & known
+            rest = values[known & ~code]
+            if len(rest):
+                code &= np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
+            for which, meaning in (
+                (there & ~known, "is no number, read as missing"),
+                (code, "stands for no value, read as missing"),
+                (limits & known, "is a limit, read as its end"),
+            ):
+                if which.any():
+                    lines = rows_in_words([table.lines[r] for r in np.flatnonzero(which)])
+                    notes.append(f"'{name}': {lines}: '{cells[int(which.argmax())]}' {meaning}")
+            known &= ~code
             numbers = np.where(known, values, np.nan)
             columns.append(Column(name, numbers, int(digits[known].max(initial=-99)), name))
             continue
@@ -234,14 +227,13 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
     settable = [i for i, c in enumerate(columns) if c.name != target]
     settable = [i for i in settable if not ranges or columns[i].name in ranges]
     usual = np.array([cell.lower() in NOT_SET for cell in cells])
+    if marks and usual.any() and not usual.all() and settable:
+        moved = knobs(np.stack([columns[i].values for i in settable], 1), usual)
+        flags[np.arange(len(cells)), np.array(settable)[moved]] = ~usual & (moved >= 0)
+        notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
     for r, cell in enumerate(cells):
-        if cell.lower() in NOT_SET:
-            continue
-        if marks:
-            if (knob := knob_of(columns, settable, usual, r)) is None:
-                unusable[r] = True
-            else:
-                flags[r, knob] = True
+        if usual[r] or marks:
+            unusable[r] = not usual[r] and not flags[r].any()
             continue
         if cell == "*":
             flags[r, settable] = True
@@ -258,28 +250,21 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
                 )
             unusable[r] |= name.endswith("?") and name != acted
             flags[r] |= [c.source == acted and (not c.level or c.values[r] == 1) for c in columns]
-    if marks and flags.any():
-        notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
     if unusable.any():
         lines = [table.lines[r] for r in np.flatnonzero(unusable)]
         notes.append(f"{rows_in_words(lines)}: what was set, or to what, is not told: left out")
     return flags, unusable
 
 
-def knob_of(columns, settable, usual, row) -> int | None:
-    """Which of the columns left its usual value in a row, if one stands out."""
-    away = []
-    for i in settable:
-        held = columns[i].values[usual]
-        held = held[np.isfinite(held)]
-        spread = held.std() if len(held) else 0.0
-        distance = abs(columns[i].values[row] - np.median(held)) if len(held) else 0.0
-        away.append(distance / spread if spread else (np.inf if distance else 0.0))
-    order = np.argsort(np.nan_to_num(np.array(away), posinf=1e300))[::-1]
-    if not len(order) or not away[order[0]] > 1.5:
-        return None
-    second = away[order[1]] if len(order) > 1 else 0.0
-    return settable[order[0]] if away[order[0]] > 1.3 * second else None
+def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Which column of `values[rows, columns]` left its usual value in each row, -1 where none
+    stands out.
+    """
+    middle, spread = np.nanmedian(values[usual], 0), np.nanstd(values[usual], 0)
+    away = np.abs(values - middle) / np.maximum(spread, 1e-9 * (1 + np.abs(middle)))
+    ranked = np.sort(np.pad(np.nan_to_num(away), ((0, 0), (1, 0))), axis=1)
+    clear = (ranked[:, -1] > 1.5) & (ranked[:, -1] > 1.3 * ranked[:, -2])
+    return np.where(clear, np.nan_to_num(away).argmax(1), -1)
 
 
 def ranges_of(deviations, rows, units, settable, bounds, target, path):

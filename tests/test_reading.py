@@ -173,7 +173,7 @@ SAID = {  # rows, rows and names that are kept, words of the note
     ),
     "several units": (changed({(i, 0): f"{i}.5 C" for i in range(9)}), 30, HEADER[:3], None),
     "unknown values": (changed({(26, 3): "heat?"}), 29, HEADER[:3], "row 28: what was set"),
-    "limits": (changed({(3, 2): "<41"}), 30, HEADER[:3], "1 limits read as their ends"),
+    "limits": (changed({(3, 2): "<41"}), 30, HEADER[:3], "row 5: '<41' is a limit"),
     "no column of settings": (
         [row[:3] for row in changed({})],
         30,
