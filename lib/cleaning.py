@@ -96,10 +96,7 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
     for r in np.flatnonzero(odd):
         i = int(rows.flags[r].argmax())
         again = single & ~odd & rows.flags[:, i] & (rows.values[:, i] == rows.values[r, i])
-        shifted = outcome[r] * POWERS
-        usual = outcome[kept & ~odd]
-        slip = ((shifted >= usual.min()) & (shifted <= usual.max())).any()
-        if again.any() or slip:
+        if again.any() or slips(outcome[[r]], outcome[kept & ~odd]).any():
             why = "what the same experiment gave" if again.any() else "all others, a power of ten"
             notes.append(
                 f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out"
@@ -136,12 +133,15 @@ def isolated(values: np.ndarray) -> np.ndarray:
         np.all([apart(scale, least, gap) for scale in scales], axis=0)
         for least, gap in ((10.0, 4.0), (4.0, 2.5))
     )
-    if rather.any() and not rather.all():
-        low, high = x[~rather].min(), x[~rather].max()
-        shifted = x[:, None] * POWERS
-        rather &= ((shifted >= low) & (shifted <= high)).any(1)
-    found[known] = far | rather
+    found[known] = far | (rather & slips(x, x[~rather]))
     return found
+
+
+def slips(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Which of the `values` a slipped decimal point tells from `usual` ones, all of one sign."""
+    low, high = usual.min(initial=np.inf), usual.max(initial=-np.inf)
+    shifted = values[:, None] * POWERS
+    return ((shifted >= low) & (shifted <= high)).any(1) & (low * high > 0)
 
 
 def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:

@@ -302,21 +302,23 @@ def ranges_of(deviations, rows, units, settable, bounds, target, path):
 
 
 def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
-    """Which columns are worked in logarithms `[vars]`."""
+    """Which columns are worked in logarithms `[vars]`: those that are told to, and those that are
+    positive, span a hundred times (their range, or all but the ends of what was seen), and of whose
+    values half lie in the lowest tenth of that.
+    """
     logs = np.zeros(len(rows.columns), bool)
     for i, column in enumerate(rows.columns):
-        low, high = rows.values[:, i].min(), rows.values[:, i].max()
-        said = scale if column.name == target else "auto"
-        if bound := ranges.get(column.name):
-            said, ends = bound.scale or said, (bound.low, bound.high)
-            least = ends[0]
-        else:
-            ends, least = np.quantile(rows.values[:, i], [0.02, 0.98]), low
-        decades = min(low, least) > 0 and ends[1] >= 100 * ends[0]
-        logs[i] = said == "log" or (said == "auto" and decades and not column.level)
-        if logs[i] and not min(low, least) > 0:
+        seen, bound = rows.values[:, i], ranges.get(column.name)
+        said = scale if column.name == target else bound.scale if bound else ""
+        least, (low, high) = seen.min(), np.quantile(seen, [0.02, 0.98])
+        if bound:
+            low, high, least = bound.low, bound.high, min(least, bound.low)
+        if said == "log" and least <= 0:
             raise DataError(f"'{column.name}': has values of 0 or below, no scale of logarithms")
-        if logs[i]:
+        skewed = np.median(seen) < low + 0.1 * (high - low)
+        decades = least > 0 and high >= 100 * low and skewed and not column.level
+        if said == "log" or (said in ("auto", "") and decades):
+            logs[i] = True
             notes.append(f"'{column.name}': worked in logarithms ({low:g} to {high:g})")
     return logs
 
