@@ -20,13 +20,14 @@ from typing import Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from tabulate import tabulate
 
 from lib import settings
-from lib.answer import as_text, elsewhere, imagined, in_own_units, resting_on_one
+from lib.answer import as_text, elsewhere, imagined, in_own_units, per_cost, resting_on_one, toward
+from lib.buffer import ExperienceBuffer
+from lib.knowledge import known_edges, within
 from lib.literature import Benchmark
 from lib.problems import initial_buffer
 from lib.reading import Scale, read_experiments
@@ -49,8 +50,8 @@ class Suggest:
     """CSV of experiments."""
     target: str
     """Column to optimise."""
-    objective: Literal["min", "max"] = "min"
-    """Make the target small or large."""
+    objective: Literal["min", "max"] | None = None
+    """Make the target small or large (or give --target-value)."""
     bounds: Path | None = None
     """CSV of ranges of intervention (variable,low,high)."""
     system: Path = SHIPPED
@@ -63,6 +64,16 @@ class Suggest:
     """Gain from which one more experiment is worth it, in deviations of the target."""
     outcome_scale: Scale = "auto"
     """Whether the target is worked in logarithms; auto: where it is positive and spans decades."""
+    target_value: float | None = None
+    """Bring the target to this value instead."""
+    require: tuple[str, ...] = ()
+    """Variables that are known to be parents of the target."""
+    forbid: tuple[str, ...] = ()
+    """Variables that are known to be none."""
+    tiers: Path | None = None
+    """CSV of tiers (variable,tier): causes before effects."""
+    constraint: tuple[str, ...] = ()
+    """Limits such as "a + 2 b <= 1", the other settings being at their usual values."""
     batch: int = 1
     """Experiments to run side by side."""
     curves: bool = False
@@ -74,6 +85,8 @@ class Suggest:
                 f"--remaining {self.remaining}: give the experiments that you can "
                 f"still afford, 1 to {MAX_REMAINING}"
             )
+        if (self.objective is None) == (self.target_value is None):
+            raise DataError("give --objective min, --objective max or --target-value, one of them")
         if not 1 <= self.batch <= MAX_BATCH:
             raise DataError(f"--batch {self.batch}: give a number from 1 to {MAX_BATCH}")
         if not (math.isfinite(self.worth) and self.worth >= 0):
@@ -115,18 +128,29 @@ def suggest(config: Suggest) -> dict:
             f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
             "leave out columns that cannot matter"
         )
-    task = data.task
+    data, edges = known_edges(
+        within(data, config.constraint), config.require, config.forbid, config.tiers
+    )
+    candidates = np.asarray(data.task.candidates)
     system = TrainedACBOSystem.load(config.system)
-    deployed = deploy_trained_system(system, DeploymentConfig(config.objective))
-    said = jax.device_get(deployed(data.buffer, task, config.remaining))
+    deployed = deploy_trained_system(system, DeploymentConfig(config.objective or "min"))
+
+    def ask(buffer: ExperienceBuffer):
+        asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))
+        if config.target_value is not None:
+            goal = data.units.one(data.target).exact(np.array([config.target_value]))
+            asked = toward(asked, goal.item(), candidates)
+        costs = [data.bounds[i].cost if i in data.bounds else 1.0 for i in range(len(candidates))]
+        return per_cost(asked, np.array(costs))
+
+    said = ask(data.buffer)
     following, known, ahead, new = [], data.buffer, [], list(data.planned)
     while len(following) < config.batch:
         for variable, value in new:
             known = imagined(known, said, variable, value, data.target)
         asked, ahead = said, ahead + new
         if ahead:
-            asked = jax.device_get(deployed(known, task, config.remaining))
-            asked = elsewhere(asked, ahead, np.asarray(task.candidates))
+            asked = elsewhere(ask(known), ahead, candidates)
         following.append(asked)
         new = [(int(asked.experiment[0]), float(asked.experiment[1]))]
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
@@ -136,12 +160,7 @@ def suggest(config: Suggest) -> dict:
         )
 
     answer = in_own_units(config, data, said, following)
-
-    def without(row: int):
-        rest = data.buffer.only(jnp.arange(len(data.lines)) != row)
-        return jax.device_get(deployed(rest, task, config.remaining))
-
-    answer["warnings"] += resting_on_one(data, said, without)
+    answer["warnings"] += resting_on_one(data, said, ask)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 

@@ -3,9 +3,12 @@
 import hashlib
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import ndtri
 from tabulate import tabulate
 
 from lib.buffer import ExperienceBuffer
@@ -47,21 +50,52 @@ def elsewhere(asked, ahead: list[tuple[int, float]], candidates: np.ndarray):
     return asked._replace(experiment=(i, asked.grid[i, b]))
 
 
-def resting_on_one(data: Experience, said, without) -> list[str]:
-    """Which experiments with what is recommended decide alone: `without` one of them another
-    variable would be.
+def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
+    """Which experiments with what is recommended decide alone: without one of them another variable
+    would be.
     """
     flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
     own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen]) if chosen >= 0 else np.array([])
     found = []
     for row in own[:MOST_TRIED]:
-        other = int(without(row).action[0])
+        other = int(ask(data.buffer.only(jnp.arange(len(flags)) != row)).action[0])
         if other not in (chosen, -1):
             found.append(
                 f"without row {data.lines[row]} the recommendation would be to set "
                 f"{data.names[other]}: look at that row"
             )
     return found
+
+
+def toward(said, goal: float, candidates: np.ndarray):
+    """The answer for a target that is to come to `goal`, a deviation: the setting whose predicted
+    mean is nearest, unless doing nothing is as near, and the experiment that is expected to bring
+    it the most nearer.
+    """
+    nodes = ndtri((np.arange(64) + 0.5) / 64)
+    std = (said.high - said.low) / 3.29
+    away = np.abs(said.mean[..., None] + std[..., None] * nodes - goal)
+    idle, allowed = np.abs(said.nothing[0] - goal), np.zeros(said.mean.shape, bool)
+    allowed[: len(candidates)] = candidates[:, None]
+    miss = np.where(allowed, np.abs(said.mean - goal), np.inf)
+    i, b = np.unravel_index(miss.argmin(), miss.shape)
+    pays = away[i, b].mean() < idle
+    best = miss[i, b] if pays else idle
+    gain = np.where(allowed, np.maximum(best - away, 0.0).mean(-1), 0.0)
+    j, c = np.unravel_index(gain.argmax(), gain.shape)
+    action = (i, said.grid[i, b]) if pays else (-1, 0.0)
+    better = (away < idle).mean(-1)
+    experiment = (j, said.grid[j, c])
+    return said._replace(action=action, experiment=experiment, gain=gain, better=better)
+
+
+def per_cost(asked, costs: np.ndarray):
+    """The answer, with the experiment of the largest gain per cost `[vars]`, if costs differ."""
+    if (costs == costs[0]).all():
+        return asked
+    worth = asked.gain[: len(costs)] / costs[:, None]
+    i, b = np.unravel_index(worth.argmax(), worth.shape)
+    return asked._replace(experiment=(i, asked.grid[i, b]))
 
 
 def in_own_units(config, data, said, following) -> dict:
@@ -117,11 +151,17 @@ def in_own_units(config, data, said, following) -> dict:
         each = [outcomes(point) for point in points]
         return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
 
-    sign = -1.0 if config.objective == "max" else 1.0
+    def worse(outcome, goal):
+        """What is to be small: the outcome, its negative, or its distance from a goal."""
+        distance = np.abs(outcome - goal)
+        return {"min": outcome, "max": -outcome}.get(config.objective, distance)
+
     settable = np.flatnonzero(np.asarray(task.candidates))
-    best = (sign * said.mean).argmin(1)
+    goal = config.target_value if config.target_value is not None else 0.0
+    cells = worse(said.mean, units.one(target).exact(np.array([goal])))
+    best = cells.argmin(1)
     effects = [effect(i, said.grid[i, best[i]]) for i in settable]
-    lowest = min(settable, key=lambda i: sign * said.mean[i, best[i]])
+    lowest = min(settable, key=lambda i: cells[i, best[i]])
     nothing = outcomes(said.nothing)
     action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
 
@@ -149,7 +189,7 @@ def in_own_units(config, data, said, following) -> dict:
     }
     answer = {
         "target": names[target],
-        "objective": config.objective,
+        "objective": config.objective or "value",
         "nothing": nothing,
         "recommended_action": action
         | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
@@ -166,8 +206,9 @@ def in_own_units(config, data, said, following) -> dict:
         "parent_sets": [
             {"parents": sorted(members), "probability": p}
             for members, p in said.parent_sets.to_dict(names).items()
+            if p > 1e-6
         ],
-        "best_effects": sorted(effects, key=lambda one: sign * one["predicted"]),
+        "best_effects": sorted(effects, key=lambda one: worse(one["predicted"], goal)),
         "check": check,
         "notes": data.notes,
         "warnings": warnings_of(data, check),

@@ -17,6 +17,7 @@ NUMBER = re.compile(
     r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?",
     re.IGNORECASE,
 )
+OPTIONAL = {"step", "levels", "scale", "cost"}  # columns of a file of bounds
 MOST_STEPS = 10_000  # of a range: more are as good as none
 THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
 SUMMARY = re.compile(
@@ -48,7 +49,7 @@ class Table(NamedTuple):
 
 class Bound(NamedTuple):
     """A line of a file of bounds: a column's range, the values in it that are possible (all, if
-    none are given), how it is laid out, and where it says so.
+    none are given), how it is laid out, what an experiment with it costs, and where it says so.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Bound(NamedTuple):
     high: float
     values: tuple[float, ...]
     scale: str
+    cost: float
     where: str
 
 
@@ -145,12 +147,12 @@ def read_table(path: Path, strict: bool = False) -> Table:
         return [not math.isnan(number_of(cell, comma)[0]) for cell in row]
 
     ends = len(rows)
-    while ends and (SUMMARY.fullmatch(next(filter(None, rows[ends - 1][1])))):
+    while ends and not strict and (SUMMARY.fullmatch(next(filter(None, rows[ends - 1][1])))):
         ends -= 1
     if left := [line for line, _ in rows[ends:]]:
         notes.append(f"{rows_in_words(left)}: a summary, left out")
     rows = rows[:ends]
-    if len(rows) > 1 and not any(numeric(rows[0][1])) and any(numeric(rows[1][1])):
+    if len(rows) > 1 and not strict and not any(numeric(rows[0][1])) and any(numeric(rows[1][1])):
         notes.append(f"row {rows[0][0]}: holds no number, read as units")
         rows = rows[1:]
     while header and not header[-1]:
@@ -192,21 +194,23 @@ def find(name: str, names: list[str]) -> str | None:
 
 
 def read_bounds(path: Path) -> list[Bound]:
-    """Ranges from a CSV with columns `variable,low,high`, and perhaps `step`, `levels` (`0;5;10`)
-    and `scale` (linear or log). A single possible value has `low` = `high`.
+    """Ranges from a CSV with columns `variable,low,high`, and perhaps `step`, `levels` (`0;5;10`),
+    `scale` (linear or log) and `cost` (1, if none is given). A single possible value has `low` =
+    `high`.
     """
     table, found, problems = read_table(path, strict=True), [], []
     columns = [name.lower() for name in table.names]
-    if columns[:3] != ["variable", "low", "high"] or set(columns[3:]) - {"step", "levels", "scale"}:
+    if columns[:3] != ["variable", "low", "high"] or set(columns[3:]) - OPTIONAL:
         raise DataError(
             f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high "
-            "and, if need be, step, levels or scale"
+            f"and, if need be, {', '.join(sorted(OPTIONAL))}"
         )
     for line, row in zip(table.lines, table.rows, strict=True):
-        cells = {"step": "", "levels": "", "scale": ""} | dict(zip(columns, row, strict=True))
+        cells = dict.fromkeys(OPTIONAL, "") | dict(zip(columns, row, strict=True))
         where = f"{path}, row {line}, column"
         levels = [part for part in re.split(r"[;|\s]+", cells["levels"]) if part]
         numbers = {"low": cells["low"], "high": cells["high"], "step": cells["step"] or "0"}
+        numbers["cost"] = cells["cost"] or "1"
         numbers |= {f"levels {part}": part for part in levels}
         read = {key: number_of(cell, table.comma)[0] for key, cell in numbers.items()}
         bad = [key for key, value in read.items() if math.isnan(value)]
@@ -220,11 +224,11 @@ def read_bounds(path: Path) -> list[Bound]:
             problems.append(f"{where} 'scale': '{cells['scale']}': write linear or log")
         if bad:
             continue
-        low, high, step, *values = read.values()
-        if low > high or step < 0:
+        low, high, step, cost, *values = read.values()
+        if low > high or step < 0 or cost <= 0:
             problems.append(
-                f"{where}s 'low' and 'high': {cells['low']} is not below {cells['high']}, or the "
-                "step is negative: correct them"
+                f"{where}s 'low' and 'high': {cells['low']} is not below {cells['high']}, or step "
+                "or cost is negative: correct them"
             )
             continue
         if low == high:
@@ -232,7 +236,9 @@ def read_bounds(path: Path) -> list[Bound]:
         elif step and high - low < MOST_STEPS * step:
             values = (low + step * np.arange(math.floor((high - low) / step + 1e-9) + 1)).tolist()
         values = tuple(sorted(value for value in values if low <= value <= high))
-        found.append(Bound(cells["variable"], low, high, values, scale, f"{path}, row {line}"))
+        found.append(
+            Bound(cells["variable"], low, high, values, scale, cost, f"{path}, row {line}")
+        )
     if problems:
         raise DataError("\n".join(problems))
     return found

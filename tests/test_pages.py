@@ -201,7 +201,7 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
     exec(snippet, given)
     answer, (names, units) = given["answer"], (given["data"].names, given["data"].units)
     deploy = importlib.import_module("06_deploy")
-    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity"))
+    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity", "min"))
     chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
     written = float(units.written(chosen, np.float32(value)))
     assert wanted["next_experiment"]["settings"] == {names[chosen]: pytest.approx(written)}

@@ -229,6 +229,8 @@ WIDE += "".join(
 
 
 def suggest(data, target="yield", **options):
+    if "target_value" not in options:
+        options = {"objective": "min"} | options
     return DEPLOY.suggest(DEPLOY.Suggest(data, target, **options))
 
 
@@ -279,7 +281,7 @@ def as_stub(monkeypatch, share, slope=1.0):
     deviation is `slope` times that of any variable.
     """
 
-    def deployed(buffer, task, remaining):
+    def deployed(buffer, task, *_):
         low, high = (np.asarray(end)[:, None] for end in (task.low, task.high))
         grid = (low + (high - low) * np.linspace(0, 1, 5, dtype=np.float32)).astype(np.float32)
         choice = np.array(0), low[0, 0] + np.float32(share) * (high - low)[0, 0]
@@ -366,6 +368,43 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     assert f"set a = {value:.15g} " in capsys.readouterr().out
 
 
+def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
+    """On the example, where catalyst 7.2 is best: each of these would fail without its flag."""
+    plain = suggest(EXAMPLE, objective="max", bounds=BOUNDS)
+    base = plain["nothing"]["predicted"]
+
+    def ask(lines=None, **how):
+        if lines:
+            (tmp_path / "bounds.csv").write_text("\n".join(lines) + "\n")
+        how = {"bounds": tmp_path / "bounds.csv" if lines else BOUNDS, "objective": "max"} | how
+        return suggest(EXAMPLE, **how)
+
+    near = ask(objective=None, target_value=base + 4.0)
+    assert (
+        near["objective"] == "value" and abs(near["recommended_action"]["predicted"] - base - 4) < 1
+    )
+    idle = ask(objective=None, target_value=base)["recommended_action"]
+    assert idle["settings"] == {}
+    parents = ask(require=("stirring",), forbid=("catalyst",))
+    assert parents["parents"]["stirring"] > 1 - 1e-6 and parents["parents"]["catalyst"] < 1e-6
+    assert all("stirring" in one["parents"] for one in parents["parent_sets"])
+    (tmp_path / "tiers.csv").write_text("variable,tier\ncatalyst,3\nyield,2\n")
+    later = ask(tiers=tmp_path / "tiers.csv")
+    assert "catalyst" not in {name for one in later["best_effects"] for name in one["settings"]}
+    limited = ask(constraint=("catalyst <= 6",))["best_effects"]
+    assert max(one["settings"].get("catalyst", 0) for one in limited) == pytest.approx(6, abs=0.1)
+    rows = ["variable,low,high,levels,cost", "temperature,45,75,,1", "catalyst,2,8,3;5;6.5,1e9"]
+    dear = ask(rows)
+    assert dear["recommended_action"]["settings"] == {"catalyst": 6.5}
+    assert "temperature" in dear["next_experiment"]["settings"]
+    several = ask(batch=3, curves=True)
+    chosen = [tuple(one["settings"].items()) for one in several["batch"]]
+    assert len(set(chosen)) == 3 and several["batch"][0] == several["next_experiment"]
+    curve = several["curves"]["catalyst"]
+    assert curve["values"] == sorted(curve["values"]) and len(curve["low"]) == 16
+    assert "At the same time" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_an_answer_that_is_not_finite_is_an_error(monkeypatch, capsys, as_json):
     for share, slope in ((0.5, np.nan), (0.5, np.inf), (np.nan, 1.0)):
@@ -417,7 +456,7 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
         (EVALUATE.Config, {"seed": 2**32}, "seed"),
         *((DEPLOY.Demo, {n: v}, n) for n, v in (("seeds", 0), ("steps", -1), ("num_obs", 0))),
         *(
-            (ft.partial(DEPLOY.Suggest, EXAMPLE, "yield"), {"remaining": n}, "--remaining")
+            (ft.partial(DEPLOY.Suggest, EXAMPLE, "yield", "min"), {"remaining": n}, "--remaining")
             for n in (0, -5, 2**31, 10**20)
         ),
     ],
