@@ -33,7 +33,7 @@ from lib.problems import initial_buffer
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import DataError, read_bounds
+from lib.table import read_bounds, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
@@ -80,17 +80,25 @@ class Suggest:
     """Also give the whole predicted curve of every variable that can be set (with --json)."""
 
     def __post_init__(self):
-        if not 1 <= self.remaining <= MAX_REMAINING:
-            raise DataError(
-                f"--remaining {self.remaining}: give the experiments that you can "
-                f"still afford, 1 to {MAX_REMAINING}"
+        one = (self.objective is None) != (self.target_value is None)
+        refuse(
+            told(
+                (
+                    not 1 <= self.remaining <= MAX_REMAINING,
+                    f"--remaining {self.remaining}: give the experiments that you can "
+                    f"still afford, 1 to {MAX_REMAINING}",
+                ),
+                (not one, "give --objective min, --objective max or --target-value, one of them"),
+                (
+                    not 1 <= self.batch <= MAX_BATCH,
+                    f"--batch {self.batch}: give a number from 1 to {MAX_BATCH}",
+                ),
+                (
+                    not (math.isfinite(self.worth) and self.worth >= 0),
+                    f"--worth {self.worth}: give a number of at least 0",
+                ),
             )
-        if (self.objective is None) == (self.target_value is None):
-            raise DataError("give --objective min, --objective max or --target-value, one of them")
-        if not 1 <= self.batch <= MAX_BATCH:
-            raise DataError(f"--batch {self.batch}: give a number from 1 to {MAX_BATCH}")
-        if not (math.isfinite(self.worth) and self.worth >= 0):
-            raise DataError(f"--worth {self.worth}: give a number of at least 0")
+        )
 
 
 @dataclass(frozen=True)
@@ -123,41 +131,35 @@ def suggest(config: Suggest) -> dict:
     """
     bounds = read_bounds(config.bounds) if config.bounds else ()
     data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    if len(data.names) > BUCKETS[-1]:
-        raise DataError(
-            f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
-            "leave out columns that cannot matter"
-        )
+    count, most = len(data.names), BUCKETS[-1]
+    many = f"{config.data}: {count} variables, at most {most} are supported"
+    refuse(told((count > most, f"{many}: leave out columns that cannot matter")))
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
     candidates = np.asarray(data.task.candidates)
+    costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
     system = TrainedACBOSystem.load(config.system)
     deployed = deploy_trained_system(system, DeploymentConfig(config.objective or "min"))
 
     def ask(buffer: ExperienceBuffer):
         asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))
         if config.target_value is not None:
-            goal = data.units.one(data.target).exact(np.array([config.target_value]))
+            goal = data.units.one(data.target).exact(config.target_value)
             asked = toward(asked, goal.item(), candidates)
-        costs = [data.bounds[i].cost if i in data.bounds else 1.0 for i in range(len(candidates))]
-        return per_cost(asked, np.array(costs))
+        return per_cost(asked, costs)
 
     said = ask(data.buffer)
-    following, known, ahead, new = [], data.buffer, [], list(data.planned)
+    following, ahead = [], list(data.planned)
+    known = imagined(data.buffer, said, ahead, data.target)
     while len(following) < config.batch:
-        for variable, value in new:
-            known = imagined(known, said, variable, value, data.target)
-        asked, ahead = said, ahead + new
-        if ahead:
-            asked = elsewhere(ask(known), ahead, candidates)
+        asked = elsewhere(ask(known), ahead, candidates) if ahead else said
+        known = imagined(known, said, [asked.experiment], data.target)
         following.append(asked)
-        new = [(int(asked.experiment[0]), float(asked.experiment[1]))]
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
-        raise DataError(
-            f"{config.data}: the answer is not finite: look for cells far from the others, and for "
-            "columns in different units"
-        )
+        ahead.append(asked.experiment)
+    finite = [np.isfinite(x).all() for x in jax.tree.leaves(said._replace(parent_sets=()))]
+    cells = "look for cells far from the others, and for columns in different units"
+    refuse(told((not all(finite), f"{config.data}: the answer is not finite: {cells}")))
 
     answer = in_own_units(config, data, said, following)
     answer["warnings"] += resting_on_one(data, said, ask)

@@ -1,7 +1,6 @@
 """What a system said of a person's file, in the person's own units and words."""
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,8 @@ from lib.buffer import ExperienceBuffer
 from lib.check import CheckConfig
 from lib.reading import Experience
 from lib.scm import Intervention
+from lib.table import told
+from lib.units import rounded
 
 
 MOST_TRIED = 64  # experiments with what is recommended that are left out in turn
@@ -25,12 +26,20 @@ REASONS = (  # for an experiment: of another setting than the one to recommend, 
 )
 
 
-def imagined(buffer, said, variable: int, value: float, target: int) -> ExperienceBuffer:
-    """The rows, and an experiment that gave what it is expected to."""
-    outcome = np.interp(value, said.grid[variable], said.mean[variable])
-    row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
-    intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
-    return buffer.grow(1).add_intervention(intervention, row)
+def imagined(buffer, said, experiments, target: int) -> ExperienceBuffer:
+    """The rows, and some experiments that gave what each is expected to."""
+    for variable, value in experiments:
+        outcome = np.interp(value, said.grid[variable], said.mean[variable])
+        row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
+        intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+        buffer = buffer.grow(1).add_intervention(intervention, row)
+    return buffer
+
+
+def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
+    """The variable and the value on its grid of most worth, both `[vars, points]`."""
+    i, b = np.unravel_index(worth.argmax(), worth.shape)
+    return int(i), float(grid[i, b])
 
 
 def elsewhere(asked, ahead: list[tuple[int, float]], candidates: np.ndarray):
@@ -44,10 +53,10 @@ def elsewhere(asked, ahead: list[tuple[int, float]], candidates: np.ndarray):
     variable, value = asked.experiment
     if not taken[variable, np.abs(asked.grid[variable] - value).argmin()]:
         return asked
-    free = np.where(~taken, asked.gain, -1.0)[: len(candidates)]
-    free = np.where(candidates[:, None], free, -1.0)
-    i, b = np.unravel_index(free.argmax(), free.shape)
-    return asked._replace(experiment=(i, asked.grid[i, b]))
+    free = np.where(
+        candidates[:, None] & ~taken[: len(candidates)], asked.gain[: len(candidates)], -1.0
+    )
+    return asked._replace(experiment=largest(asked.grid, free))
 
 
 def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
@@ -55,16 +64,15 @@ def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any
     would be.
     """
     flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
-    own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen]) if chosen >= 0 else np.array([])
-    found = []
-    for row in own[:MOST_TRIED]:
-        other = int(ask(data.buffer.only(jnp.arange(len(flags)) != row)).action[0])
-        if other not in (chosen, -1):
-            found.append(
-                f"without row {data.lines[row]} the recommendation would be to set "
-                f"{data.names[other]}: look at that row"
-            )
-    return found
+    own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen] & (chosen >= 0))[:MOST_TRIED]
+    fewer = (data.buffer.only(jnp.arange(len(flags)) != row) for row in own)
+    others = [int(ask(buffer).action[0]) for buffer in fewer]
+    return [
+        f"without row {data.lines[row]} the recommendation would be to set {data.names[other]}: "
+        "look at that row"
+        for row, other in zip(own, others, strict=True)
+        if other not in (chosen, -1)
+    ]
 
 
 def toward(said, goal: float, candidates: np.ndarray):
@@ -75,94 +83,85 @@ def toward(said, goal: float, candidates: np.ndarray):
     nodes = ndtri((np.arange(64) + 0.5) / 64)
     std = (said.high - said.low) / 3.29
     away = np.abs(said.mean[..., None] + std[..., None] * nodes - goal)
-    idle, allowed = np.abs(said.nothing[0] - goal), np.zeros(said.mean.shape, bool)
-    allowed[: len(candidates)] = candidates[:, None]
-    miss = np.where(allowed, np.abs(said.mean - goal), np.inf)
-    i, b = np.unravel_index(miss.argmin(), miss.shape)
+    allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
+    idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
+    near = np.where(allowed, miss, np.inf)
+    i, b = np.unravel_index(near.argmin(), near.shape)
     pays = away[i, b].mean() < idle
-    best = miss[i, b] if pays else idle
+    action, best = ((i, said.grid[i, b]), miss[i, b]) if pays else ((-1, 0.0), idle)
     gain = np.where(allowed, np.maximum(best - away, 0.0).mean(-1), 0.0)
-    j, c = np.unravel_index(gain.argmax(), gain.shape)
-    action = (i, said.grid[i, b]) if pays else (-1, 0.0)
-    better = (away < idle).mean(-1)
-    experiment = (j, said.grid[j, c])
+    experiment, better = largest(said.grid, gain), (away < idle).mean(-1)
     return said._replace(action=action, experiment=experiment, gain=gain, better=better)
 
 
 def per_cost(asked, costs: np.ndarray):
     """The answer, with the experiment of the largest gain per cost `[vars]`, if costs differ."""
-    if (costs == costs[0]).all():
-        return asked
     worth = asked.gain[: len(costs)] / costs[:, None]
-    i, b = np.unravel_index(worth.argmax(), worth.shape)
-    return asked._replace(experiment=(i, asked.grid[i, b]))
+    same = (costs == costs[0]).all()
+    return asked if same else asked._replace(experiment=largest(asked.grid, worth))
 
 
 def in_own_units(config, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
     """
-    names, target, units, task = data.names, data.target, data.units, data.task
-    low, high = data.low, data.high
+    names, target, units, low, high = data.names, data.target, data.units, data.low, data.high
     # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
-    digits = [
-        d if log else min(d, 6 - math.floor(math.log10(s)))
-        for d, s, log in zip(units.digits, units.spread, units.logs, strict=True)
-    ]
+    most = 6 - np.floor(np.log10(units.spread)).astype(int)
+    digits = np.where(units.logs, units.digits, np.minimum(units.digits, most)).tolist()
 
     def rounded_outcome(y: float) -> float:
         """Predictions get two digits more than their column, or a narrow band would be rounded
         away.
         """
-        return round(y, digits[target] + 2) + 0.0  # + 0: no -0
+        return next(rounded(y, digits[target] + 2))
 
-    def outcomes(numbers) -> dict:
+    def outcomes(*numbers) -> dict:
         """Mean and band of the target, within what it can be; of logarithms, the median."""
-        raw = units.one(target).raw(np.array(numbers, float)[:, None])[:, 0].clip(*data.ends)
-        return dict(
-            zip(("predicted", "low", "high"), map(rounded_outcome, raw.tolist()), strict=True)
-        )
+        raw = [units.one(target).raw(number).item() for number in numbers]
+        kept = (rounded_outcome(y) for y in np.clip(raw, *data.ends).tolist())
+        return dict(zip(("predicted", "low", "high"), kept, strict=True))
 
     def gained(deviations: float, settings: dict) -> float:
         """A gain in the target's unit: of logarithms, that on the value that is predicted."""
         share = float(units.spread[target] * deviations)
-        return share if not units.logs[target] else abs(settings["predicted"]) * math.expm1(share)
+        gain = abs(settings["predicted"]) * math.expm1(share) if units.logs[target] else share
+        return rounded_outcome(gain)
 
     def effect(i, value) -> dict:
         """do(variable i = value) as a person reads it: the value with its column's digits, or more
         where the range has none with so few, one of those that are possible, and what is predicted
         there.
         """
-        unit, bound = units.one(int(i)), data.bounds.get(int(i))
-        raw = float(np.clip(unit.raw(np.array([float(value)])).item(), low[i], high[i]))
-        if bound and bound.values:
-            written = min(bound.values, key=lambda one: abs(one - raw))
-        else:
-            rounded = (round(raw, d) + 0.0 for d in itertools.count(digits[i]))
-            written = next(one for one in rounded if low[i] <= one <= high[i])
-        at = unit.exact(np.array([written])).item()
+        unit, bound = units.one(i), data.bounds.get(int(i))
+        raw = unit.raw(value).clip(low[i], high[i]).item()
+        fitting = (x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
+        possible = bound.values if bound else ()
+        written = min(possible, key=lambda x: abs(x - raw)) if possible else next(fitting)
+        at = unit.exact(written).item()
         curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
-        return {"settings": {names[i]: written}, **outcomes(curves)}
+        return {"settings": {names[i]: written}, **outcomes(*curves)}
 
     def curve(i) -> dict:
         """Predictions over the range of variable i."""
-        points = zip(said.mean[i], said.low[i], said.high[i], strict=True)
-        values = [units.written(int(i), value) for value in said.grid[i]]
-        each = [outcomes(point) for point in points]
+        each = [
+            outcomes(*point) for point in zip(said.mean[i], said.low[i], said.high[i], strict=True)
+        ]
+        values = [units.written(i, value) for value in said.grid[i]]
         return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
-        distance = np.abs(outcome - goal)
-        return {"min": outcome, "max": -outcome}.get(config.objective, distance)
+        away = np.abs(outcome - goal)
+        return {"min": outcome, "max": -outcome}.get(config.objective, away)
 
-    settable = np.flatnonzero(np.asarray(task.candidates))
-    goal = config.target_value if config.target_value is not None else 0.0
-    cells = worse(said.mean, units.one(target).exact(np.array([goal])))
+    settable = np.flatnonzero(np.asarray(data.task.candidates))
+    goal = config.target_value or 0.0
+    cells = worse(said.mean, units.one(target).exact(goal))
     best = cells.argmin(1)
     effects = [effect(i, said.grid[i, best[i]]) for i in settable]
     lowest = min(settable, key=lambda i: cells[i, best[i]])
-    nothing = outcomes(said.nothing)
+    nothing = outcomes(*said.nothing)
     action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
 
     def experiment(asked) -> dict:
@@ -170,21 +169,16 @@ def in_own_units(config, data, said, following) -> dict:
         tried, value = asked.experiment
         gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
         reason = REASONS[asked.experiment == said.action]
-        gain = rounded_outcome(gained(float(gain), action))
-        return effect(*asked.experiment) | {"expected_gain": gain, "reason": reason}
+        return effect(tried, value) | {"expected_gain": gained(gain, action), "reason": reason}
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
-    surfaces = (
-        (surrogate, "the surrogate's"),
-        (flat, "the flat"),
-        (1 - surrogate - flat, "their own"),
-    )
+    surfaces = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
     check = {
         "experiments": int(said.experiments),
         "in_band": int(said.in_band),
         "widened_by": round(float(said.widened_by), 2),
-        "surface": max(surfaces)[1],
+        "surface": max(surfaces, key=surfaces.__getitem__),
         "surrogate_weight": round(surrogate, 3),
     }
     answer = {
@@ -195,7 +189,7 @@ def in_own_units(config, data, said, following) -> dict:
         | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
-            "expected_gain": rounded_outcome(gained(float(most), action)),
+            "expected_gain": gained(most, action),
             "worth_it": bool(most > config.worth * said.spread),
         },
         "parents": {
@@ -226,12 +220,12 @@ def in_own_units(config, data, said, following) -> dict:
 def warnings_of(data, check) -> list[str]:
     """What limits the answer, each in one sentence."""
     names, buffer, task = data.names, data.buffer, data.task
-    done, in_band = check["experiments"], check["in_band"]
+    done, in_band, settable = check["experiments"], check["in_band"], np.asarray(task.candidates)
     observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
-    tried = np.asarray(buffer.intervened.any(0))
     ends = np.stack([task.low, task.high])
     reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
-    limits = [
+    tried = np.asarray(buffer.intervened.any(0)) | bool(data.bounds)
+    return told(
         (
             len(buffer.valid) < 2 * len(names),
             f"{len(buffer.valid)} rows for {len(names)} columns: so few rows cannot tell which "
@@ -249,21 +243,20 @@ def warnings_of(data, check) -> list[str]:
         ),
         *(
             (
-                not tried[i] and not data.bounds,
-                f"'{names[i]}' was never set: its range is what was seen of it",
+                settable[i] and not tried[i],
+                f"'{name}' was never set: its range is what was seen of it",
             )
-            for i in np.flatnonzero(np.asarray(task.candidates))
+            for i, name in enumerate(names)
         ),
         *(
             (
-                reach[i] > CheckConfig.far,
-                f"'{names[i]}': its range reaches {reach[i]:.0f} deviations from what was "
+                settable[i] and reach[i] > CheckConfig.far,
+                f"'{name}': its range reaches {reach[i]:.0f} deviations from what was "
                 "observed: the surrogate was not trained on such and counts for less there",
             )
-            for i in np.flatnonzero(np.asarray(task.candidates))
+            for i, name in enumerate(names)
         ),
-    ]
-    return [sentence for holds, sentence in limits if holds]
+    )
 
 
 def text(number: float) -> str:
@@ -298,6 +291,10 @@ def as_text(answer: dict) -> str:
         ],
         ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
     }
+    gain = text(stop["expected_gain"])
+    rest = (
+        f"Stop: one more experiment is expected to gain {gain} at most; the noise of an outcome is"
+    )
     parts = [
         *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),
         f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
@@ -311,10 +308,6 @@ def as_text(answer: dict) -> str:
         f"Best action so far: {sentence(best)}\n{' ' * 20}"
         f"{'' if best['settings'] else 'no setting gains enough for what it risks; the best is '}"
         f"better than nothing with probability {text(best['probability_better_than_nothing'])}",
+        *told((not stop["worth_it"], f"{rest} what is left.")),
     ]
-    if not stop["worth_it"]:
-        parts.append(
-            f"Stop: one more experiment is expected to gain {text(stop['expected_gain'])} at most; "
-            "the noise of an outcome is what is left."
-        )
     return "\n\n".join(parts)

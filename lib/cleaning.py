@@ -7,7 +7,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from lib.buffer import MIN_OBSERVATIONS
-from lib.table import Bound, rows_in_words
+from lib.table import Bound, rows_in_words, told
 from lib.units import constant, deviation
 
 
@@ -17,15 +17,15 @@ POWERS = 10.0 ** np.array([-3, -2, -1, 1, 2, 3])  # a decimal point may slip by
 
 
 class Column(NamedTuple):
-    """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals, `level`
-    is the word that it is one for, if its cells are words.
+    """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals. Or one
+    for a word in the column `source`, and else zero.
     """
 
     name: str
     values: np.ndarray
     digits: int
-    source: str
-    level: str = ""
+    unit: str = ""
+    source: str = ""
 
 
 class Rows(NamedTuple):
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
     def without(self, which: np.ndarray) -> "Rows":
         """Less some of the columns."""
-        columns = [c for c, gone in zip(self.columns, which, strict=True) if not gone]
+        columns = list(itertools.compress(self.columns, ~which))
         return Rows(columns, self.values[:, ~which], self.flags[:, ~which], self.lines)
 
     @property
@@ -61,13 +61,15 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
     """
     at = [c.name for c in rows.columns].index(target)
     without = ~np.isfinite(rows.values[:, at])
-    if without.any():
-        notes.append(
+    notes += told(
+        (
+            without.any(),
             f"{without.sum()} row{'s' * (int(without.sum()) > 1)} without a result in '{target}' "
-            f"(failed or still pending), left out: {rows.words(without)}"
+            f"(failed or still pending), left out: {rows.words(without)}",
         )
-    nothing_else = (np.isfinite(rows.values) & ~rows.flags).sum(1) == 0
-    pending = without & ~unusable & (rows.flags.sum(1) == 1) & nothing_else
+    )
+    something_else = (np.isfinite(rows.values) & ~rows.flags).any(1)
+    pending = without & ~unusable & ~something_else & (rows.flags.sum(1) == 1)
     planned = [
         (rows.columns[i].name, rows.values[r, i])
         for r, i in np.argwhere(rows.flags & pending[:, None])
@@ -80,43 +82,37 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
     whose outcome is: those that gave another when they were made again, and slips of a power of
     ten. What an experiment gave may truly lie far from all that was observed.
     """
-    kept, observed = np.ones(len(rows.lines), bool), rows.observed
     at = [c.name for c in rows.columns].index(target)
-    for i, column in enumerate(rows.columns):
-        held = rows.values[observed, i]
-        if len(set(held[np.isfinite(held)].tolist())) > 5:
-            for r in np.flatnonzero(observed)[isolated(held)]:
-                value = f"{rows.values[r, i]:.15g}"
-                notes.append(
-                    f"row {rows.lines[r]}: '{column.name}' = {value} is far from the rest, left out"
-                )
-                kept[r] = False
-    single, outcome = rows.flags.sum(1) == 1, rows.values[:, at]
+    seen = np.where(rows.observed[:, None], rows.values, np.nan)
+    several = [len(set(x[np.isfinite(x)].tolist())) > 5 for x in seen.T]
+    stray = np.stack([isolated(x) for x in seen.T], axis=1) & several
+    notes += [
+        f"row {rows.lines[r]}: '{rows.columns[i].name}' = {rows.values[r, i]:.15g} is far from the "
+        "rest, left out"
+        for i, r in np.argwhere(stray.T)
+    ]
+    kept, single, outcome = np.logical_not(stray.any(1)), rows.flags.sum(1) == 1, rows.values[:, at]
     odd = single & isolated(np.where(kept, outcome, np.nan))
+    slip = slips(outcome, outcome[kept & ~odd])
     for r in np.flatnonzero(odd):
-        i = int(rows.flags[r].argmax())
-        again = single & ~odd & rows.flags[:, i] & (rows.values[:, i] == rows.values[r, i])
-        if again.any() or slips(outcome[[r]], outcome[kept & ~odd]).any():
-            why = "what the same experiment gave" if again.any() else "all others, a power of ten"
-            notes.append(
-                f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out"
-            )
-            kept[r] = False
+        i = rows.flags[r].argmax()
+        same = single & ~odd & rows.flags[:, i] & (rows.values[:, i] == rows.values[r, i])
+        kept[r] = not (same.any() or slip[r])
+        why = "what the same experiment gave" if same.any() else "all others, a power of ten"
+        said = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out"
+        notes += told((not kept[r], said))
     return rows.only(kept)
 
 
-def apart(x: np.ndarray, least: float, gap: float, share: float = 0.05) -> np.ndarray:
-    """Which of `x[samples]` lie outside the rest: at most a `share` of them, `least` robust
+def apart(x: np.ndarray, least: float, gap: float) -> np.ndarray:
+    """Which of `x[samples]` lie outside the rest: at most a twentieth of them, `least` robust
     deviations away and `gap` times as far as the next.
     """
-    distance, found = np.abs(x - np.median(x)), np.zeros(len(x), bool)
+    distance = np.abs(x - np.median(x))
     scale = 1.4826 * np.median(distance) or distance.mean()
-    order = np.argsort(-distance)
-    for count in range(1, min(int(max(1, share * len(x))), len(x) - 1) + 1):
-        last, following = distance[order[count - 1]], distance[order[count]]
-        if last > max(least * scale, gap * following):
-            found[order[:count]] = True
-    return found
+    ranked = np.sort(distance)[::-1][: max(1, len(x) // 20) + 1]
+    clear = ranked[:-1] > np.maximum(least * scale, gap * ranked[1:])
+    return distance >= ranked[:-1][clear].min(initial=np.inf)
 
 
 def isolated(values: np.ndarray) -> np.ndarray:
@@ -149,18 +145,21 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
-    missing = np.isnan(rows.values)
     needed = np.array([c.name == target or c.name in ranges for c in rows.columns])
-    sparse = (missing.mean(0) > MOST_MISSING) & ~needed & ~rows.flags.any(0)
-    for c in itertools.compress(rows.columns, sparse):
-        notes.append(f"'{c.name}': more than a quarter of its cells are missing, left out")
-    rows, missing = rows.without(sparse), missing[:, ~sparse]
-    gaps, observed = missing.any(1), rows.observed
+    sparse = (np.isnan(rows.values).mean(0) > MOST_MISSING) & ~needed & ~rows.flags.any(0)
+    notes += [
+        f"'{c.name}': more than a quarter of its cells are missing, left out"
+        for c in itertools.compress(rows.columns, sparse)
+    ]
+    rows = rows.without(sparse)
+    missing, observed = np.isnan(rows.values), rows.observed
+    gaps = missing.any(1)
     plenty = (observed & ~gaps).sum() >= max(MIN_OBSERVATIONS, 0.6 * observed.sum())
     out = gaps & observed & plenty
-    for which, done in ((out, "left out"), (gaps & ~out, "the column's median stands in for them")):
-        if which.any():
-            notes.append(f"cells missing in {rows.words(which)}: {done}")
+    done = (out, "left out"), (gaps & ~out, "the column's median stands in for them")
+    notes += told(
+        *((which.any(), f"cells missing in {rows.words(which)}: {what}") for which, what in done)
+    )
     values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
     return rows._replace(values=values).only(~out)
 
@@ -171,25 +170,25 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
     other.
     """
     still = constant(rows.values)
-    for c in itertools.compress(rows.columns, still):
-        tell = ": an experiment with it would tell" * (c.name in ranges)
-        notes.append(f"'{c.name}': constant, so that nothing is known of it, left out{tell}")
+    notes += [
+        f"'{c.name}': constant, so that nothing is known of it, left out"
+        + ": an experiment with it would tell" * (c.name in ranges)
+        for c in itertools.compress(rows.columns, still)
+    ]
     rows = rows.without(still)
-    values, flags = rows.values, rows.flags.copy()
+    values, flags, names = rows.values, rows.flags.copy(), [c.name for c in rows.columns]
     centred = (values - values.mean(0)) / deviation(values)
     same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
     rank = [
-        (c.name != target, not flags[:, i].any(), c.name not in ranges, i)
-        for i, c in enumerate(rows.columns)
+        (name != target, not flags[:, i].any(), name not in ranges, i)
+        for i, name in enumerate(names)
     ]
-    gone = np.zeros(len(rows.columns), bool)
-    for i in sorted(range(len(gone)), key=rank.__getitem__):
-        for j in np.flatnonzero(same[i] & ~gone) if not gone[i] else ():
-            if rank[j] > rank[i]:
-                flags[:, i] |= flags[:, j]
-                gone[j] = True
-                names = rows.columns[j].name, rows.columns[i].name
-                notes.append("'{}' says the same as '{}' and is left out".format(*names))
+    gone = np.zeros(len(names), bool)
+    for *_, i in sorted(rank):
+        copies = [j for j in np.flatnonzero(same[i] & ~gone & ~gone[i]) if rank[j] > rank[i]]
+        flags[:, i] |= flags[:, copies].any(1)
+        gone[copies] = True
+        notes += [f"'{names[j]}' says the same as '{names[i]}' and is left out" for j in copies]
     return rows._replace(flags=flags).without(gone)
 
 
@@ -197,13 +196,12 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
     """With experiments read as observations where these are few, and where what was set stands
     still otherwise.
     """
-    flags, observed = rows.flags.copy(), rows.values[rows.observed]
-    if len(observed):
-        still = constant(observed) & flags.any(0)
-        if still.any():
-            names = ", ".join(f"'{c.name}'" for c in itertools.compress(rows.columns, still))
-            notes.append(f"{names}: constant unless set; such rows are read as a design")
-        flags[flags[:, still].any(1)] = False
+    flags, observed = rows.flags.copy(), rows.observed
+    # without observations all rows, in which nothing stands still
+    still = constant(rows.values[observed | ~observed.any()]) & flags.any(0)
+    names = ", ".join(f"'{c.name}'" for c in itertools.compress(rows.columns, still))
+    notes += told((names, f"{names}: constant unless set; such rows are read as a design"))
+    flags[flags[:, still].any(1)] = False
     for which, kind in ((flags.sum(1) > 1, " of several settings"), (flags.any(1), "")):
         if (~flags.any(1)).sum() < MIN_OBSERVATIONS and which.any():
             notes.append(f"few rows are observations: experiments{kind} are read as a design")
@@ -214,23 +212,25 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
 def order_of_rows(rows: Rows, target: int) -> list[str]:
     """Whether the target drifts along the observations, or follows a column with a row's delay."""
     found, name, outcome = [], rows.columns[target].name, rows.values[:, target]
-    if rows.observed.sum() > MIN_OBSERVATIONS and not constant(rows.values[rows.observed])[target]:
-        first = outcome[rows.observed]
+    first = outcome[rows.observed]
+    if len(first) > MIN_OBSERVATIONS and np.ptp(first) > 0:
         drift, chance = np.array(spearmanr(np.arange(len(first)), first))
-        if chance < 1e-5:
-            found.append(
+        found += told(
+            (
+                chance < 1e-5,
                 f"'{name}' drifts along the rows (rank correlation {drift:.2f}): early and late "
-                "rows cannot be compared as they stand"
+                "rows cannot be compared as they stand",
             )
-    for i, column in enumerate(rows.columns):
-        x = rows.values[:, i]
-        if i == target or min(x[1:].std(), x[:-1].std(), outcome[1:].std()) == 0:
-            continue
-        own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
-        if before > max(0.6, own + 0.3):
-            found.append(
-                f"'{column.name}' of the row before explains '{name}' better than that of its own "
-                "row: is the file shifted by one?"
+        )
+    for column, x in zip(rows.columns, rows.values.T, strict=True):
+        if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
+            own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
+            found += told(
+                (
+                    before > max(0.6, own + 0.3),
+                    f"'{column.name}' of the row before explains '{name}' better than that of its "
+                    "own row: is the file shifted by one?",
+                )
             )
     return found
 
@@ -243,11 +243,9 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
     if len(which) < 2 or len(values) <= len(which) or not spread.all():
         return []
     _, lengths, directions = np.linalg.svd((values - values.mean(0)) / spread, full_matrices=False)
-    weights = directions[-1] / spread
-    parts = np.abs(directions[-1]) > 0.05
+    weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
     alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
-    if lengths[-1] > 0.02 * lengths[0] or not alike or parts.sum() < 2:
-        return []
+    fixed = lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1
     names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
     total = values[:, parts].sum(1).mean()
-    return [f"{names} always sum to {total:.4g}: one of them cannot be set alone"]
+    return told((fixed, f"{names} always sum to {total:.4g}: one of them cannot be set alone"))

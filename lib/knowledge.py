@@ -11,20 +11,18 @@ import numpy as np
 
 from lib.reading import Experience
 from lib.scm import Task
-from lib.table import DataError, find, number_of, read_table
+from lib.table import DataError, find, number_of, read_table, refuse, told
 
 
 Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, and that are none
-LIMIT = re.compile(r"(.+?)(<=|>=|=)(.+)")
 TERM = re.compile(r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*([^\s*+-].*?)\s*")
 
 
 def index_of(name: str, data: Experience, where: str) -> int:
     """A variable beside the target; `DataError` for any other name."""
-    found = find(name, list(data.names))
     others = [one for i, one in enumerate(data.names) if i != data.target]
-    if found not in others:
-        raise DataError(f"{where}: '{name}' is none of the variables {', '.join(others)}")
+    found, variables = find(name, others), f"the variables {', '.join(others)}"
+    refuse(told((not found, f"{where}: '{name}' is none of {variables}")))
     return data.names.index(found)
 
 
@@ -38,29 +36,27 @@ def known_edges(
     Raises `DataError` for what is no variable, for contradictions and for a file that does not fit.
     """
     required = tuple(index_of(name, data, "--require") for name in require)
-    forbidden = tuple(index_of(name, data, "--forbid") for name in forbid)
+    forbidden = {index_of(name, data, "--forbid") for name in forbid}
     if tiers:
-        table = read_table(tiers, strict=True)
-        if [name.lower() for name in table.names] != ["variable", "tier"]:
-            raise DataError(f"{tiers}, row 1: write variable,tier")
-        tier = {}
-        for line, (name, cell) in zip(table.lines, table.rows, strict=True):
-            found, number = find(name, list(data.names)), number_of(cell, table.comma)[0]
-            if found is None or np.isnan(number):
-                raise DataError(
-                    f"{tiers}, row {line}: '{name}', '{cell}': write a variable and its tier, a "
-                    f"number; the variables are {', '.join(data.names)}"
-                )
-            tier[found] = number
-        if (own := tier.get(data.names[data.target])) is None:
-            raise DataError(f"{tiers}: '{data.names[data.target]}' is not listed: give its tier")
-        later = np.array([tier.get(name, own) > own for name in data.names])
-        forbidden = tuple(sorted({*forbidden, *np.flatnonzero(later).tolist()}))
+        table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
+        columns = [name.lower() for name in table.names]
+        refuse(told((columns != ["variable", "tier"], f"{tiers}, row 1: write variable,tier")))
+        tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
+        refuse(
+            [
+                f"{tiers}, row {line}: '{name}', '{cell}': write a variable and its tier, a "
+                f"number; the variables are {', '.join(names)}"
+                for line, (name, cell) in zip(table.lines, table.rows, strict=True)
+                if not find(name, names) or np.isnan(number_of(cell, table.comma)[0])
+            ]
+            or told((target not in tier, f"{tiers}: '{target}' is not listed: give its tier"))
+        )
+        later = np.array([tier.get(name, tier[target]) > tier[target] for name in names])
+        forbidden |= set(np.flatnonzero(later).tolist())
         data = with_ranges(data, data.low, data.high, ~later, f"{tiers}")
-    if both := set(required) & set(forbidden):
-        names = ", ".join(data.names[i] for i in sorted(both))
-        raise DataError(f"--require: {names}: cannot be parents and none: leave out one")
-    return data, (required, forbidden)
+    both = ", ".join(data.names[i] for i in sorted(forbidden.intersection(required)))
+    refuse(told((both, f"--require: {both}: cannot be parents and none: leave out one")))
+    return data, (required, tuple(sorted(forbidden)))
 
 
 def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
@@ -69,8 +65,8 @@ def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
     """
     task, both = data.task, np.stack([low, high])
     which = np.asarray(task.candidates) & kept & (low <= high)
-    if not which.any():
-        raise DataError(f"{where}: forbids every single setting: there is nothing to suggest")
+    nothing = f"{where}: forbids every single setting: there is nothing to suggest"
+    refuse(told((not which.any(), nothing)))
     narrower = which & ((low > data.low) | (high < data.high))
     ends = [
         jnp.asarray(np.where(narrower, new, np.where(which, old, 0.0)), jnp.float32)
@@ -90,27 +86,26 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
 
     Raises `DataError` for one that cannot be read, and where no single setting is left.
     """
-    low, high = data.low.copy(), data.high.copy()
+    low, high, kept = data.low, data.high, np.ones(len(data.names), bool)
     observed = np.asarray(data.buffer.observational)
     usual = data.units.raw(np.asarray(data.buffer.values)[observed].mean(0))
-    kept = np.ones(len(low), bool)
     for text in constraints:
-        where, match = f"--constraint '{text}'", LIMIT.fullmatch(text)
-        total = number_of(match[3].strip(), False)[0] if match else np.nan
-        if match is None or np.isnan(total):
-            raise DataError(f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'")
-        factors = np.zeros(len(low))
-        for part in re.findall(r"[-+]?[^-+]+", match[1]):
+        where, parts = f"--constraint '{text}'", re.split("(<=|>=|=)", text, maxsplit=1)
+        total = number_of(parts[-1].strip(), False)[0]
+        bad = len(parts) < 3 or not parts[0].strip() or np.isnan(total)
+        refuse(told((bad, f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'")))
+        factors = np.zeros(len(usual))
+        for part in re.findall(r"[-+]?[^-+]+", parts[0]):
             term = TERM.fullmatch(part)
             if term is None:
                 raise DataError(f"{where}: '{part.strip()}' is not a number times a variable")
             factors[index_of(term[3], data, where)] += float(f"{term[1]}{term[2] or 1}")
-        for i in np.flatnonzero(factors):
-            limit = (total - factors @ usual + factors[i] * usual[i]) / factors[i]
-            if match[2] == "=":
-                kept[i] = False
-            elif (match[2] == "<=") == (factors[i] > 0):
-                high[i] = min(high[i], limit)
-            else:
-                low[i] = max(low[i], limit)
+        used, equal, below = factors != 0, parts[1] == "=", parts[1] == "<="
+        # of each variable alone, NaN for those that the limit does not name
+        rest = total - factors @ usual + factors * usual
+        limit = np.divide(rest, factors, where=used, out=np.full(len(usual), np.nan))
+        kept &= ~(used & equal)
+        upper = (factors > 0) == below
+        high = np.fmin(high, np.where(upper, limit, np.nan))
+        low = np.fmax(low, np.where(upper, np.nan, limit))
     return with_ranges(data, low, high, kept, "--constraint") if constraints else data

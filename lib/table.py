@@ -17,7 +17,9 @@ NUMBER = re.compile(
     r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?",
     re.IGNORECASE,
 )
-OPTIONAL = {"step", "levels", "scale", "cost"}  # columns of a file of bounds
+# columns of a file of bounds, the last four optional, and what an empty cell stands for
+COLUMNS = {"variable": "", "low": "", "high": ""}
+COLUMNS |= {"step": "0", "levels": "", "scale": "", "cost": "1"}
 MOST_STEPS = 10_000  # of a range: more are as good as none
 THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
 SUMMARY = re.compile(
@@ -32,6 +34,17 @@ class DataError(ValueError):
     """
 
 
+def told(*cases: tuple[object, str]) -> list[str]:
+    """The sentences of those cases that hold."""
+    return [sentence for holds, sentence in cases if holds]
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise `DataError` with a line for each problem, if there is one."""
+    if problems:
+        raise DataError("\n".join(problems))
+
+
 class Table(NamedTuple):
     """Cells of a file, stripped: the header, and rows with their line numbers."""
 
@@ -40,11 +53,6 @@ class Table(NamedTuple):
     rows: list[list[str]]
     comma: bool  # between a number and its decimals
     notes: list[str]
-    units: dict[str, str]  # of columns whose cells have one
-
-    def cells(self, i: int) -> list[str]:
-        """Of one column."""
-        return [row[i] for row in self.rows]
 
 
 class Bound(NamedTuple):
@@ -66,12 +74,10 @@ def plain(digits: str, comma: bool) -> str:
     are taken for such unless `comma` says that the file has decimal commas.
     """
     digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
-    point = "," if digits.rfind(",") > digits.rfind(".") else "."
-    if ("," in digits) != ("." in digits):
-        grouped = re.fullmatch(THOUSANDS % re.escape(point), digits)
-        if grouped and (comma if point == "." else not comma):
-            point = "." if point == "," else ","
-    return digits.replace("." if point == "," else ",", "").replace(point, ".")
+    point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
+    if other == ".,"[comma] and re.fullmatch(THOUSANDS % re.escape(point), digits):
+        point, other = other, point
+    return digits.replace(other, "").replace(point, ".")
 
 
 def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
@@ -79,14 +85,14 @@ def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
     is a limit as in `<0.05`; an error as in `53 ± 1` is passed over.
     """
     match = NUMBER.fullmatch(cell)
-    text = plain(match["digits"], comma) if match else ""
+    limit, digits, unit = match.group("limit", "digits", "unit") if match else ("", "", "")
+    text = plain(digits, comma)
     try:
         value = float(text)
     except ValueError:
-        return math.nan, 0, "", False
-    assert match
+        value = math.nan
     usable = abs(value) <= 1e30  # no unit of anything is larger
-    return value if usable else math.nan, decimals(text), match["unit"] or "", bool(match["limit"])
+    return value if usable else math.nan, decimals(text), unit or "", bool(limit)
 
 
 def decimals(number: str) -> int:
@@ -128,69 +134,70 @@ def read_table(path: Path, strict: bool = False) -> Table:
             f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
             "give a file of comma-separated UTF-8 text"
         ) from None
+    comments = [line for line, row in found if row and row[0].startswith("#")]
     filled = [(line, row) for line, row in found if any(row) and not row[0].startswith("#")]
-    if not filled:
-        raise DataError(f"{path}: empty: the first row names the columns")
-    notes, (header_line, header), rows = [], filled[0], filled[1:]
-    if skipped := [line for line, row in found if row and row[0].startswith("#")]:
-        notes.append(f"{rows_in_words(skipped)}: read as comments")
-    cells = [cell for _, row in rows for cell in row]
-    numbers = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
+    refuse(told((not filled, f"{path}: empty: the first row names the columns")))
+    (header_line, header), rows = filled[0], filled[1:]
+    matches = [NUMBER.fullmatch(cell) for _, row in rows for cell in row]
+    numbers = [match["digits"] for match in matches if match]
     commas = [x for x in numbers if "," in x and "." not in x]
     points = any("." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers)
-    ungrouped = any(not re.fullmatch(THOUSANDS % ",", x) for x in commas)
-    comma = bool(commas) and not points and (ungrouped or delimiter != ",")
-    if commas:
-        notes.append(f"commas in numbers: read as {'decimal commas' if comma else 'thousands'}")
-
-    def numeric(row):
-        return [not math.isnan(number_of(cell, comma)[0]) for cell in row]
-
-    ends = len(rows)
-    while ends and not strict and (SUMMARY.fullmatch(next(filter(None, rows[ends - 1][1])))):
-        ends -= 1
-    if left := [line for line, _ in rows[ends:]]:
-        notes.append(f"{rows_in_words(left)}: a summary, left out")
-    rows = rows[:ends]
-    if len(rows) > 1 and not strict and not any(numeric(rows[0][1])) and any(numeric(rows[1][1])):
-        notes.append(f"row {rows[0][0]}: holds no number, read as units")
-        rows = rows[1:]
-    while header and not header[-1]:
-        header = header[:-1]
-    for _, row in rows:
-        while len(row) > len(header) and not row[-1]:
-            row.pop()
-    ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != len(header)]
-    problems = []
-    if ragged and (strict or len(ragged) > 0.1 * len(rows)):
-        problems = [
-            f"{path}, {one} cells, but the header has {len(header)} columns: complete the row, or "
-            "name every column"
-            for one in ragged
-        ]
-    elif ragged:
-        notes.append(f"{', '.join(ragged)} cells for {len(header)} columns: left out")
-        rows = [(line, row) for line, row in rows if len(row) == len(header)]
-    for i, name in enumerate(header):
-        if name in header[:i] and name:
-            problems.append(
-                f"{path}, row {header_line}, column name '{name}' is used twice: name every column "
-                "once"
-            )
-        if ";" in name:
-            problems.append(
-                f"{path}, row {header_line}, column name '{name}' holds ';', which separates "
-                "variables that were set together: rename the column"
-            )
-    if problems:
-        raise DataError("\n".join(problems))
-    return Table(header, [line for line, _ in rows], [row for _, row in rows], comma, notes, {})
+    # between commas, those of numbers in quotes are thousands where all could be
+    decimal = [x for x in commas if delimiter != "," or not re.fullmatch(THOUSANDS % ",", x)]
+    comma = bool(decimal) and not points
+    others = [i for i, (_, row) in enumerate(rows, 1) if strict or not is_summary(row)]
+    last = max(others, default=0)
+    rows, footer = rows[:last], rows[last:]
+    numeric = [
+        any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
+    ]
+    first = int(numeric == [False, True] and not strict)
+    rows, units = rows[first:], rows[:first]
+    width = max(i for i, name in enumerate(header, 1) if name)
+    header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
+    rows = [(line, row if any(row[width:]) else row[:width]) for line, row in rows]
+    ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != width]
+    where = f"{path}, row {header_line}, column name"
+    problems = [
+        f"{path}, {one} cells, but the header has {width} columns: complete the row, or name every "
+        "column"
+        for one in ragged
+        if strict or len(ragged) > 0.1 * len(rows)
+    ]
+    problems += [
+        f"{where} '{name}' is used twice: name every column once"
+        for i, name in enumerate(header)
+        if name in header[:i]
+    ]
+    problems += [
+        f"{where} '{name}' holds ';', which separates variables that were set together: rename the "
+        "column"
+        for name in header
+        if ";" in name
+    ]
+    refuse(problems)
+    notes = told(
+        (comments, f"{rows_in_words(comments)}: read as comments"),
+        (commas, f"commas in numbers: read as {'decimal commas' if comma else 'thousands'}"),
+        (footer, f"{rows_in_words([line for line, _ in footer])}: a summary, left out"),
+        (units, f"{rows_in_words([line for line, _ in units])}: holds no number, read as units"),
+        (ragged, f"{', '.join(ragged)} cells for {width} columns: left out"),
+    )
+    rows = [(line, row) for line, row in rows if len(row) == width]
+    return Table(header, [line for line, _ in rows], [row for _, row in rows], comma, notes)
 
 
-def find(name: str, names: list[str]) -> str | None:
-    """The column called `name`, whatever its case and blanks, if there is one alone."""
-    same = [one for one in names if " ".join(one.split()).lower() == " ".join(name.split()).lower()]
-    return name if name in names else same[0] if len(same) == 1 else None
+def is_summary(row: list[str]) -> bool:
+    """Whether the first filled cell says that a row is the mean, the sum, ... of those above."""
+    return bool(SUMMARY.fullmatch(next(filter(None, row))))
+
+
+def find(name: str, names: Sequence[str]) -> str:
+    """The column called `name`, whatever its case and blanks, if there is one alone; else ''."""
+    wanted = " ".join(name.lower().split())
+    alike = [one for one in names if " ".join(one.lower().split()) == wanted]
+    same = [name] if name in names else alike
+    return same[0] if len(same) == 1 else ""
 
 
 def read_bounds(path: Path) -> list[Bound]:
@@ -199,48 +206,41 @@ def read_bounds(path: Path) -> list[Bound]:
     `high`.
     """
     table, found, problems = read_table(path, strict=True), [], []
-    columns = [name.lower() for name in table.names]
-    if columns[:3] != ["variable", "low", "high"] or set(columns[3:]) - OPTIONAL:
-        raise DataError(
-            f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high "
-            f"and, if need be, {', '.join(sorted(OPTIONAL))}"
-        )
+    columns, known = [name.lower() for name in table.names], list(COLUMNS)
+    header = f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high"
+    fits = columns[:3] == known[:3] and set(columns[3:]) <= set(known[3:])
+    refuse(told((not fits, f"{header} and, if need be, {', '.join(sorted(known[3:]))}")))
     for line, row in zip(table.lines, table.rows, strict=True):
-        cells = dict.fromkeys(OPTIONAL, "") | dict(zip(columns, row, strict=True))
-        where = f"{path}, row {line}, column"
-        levels = [part for part in re.split(r"[;|\s]+", cells["levels"]) if part]
-        numbers = {"low": cells["low"], "high": cells["high"], "step": cells["step"] or "0"}
-        numbers["cost"] = cells["cost"] or "1"
-        numbers |= {f"levels {part}": part for part in levels}
-        read = {key: number_of(cell, table.comma)[0] for key, cell in numbers.items()}
-        bad = [key for key, value in read.items() if math.isnan(value)]
-        for key in bad:
-            problems.append(
-                f"{where} '{key.split()[0]}': '{numbers[key]}' is not a number below 1e30: "
-                "correct it"
-            )
-        scale = cells["scale"].lower()
-        if scale not in ("", "linear", "log"):
-            problems.append(f"{where} 'scale': '{cells['scale']}': write linear or log")
-        if bad:
-            continue
+        cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
+        scale, where = cells["scale"].lower(), f"{path}, row {line}"
+        numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
+        levels = filter(None, re.split(r"[;|\s]+", cells["levels"]))
+        numbers |= {f"levels {level}": level for level in levels}
+        read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
         low, high, step, cost, *values = read.values()
-        if low > high or step < 0 or cost <= 0:
-            problems.append(
-                f"{where}s 'low' and 'high': {cells['low']} is not below {cells['high']}, or step "
-                "or cost is negative: correct them"
-            )
-            continue
-        if low == high:
-            values = [low]
-        elif step and high - low < MOST_STEPS * step:
-            values = (low + step * np.arange(math.floor((high - low) / step + 1e-9) + 1)).tolist()
-        values = tuple(sorted(value for value in values if low <= value <= high))
-        found.append(
-            Bound(cells["variable"], low, high, values, scale, cost, f"{path}, row {line}")
+        problems += [
+            f"{where}, column '{name.split()[0]}': '{numbers[name]}' is not a number below 1e30: "
+            "correct it"
+            for name, value in read.items()
+            if math.isnan(value)
+        ]
+        problems += told(
+            (
+                scale not in ("", "linear", "log"),
+                f"{where}, column 'scale': '{cells['scale']}': write linear or log",
+            ),
+            (
+                low > high or step < 0 or cost <= 0,
+                f"{where}, columns 'low' and 'high': {cells['low']} is not below {cells['high']}, "
+                "or step or cost is negative: correct them",
+            ),
         )
-    if problems:
-        raise DataError("\n".join(problems))
+        if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
+            count = math.floor((high - low) / (step or 1.0) + 1e-9) + 1
+            values = (low + step * np.arange(count)).tolist()
+        values = tuple(sorted(value for value in values if low <= value <= high))
+        found.append(Bound(cells["variable"], low, high, values, scale, cost, where))
+    refuse(problems)
     return found
 
 
@@ -248,17 +248,10 @@ def bounds_by_name(bounds: Sequence[Bound], names: list[str], problems) -> dict[
     """The bounds of every column that has some."""
     found = {}
     for bound in bounds:
-        name = find(bound.name, names)
-        if name is None:
-            problems.append(
-                f"{bound.where}, column 'variable': '{bound.name}' is not in the data; the "
-                f"variables are {', '.join(names)}"
-            )
-        elif name in found:
-            problems.append(
-                f"{bound.where}, column 'variable': '{bound.name}' has a range already: keep one "
-                "of the two"
-            )
-        else:
-            found[name] = bound
+        name, where = find(bound.name, names), f"{bound.where}, column 'variable': '{bound.name}'"
+        problems += told(
+            (not name, f"{where} is not in the data; the variables are {', '.join(names)}"),
+            (name and name in found, f"{where} has a range already: keep one of the two"),
+        )
+        found.setdefault(name, bound)
     return found

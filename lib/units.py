@@ -1,10 +1,11 @@
 """Units of a file's columns: between what is written there and standardised float32."""
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array
+from jax.typing import ArrayLike
 
 
 FARTHEST_VALUE = 1e6  # deviations: beyond, a typing error or another unit
@@ -22,11 +23,11 @@ class Units(NamedTuple):
 
     shift: np.ndarray
     spread: np.ndarray
-    digits: tuple[int, ...]
+    digits: np.ndarray
     logs: np.ndarray
 
     @staticmethod
-    def of(values: np.ndarray, observed: np.ndarray, digits: tuple[int, ...], logs: np.ndarray):
+    def of(values: np.ndarray, observed: np.ndarray, digits: np.ndarray, logs: np.ndarray):
         """Of `values[rows, vars]`, by the rows that are `observed`, or all where a column is
         constant there.
         """
@@ -36,43 +37,45 @@ class Units(NamedTuple):
         spread = 2.0 ** np.round(np.log2(std))
         return Units(spread * np.round(first.mean(0) / spread), spread, digits, logs)
 
-    def exact(self, values: np.ndarray) -> np.ndarray:
+    def exact(self, values: ArrayLike) -> np.ndarray:
         """`values[..., vars]` in deviations, float64; not finite where a logarithm has none."""
-        return (logarithms(values, self.logs) - self.shift) / self.spread
+        return (logarithms(np.asarray(values, float), self.logs) - self.shift) / self.spread
 
-    def deviations(self, values: np.ndarray) -> np.ndarray:
+    def deviations(self, values: ArrayLike) -> np.ndarray:
         """`values[..., vars]` in deviations, float32."""
         return self.exact(values).astype(np.float32)
 
-    def raw(self, deviations: np.ndarray | Array) -> np.ndarray:
+    def raw(self, deviations: ArrayLike) -> np.ndarray:
         """`deviations[..., vars]` in the columns' own units, float64."""
         inner = self.shift + self.spread * np.asarray(deviations, float)
         return np.where(self.logs, np.exp(np.where(self.logs, inner, 0.0)), inner)
 
-    def far(self, values: np.ndarray) -> np.ndarray:
+    def far(self, values: ArrayLike) -> np.ndarray:
         """Which of `values[..., vars]`, in the columns' own units, are too far out for float32."""
         return ~(np.abs(self.exact(values)) <= FARTHEST_VALUE)
 
-    def one(self, variable: int) -> "Units":
-        """Of one of the columns, alone."""
-        which, digits = [variable], (self.digits[variable],)
-        return Units(self.shift[which], self.spread[which], digits, self.logs[which])
+    def one(self, variable: int | np.integer) -> "Units":
+        """Of one of the columns, alone: for a number, or numbers `[..., 1]`."""
+        return Units(*(part[variable, None] for part in self))
 
-    def written(self, variable: int, value: float | np.floating) -> float:
+    def written(self, variable: int | np.integer, value: float | np.floating) -> float:
         """One value, given as a finite float32 deviation, in its column's unit and with its digits,
         or with as many more as it takes to read the same deviation again.
         """
         unit = self.one(variable)
-        raw = unit.raw(np.array([value])).item()
-        # + 0: no -0
-        rounded = (round(raw, d) + 0.0 for d in itertools.count(self.digits[variable]))
-        return next(x for x in rounded if x == raw or unit.deviations(np.array([x])) == value)
+        raw = unit.raw(value).item()
+        candidates = rounded(raw, unit.digits.item())
+        return next(x for x in candidates if x == raw or unit.deviations(x) == value)
+
+
+def rounded(value: float, digits: int) -> Iterator[float]:
+    """A number with so many decimals, one more, two more, ..."""
+    return (round(value, d) + 0.0 for d in itertools.count(digits))  # + 0: no -0
 
 
 def logarithms(values: np.ndarray, logs: np.ndarray) -> np.ndarray:
     """`values[..., vars]`, those of some columns as logarithms; NaN where there is none."""
-    positive = np.where(logs & (values > 0), values, 1.0)
-    return np.where(logs, np.where(values > 0, np.log(positive), np.nan), values)
+    return np.log(values, where=logs & (values > 0), out=np.where(logs, np.nan, values))
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
