@@ -25,7 +25,7 @@ import tyro
 from tabulate import tabulate
 
 from lib import settings
-from lib.answer import as_text, elsewhere, imagined, in_own_units, per_cost, resting_on_one, toward
+from lib.answer import as_text, elsewhere, imagined, in_own_units, resting_on_one, toward
 from lib.buffer import ExperienceBuffer
 from lib.knowledge import known_edges, within
 from lib.literature import Benchmark
@@ -33,7 +33,7 @@ from lib.problems import initial_buffer
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import read_bounds, refuse, told
+from lib.table import DataError, read_bounds, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
@@ -131,9 +131,12 @@ def suggest(config: Suggest) -> dict:
     """
     bounds = read_bounds(config.bounds) if config.bounds else ()
     data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    count, most = len(data.names), BUCKETS[-1]
-    many = f"{config.data}: {count} variables, at most {most} are supported"
-    refuse(told((count > most, f"{many}: leave out columns that cannot matter")))
+    count = len(data.names)
+    if count > BUCKETS[-1]:
+        raise DataError(
+            f"{config.data}: {count} variables, at most {BUCKETS[-1]} are supported: leave out "
+            "columns that cannot matter"
+        )
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
@@ -147,19 +150,21 @@ def suggest(config: Suggest) -> dict:
         if config.target_value is not None:
             goal = data.units.one(data.target).exact(config.target_value)
             asked = toward(asked, goal.item(), candidates)
-        return per_cost(asked, costs)
+        return asked
 
     said = ask(data.buffer)
     following, ahead = [], list(data.planned)
     known = imagined(data.buffer, said, ahead, data.target)
     while len(following) < config.batch:
-        asked = elsewhere(ask(known), ahead, candidates) if ahead else said
+        asked = elsewhere(ask(known) if ahead else said, ahead, candidates, costs)
         known = imagined(known, said, [asked.experiment], data.target)
         following.append(asked)
         ahead.append(asked.experiment)
-    finite = [np.isfinite(x).all() for x in jax.tree.leaves(said._replace(parent_sets=()))]
-    cells = "look for cells far from the others, and for columns in different units"
-    refuse(told((not all(finite), f"{config.data}: the answer is not finite: {cells}")))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
+        raise DataError(
+            f"{config.data}: the answer is not finite: look for cells far from the others, and for "
+            "columns in different units"
+        )
 
     answer = in_own_units(config, data, said, following)
     answer["warnings"] += resting_on_one(data, said, ask)
@@ -197,13 +202,11 @@ def demo(config: Demo) -> list[float]:
             ]
             print(tabulate(rows, headers=["step", "set", "to", "outcome"]))
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
-        chosen, action = "to set nothing", nothing
-        if variable >= 0:
-            chosen = f"{scm.names[variable]} = {value:.3f}"
-            action = Intervention.single(variable, value, num_vars)
+        setting = f"{scm.names[variable]} = {value:.3f}" if variable >= 0 else "to set nothing"
+        action = Intervention.single(variable, value, num_vars) if variable >= 0 else nothing
         scores.append(float(scm.mean_outcome(action)))
         print(
-            f"seed {seed}: after {config.steps} experiments recommends {chosen}, "
+            f"seed {seed}: after {config.steps} experiments recommends {setting}, "
             f"E[Y | do] = {scores[-1]:.3f}"
         )
     return scores

@@ -42,21 +42,22 @@ def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
     return int(i), float(grid[i, b])
 
 
-def elsewhere(asked, ahead: list[tuple[int, float]], candidates: np.ndarray):
-    """The answer, with the experiment of the largest gain a step of the grid away from those that
-    are `ahead`, if its own is one of them.
+def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
+    """The answer, with the experiment of the largest gain per cost `[vars]` a step of the grid away
+    from those that are `ahead`, if costs differ or its own is one of those.
     """
-    taken = np.zeros(asked.gain.shape, bool)
-    for variable, value in ahead:
-        grid = asked.grid[variable]
-        taken[variable] |= np.abs(grid - value) <= 1.01 * (grid[1] - grid[0])
     variable, value = asked.experiment
-    if not taken[variable, np.abs(asked.grid[variable] - value).argmin()]:
+    distance = [(i, np.abs(asked.grid[i] - x), np.ptp(asked.grid[i][:2])) for i, x in ahead]
+    taken = np.zeros(asked.gain.shape, bool)
+    for i, away, step in distance:
+        taken[i] |= away <= 1.01 * step
+    own = np.abs(asked.grid[variable] - value).argmin()
+    if not taken[variable, own] and (costs == costs[0]).all():
         return asked
-    free = np.where(
-        candidates[:, None] & ~taken[: len(candidates)], asked.gain[: len(candidates)], -1.0
-    )
-    return asked._replace(experiment=largest(asked.grid, free))
+    count = len(costs)
+    free = candidates[:, None] & ~taken[:count]
+    worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
+    return asked._replace(experiment=largest(asked.grid, worth))
 
 
 def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
@@ -65,8 +66,8 @@ def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any
     """
     flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
     own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen] & (chosen >= 0))[:MOST_TRIED]
-    fewer = (data.buffer.only(jnp.arange(len(flags)) != row) for row in own)
-    others = [int(ask(buffer).action[0]) for buffer in fewer]
+    rows = np.arange(len(flags))
+    others = [int(ask(data.buffer.only(jnp.asarray(rows != row))).action[0]) for row in own]
     return [
         f"without row {data.lines[row]} the recommendation would be to set {data.names[other]}: "
         "look at that row"
@@ -94,13 +95,6 @@ def toward(said, goal: float, candidates: np.ndarray):
     return said._replace(action=action, experiment=experiment, gain=gain, better=better)
 
 
-def per_cost(asked, costs: np.ndarray):
-    """The answer, with the experiment of the largest gain per cost `[vars]`, if costs differ."""
-    worth = asked.gain[: len(costs)] / costs[:, None]
-    same = (costs == costs[0]).all()
-    return asked if same else asked._replace(experiment=largest(asked.grid, worth))
-
-
 def in_own_units(config, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
@@ -110,34 +104,30 @@ def in_own_units(config, data, said, following) -> dict:
     most = 6 - np.floor(np.log10(units.spread)).astype(int)
     digits = np.where(units.logs, units.digits, np.minimum(units.digits, most)).tolist()
 
-    def rounded_outcome(y: float) -> float:
-        """Predictions get two digits more than their column, or a narrow band would be rounded
-        away.
-        """
-        return next(rounded(y, digits[target] + 2))
+    places = digits[target] + 2  # or a narrow band would be rounded away
 
     def outcomes(*numbers) -> dict:
         """Mean and band of the target, within what it can be; of logarithms, the median."""
         raw = [units.one(target).raw(number).item() for number in numbers]
-        kept = (rounded_outcome(y) for y in np.clip(raw, *data.ends).tolist())
+        kept = (next(rounded(y, places)) for y in np.clip(raw, *data.ends).tolist())
         return dict(zip(("predicted", "low", "high"), kept, strict=True))
 
-    def gained(deviations: float, settings: dict) -> float:
-        """A gain in the target's unit: of logarithms, that on the value that is predicted."""
+    def gained(deviations: float) -> float:
+        """A gain in the target's unit: of logarithms, that on the value that is recommended."""
         share = float(units.spread[target] * deviations)
-        gain = abs(settings["predicted"]) * math.expm1(share) if units.logs[target] else share
-        return rounded_outcome(gain)
+        gain = abs(action["predicted"]) * math.expm1(share) if units.logs[target] else share
+        return next(rounded(gain, places))
 
     def effect(i, value) -> dict:
         """do(variable i = value) as a person reads it: the value with its column's digits, or more
         where the range has none with so few, one of those that are possible, and what is predicted
         there.
         """
-        unit, bound = units.one(i), data.bounds.get(int(i))
+        unit, bound = units.one(int(i)), data.bounds.get(int(i))
         raw = unit.raw(value).clip(low[i], high[i]).item()
         fitting = (x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
         possible = bound.values if bound else ()
-        written = min(possible, key=lambda x: abs(x - raw)) if possible else next(fitting)
+        written = min(possible or [next(fitting)], key=lambda x: abs(x - raw))
         at = unit.exact(written).item()
         curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
         return {"settings": {names[i]: written}, **outcomes(*curves)}
@@ -152,8 +142,7 @@ def in_own_units(config, data, said, following) -> dict:
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
-        away = np.abs(outcome - goal)
-        return {"min": outcome, "max": -outcome}.get(config.objective, away)
+        return {"min": outcome, "max": -outcome}.get(config.objective, np.abs(outcome - goal))
 
     settable = np.flatnonzero(np.asarray(data.task.candidates))
     goal = config.target_value or 0.0
@@ -168,8 +157,8 @@ def in_own_units(config, data, said, following) -> dict:
         """The next experiment of an answer, what it is expected to gain, and why."""
         tried, value = asked.experiment
         gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
-        reason = REASONS[asked.experiment == said.action]
-        return effect(tried, value) | {"expected_gain": gained(gain, action), "reason": reason}
+        why = {"expected_gain": gained(gain), "reason": REASONS[asked.experiment == said.action]}
+        return effect(tried, value) | why
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
@@ -189,7 +178,7 @@ def in_own_units(config, data, said, following) -> dict:
         | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
-            "expected_gain": gained(most, action),
+            "expected_gain": gained(most),
             "worth_it": bool(most > config.worth * said.spread),
         },
         "parents": {
@@ -291,11 +280,7 @@ def as_text(answer: dict) -> str:
         ],
         ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
     }
-    gain = text(stop["expected_gain"])
-    rest = (
-        f"Stop: one more experiment is expected to gain {gain} at most; the noise of an outcome is"
-    )
-    parts = [
+    parts = (
         *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),
         f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
         f"predicted; {check['surface']} surface is believed most (surrogate "
@@ -308,6 +293,12 @@ def as_text(answer: dict) -> str:
         f"Best action so far: {sentence(best)}\n{' ' * 20}"
         f"{'' if best['settings'] else 'no setting gains enough for what it risks; the best is '}"
         f"better than nothing with probability {text(best['probability_better_than_nothing'])}",
-        *told((not stop["worth_it"], f"{rest} what is left.")),
-    ]
+        *told(
+            (
+                not stop["worth_it"],
+                f"Stop: one more experiment is expected to gain {text(stop['expected_gain'])} at "
+                "most; the noise of an outcome is what is left.",
+            )
+        ),
+    )
     return "\n\n".join(parts)

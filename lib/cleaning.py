@@ -68,11 +68,10 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
             f"(failed or still pending), left out: {rows.words(without)}",
         )
     )
-    something_else = (np.isfinite(rows.values) & ~rows.flags).any(1)
-    pending = without & ~unusable & ~something_else & (rows.flags.sum(1) == 1)
+    alone = ~(np.isfinite(rows.values) & ~rows.flags).any(1) & (rows.flags.sum(1) == 1)
     planned = [
         (rows.columns[i].name, rows.values[r, i])
-        for r, i in np.argwhere(rows.flags & pending[:, None])
+        for r, i in np.argwhere(rows.flags & (without & ~unusable & alone)[:, None])
     ]
     return rows.only(~without & ~unusable), planned
 
@@ -99,8 +98,12 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
         same = single & ~odd & rows.flags[:, i] & (rows.values[:, i] == rows.values[r, i])
         kept[r] = not (same.any() or slip[r])
         why = "what the same experiment gave" if same.any() else "all others, a power of ten"
-        said = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out"
-        notes += told((not kept[r], said))
+        notes += told(
+            (
+                not kept[r],
+                f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out",
+            )
+        )
     return rows.only(kept)
 
 

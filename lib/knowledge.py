@@ -6,11 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from lib.reading import Experience
-from lib.scm import Task
+from lib.reading import Experience, task_of
 from lib.table import DataError, find, number_of, read_table, refuse, told
 
 
@@ -39,8 +37,8 @@ def known_edges(
     forbidden = {index_of(name, data, "--forbid") for name in forbid}
     if tiers:
         table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
-        columns = [name.lower() for name in table.names]
-        refuse(told((columns != ["variable", "tier"], f"{tiers}, row 1: write variable,tier")))
+        fits = [name.lower() for name in table.names] == ["variable", "tier"]
+        refuse(told((not fits, f"{tiers}, row 1: write variable,tier")))
         tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
         refuse(
             [
@@ -63,21 +61,21 @@ def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
     """The data with ranges from `low` to `high` `[vars]`, in the columns' units, for the variables
     that are `kept` and had one; `DataError` if there is none.
     """
-    task, both = data.task, np.stack([low, high])
-    which = np.asarray(task.candidates) & kept & (low <= high)
-    nothing = f"{where}: forbids every single setting: there is nothing to suggest"
-    refuse(told((not which.any(), nothing)))
-    narrower = which & ((low > data.low) | (high < data.high))
-    ends = [
-        jnp.asarray(np.where(narrower, new, np.where(which, old, 0.0)), jnp.float32)
-        for new, old in zip(data.units.exact(both), (task.low, task.high), strict=True)
-    ]
+    which = np.asarray(data.task.candidates) & kept & (low <= high)
+    refuse(
+        told(
+            (
+                not which.any(),
+                f"{where}: forbids every single setting: there is nothing to suggest",
+            )
+        )
+    )
     bounds = {
         i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
         for i, b in data.bounds.items()
     }
-    task = Task(task.target, *ends, task.var_mask)  # pyright: ignore
-    return data._replace(low=both[0], high=both[1], task=task, bounds=bounds)
+    task = task_of(data.units, low, high, which, data.target)
+    return data._replace(low=low, high=high, task=task, bounds=bounds)
 
 
 def within(data: Experience, constraints: Sequence[str]) -> Experience:
@@ -92,20 +90,25 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
     for text in constraints:
         where, parts = f"--constraint '{text}'", re.split("(<=|>=|=)", text, maxsplit=1)
         total = number_of(parts[-1].strip(), False)[0]
-        bad = len(parts) < 3 or not parts[0].strip() or np.isnan(total)
-        refuse(told((bad, f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'")))
+        refuse(
+            told(
+                (
+                    len(parts) < 3 or not parts[0].strip() or np.isnan(total),
+                    f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
+                )
+            )
+        )
         factors = np.zeros(len(usual))
         for part in re.findall(r"[-+]?[^-+]+", parts[0]):
             term = TERM.fullmatch(part)
             if term is None:
                 raise DataError(f"{where}: '{part.strip()}' is not a number times a variable")
             factors[index_of(term[3], data, where)] += float(f"{term[1]}{term[2] or 1}")
-        used, equal, below = factors != 0, parts[1] == "=", parts[1] == "<="
-        # of each variable alone, NaN for those that the limit does not name
+        # of each variable alone, others being as usual; NaN for those that the limit does not name
         rest = total - factors @ usual + factors * usual
-        limit = np.divide(rest, factors, where=used, out=np.full(len(usual), np.nan))
-        kept &= ~(used & equal)
-        upper = (factors > 0) == below
+        limit = np.divide(rest, factors, where=factors != 0, out=np.full(len(usual), np.nan))
+        upper = (factors > 0) == (parts[1] == "<=")
         high = np.fmin(high, np.where(upper, limit, np.nan))
         low = np.fmax(low, np.where(upper, np.nan, limit))
+        kept &= (factors == 0) | (parts[1] != "=")
     return with_ranges(data, low, high, kept, "--constraint") if constraints else data

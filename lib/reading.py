@@ -95,28 +95,49 @@ def read_experiments(
     table = read_table(path)
     notes, problems = table.notes, []
     names = [name for name in table.names if name.lower() != INTERVENED]
-    wanted, variables = find(target, names), f"the variables are {', '.join(names)}"
-    refuse(told((not wanted, f"{path}: no column '{target}' to use as target; {variables}")))
-    refuse(told((not table.rows, f"{path}: no rows below the header: add observations")))
+    wanted = find(target, names)
+    refuse(
+        told(
+            (
+                not wanted,
+                f"{path}: no column '{target}' to use as target; the variables are "
+                f"{', '.join(names)}",
+            ),
+            (not table.rows, f"{path}: no rows below the header: add observations"),
+        )
+    )
     ranges = bounds_by_name(bounds, names, problems)
     columns = columns_of(table, path, wanted, notes, problems)
     flags, unusable = settings_of(table, path, columns, ranges, wanted, notes, problems)
-    known = wanted in [c.name for c in columns]
-    refuse(
-        problems
-        + told((not known, f"{path}, column '{wanted}': holds no numbers: give the outcomes"))
+    problems += told(
+        (
+            wanted not in [c.name for c in columns],
+            f"{path}, column '{wanted}': holds no numbers: give the outcomes",
+        )
     )
+    refuse(problems)
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, np.array(table.lines))
     rows, pending = with_outcome(rows, unusable, wanted, notes)
     rows = without_gaps(without_strays(rows, wanted, notes), wanted, ranges, notes)
-    few = f"{len(rows.lines)} rows can be used, at least {MIN_OBSERVATIONS} are needed"
-    why = "; ".join(notes) or "add observations"
-    refuse(told((len(rows.lines) < MIN_OBSERVATIONS, f"{path}: {few}: {why}")))
+    refuse(
+        told(
+            (
+                len(rows.lines) < MIN_OBSERVATIONS,
+                f"{path}: {len(rows.lines)} rows can be used, at least {MIN_OBSERVATIONS} are "
+                f"needed: {'; '.join(notes) or 'add observations'}",
+            )
+        )
+    )
     rows = as_design(varied(rows, wanted, ranges, notes), notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
-    vary = wanted in found and len(found) > 1
-    why = f"'{wanted}' and another column must vary: {'; '.join(notes)}"
-    refuse(told((not vary, f"{path}: {why}")))
+    refuse(
+        told(
+            (
+                wanted not in found or len(found) < 2,
+                f"{path}: '{wanted}' and another column must vary: {'; '.join(notes)}",
+            )
+        )
+    )
     at = found.index(wanted)
     logs = in_logarithms(rows, ranges, wanted, scale, notes)
     units = Units.of(values, rows.observed, np.array([c.digits for c in rows.columns]), logs)
@@ -128,21 +149,20 @@ def read_experiments(
             for r, i in np.argwhere(units.far(values))
         ]
     )
-    counts = np.array([len(set(np.sign(np.diff(x)))) == 1 for x in values.T])
-    counts &= [not c.source and c.name not in (wanted, *ranges) for c in rows.columns]
-    counts &= ~rows.flags.any(0)
+    free = np.array([not c.source and c.name != wanted for c in rows.columns])
+    counts = free & ~rows.flags.any(0) & [name not in ranges for name in found]
+    counts &= [len(set(np.sign(np.diff(x)))) == 1 for x in values.T]
     notes += [
         f"'{found[i]}': counts along the rows, so it is no setting" for i in np.flatnonzero(counts)
     ]
-    settable = np.array([not c.source and c.name != wanted for c in rows.columns]) & ~counts
-    notes += order_of_rows(rows, at) + sums_of_settings(rows, settable)
+    notes += order_of_rows(rows, at) + sums_of_settings(rows, free & ~counts)
     planned = [
         (found.index(name), units.one(found.index(name)).deviations(value).item())
         for name, value in pending
         if name in found
     ]
     bounded = {i: ranges[name] for i, name in enumerate(found) if name in ranges}
-    low, high, task = ranges_of(rows, units, settable, bounded, at, path)
+    low, high, task = ranges_of(rows, units, free & ~counts, bounded, at, path)
     deviations = jnp.asarray(units.deviations(values))
     return Experience(
         names=found,
@@ -172,20 +192,27 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
         if name.lower() == INTERVENED or not words:
             notes += told((name.lower() != INTERVENED, f"'{name}': empty, left out"))
         elif 2 * known.sum() >= len(words):
-            several = f"{path}, column '{name}': numbers with several units ({', '.join(kinds)})"
-            problems += told((len(kinds) > 1, f"{several}: write them in one"))
+            problems += told(
+                (
+                    len(kinds) > 1,
+                    f"{path}, column '{name}': numbers with several units ({', '.join(kinds)}): "
+                    "write them in one",
+                )
+            )
             code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells]) & known
             rest = values[known & ~code]
             if len(rest):
                 code &= np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
-            for which, meaning in (
-                (there & ~known, "is no number, read as missing"),
-                (code, "stands for no value, read as missing"),
-                (limits & known, "is a limit, read as its end"),
-            ):
-                lines = rows_in_words(list(itertools.compress(table.lines, which)))
-                said = f"'{name}': {lines}: '{cells[int(which.argmax())]}' {meaning}"
-                notes += told((which.any(), said))
+            notes += [
+                f"'{name}': {rows_in_words(list(itertools.compress(table.lines, which)))}: "
+                f"'{cells[int(which.argmax())]}' {meaning}"
+                for which, meaning in (
+                    (there & ~known, "is no number, read as missing"),
+                    (code, "stands for no value, read as missing"),
+                    (limits & known, "is a limit, read as its end"),
+                )
+                if which.any()
+            ]
             numbers = np.where(known & ~code, values, np.nan)
             finest = int(digits[known & ~code].max(initial=-99))
             columns.append(Column(name, numbers, finest, "".join(kinds[:1])))
@@ -211,22 +238,25 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
     stars = np.array([cell == "*" for cell in cells])
     marks = {cell.lower() for cell in cells} <= NOT_SET | SET
     settable = np.array([c.name != target and (not ranges or c.name in ranges) for c in columns])
-    flags, unusable = np.outer(stars, settable), np.zeros(len(cells), bool)
+    flags = np.outer(stars, settable)
     if marks and usual.any() and not usual.all() and settable.any():
         settings = np.stack([c.values for c in itertools.compress(columns, settable)], axis=1)
         flags[:, settable] = knobs(settings, usual) & ~usual[:, None]
         notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
-    if marks:
-        unusable = ~usual & ~flags.any(1)
+    unusable = ~usual & ~flags.any(1) & marks
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
         parts = cells[r].split(";")
         if len(parts) == 1 and not find(cells[r], names):
             parts = re.split(r"[+|,]", cells[r])
         for name in filter(None, map(str.strip, parts)):
             acted = find(name.removesuffix("?").strip(), names)
-            where = f"{path}, row {table.lines[r]}, column '{INTERVENED}'"
-            said = f"{where}: '{name}' is not a column; the variables are {', '.join(names)}"
-            problems += told((not acted, said))
+            problems += told(
+                (
+                    not acted,
+                    f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is not a "
+                    f"column; the variables are {', '.join(names)}",
+                )
+            )
             unusable[r] |= name.endswith("?") and name != acted
             flags[r] |= [
                 acted == c.name or (acted == c.source and c.values[r] == 1) for c in columns
@@ -241,10 +271,10 @@ def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
     `[rows, columns]`.
     """
     middle, spread = np.nanmedian(values[usual], 0), np.nanstd(values[usual], 0)
-    away = np.abs(values - middle) / np.maximum(spread, 1e-9 * (1 + np.abs(middle)))
-    away = np.nan_to_num(away)
+    far = np.abs(values - middle) / np.maximum(spread, 1e-9 * (1 + np.abs(middle)))
+    away = np.nan_to_num(far)
     ranked = np.sort(np.pad(away, ((0, 0), (1, 0))), axis=1)
-    return (away > 1.5) & (away > 1.3 * ranked[:, -2:-1]) & (away == ranked[:, -1:])
+    return (away == ranked[:, -1:]) & (away > np.maximum(1.5, 1.3 * ranked[:, -2:-1]))
 
 
 def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], target: int, path):
@@ -252,29 +282,40 @@ def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], targ
     that bounds list, or else what a variable was set to, or else what was seen of it. A single
     possible value is looked at with a little around it.
     """
-    values, index = rows.values, np.arange(len(rows.columns))
-    tried = rows.flags | ~rows.flags.any(0)
-    low = values.min(0, where=tried, initial=np.inf)
-    high = values.max(0, where=tried, initial=-np.inf)
+    names, tried = [c.name for c in rows.columns], rows.flags | ~rows.flags.any(0)
+    low = rows.values.min(0, where=tried, initial=np.inf)
+    high = rows.values.max(0, where=tried, initial=-np.inf)
     for i, bound in bounds.items():
         low[i], high[i] = bound.low, bound.high
-    far = units.far(low) | units.far(high)
-    which = (np.isin(index, list(bounds)) if bounds else settable) & (index != target)
-    names = [c.name for c in rows.columns]
-    one = f"give one besides '{names[target]}' a range"
     refuse(
         [
             f"{bound.where}: the range of '{names[i]}' ends more than {FARTHEST_VALUE:,.0f} "
             "deviations from what was observed: check its unit"
             for i, bound in bounds.items()
-            if far[i]
+            if units.far(np.array([low, high]))[:, i].any()
         ]
-        or told((not which.any(), f"{path}: no variable may be intervened on: {one}"))
     )
+    which = np.array([i in bounds and i != target for i in range(len(names))])
+    refuse(
+        told(
+            (
+                not np.any(which if bounds else settable),
+                f"{path}: no variable may be intervened on: give one besides '{names[target]}' a "
+                "range",
+            )
+        )
+    )
+    return low, high, task_of(units, low, high, which if bounds else settable, target)
+
+
+def task_of(units: Units, low: np.ndarray, high: np.ndarray, which: np.ndarray, target) -> Task:
+    """What an experimenter may do, in deviations: set the variables of `which[vars]` from `low` to
+    `high`, in the columns' own units. A single possible value is looked at with a little around it.
+    """
     around = np.where(low == high, ONE_VALUE, 0.0)
-    ends = units.deviations(low) - around, units.deviations(high) + around
-    first, last = jnp.asarray(np.where(which, ends, 0.0), jnp.float32)
-    return low, high, Task(jnp.array(target), first, last, jnp.ones(len(index), bool))
+    ends = np.where(which, [units.exact(low) - around, units.exact(high) + around], 0.0)
+    first, last = jnp.asarray(ends, jnp.float32)
+    return Task(jnp.array(target), first, last, jnp.ones(len(low), bool))
 
 
 def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
@@ -287,8 +328,15 @@ def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
         bound = ranges.get(column.name)
         low, high = (bound.low, bound.high) if bound else np.quantile(seen, [0.02, 0.98])
         said = scale if column.name == target else bound and bound.scale
-        least, known = min(seen.min(), low), f"'{column.name}': has values of 0 or below"
-        refuse(told((said == "log" and least <= 0, f"{known}, no scale of logarithms")))
+        least = min(seen.min(), low)
+        refuse(
+            told(
+                (
+                    said == "log" and least <= 0,
+                    f"'{column.name}': has values of 0 or below, no scale of logarithms",
+                )
+            )
+        )
         decades = least > 0 and high >= 100 * low and not column.source
         skewed = decades and np.median(seen) < low + 0.1 * (high - low)
         logs.append(said == "log" or (said != "linear" and bool(skewed)))

@@ -87,10 +87,7 @@ def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
     match = NUMBER.fullmatch(cell)
     limit, digits, unit = match.group("limit", "digits", "unit") if match else ("", "", "")
     text = plain(digits, comma)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(Decimal(text, Context(traps=[])))  # NaN where that is no number, as `1.2.3`
     usable = abs(value) <= 1e30  # no unit of anything is larger
     return value if usable else math.nan, decimals(text), unit or "", bool(limit)
 
@@ -100,7 +97,7 @@ def decimals(number: str) -> int:
     more.
     """
     exponent = Decimal(number, Context(traps=[])).as_tuple().exponent
-    # no int: an exponent of twenty digits, where float64 has read zero
+    # no int: no number, or an exponent of twenty digits
     return -exponent if isinstance(exponent, int) else 0
 
 
@@ -138,15 +135,14 @@ def read_table(path: Path, strict: bool = False) -> Table:
     filled = [(line, row) for line, row in found if any(row) and not row[0].startswith("#")]
     refuse(told((not filled, f"{path}: empty: the first row names the columns")))
     (header_line, header), rows = filled[0], filled[1:]
-    matches = [NUMBER.fullmatch(cell) for _, row in rows for cell in row]
+    matches = (match for _, row in rows for match in map(NUMBER.fullmatch, row))
     numbers = [match["digits"] for match in matches if match]
     commas = [x for x in numbers if "," in x and "." not in x]
     points = any("." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers)
     # between commas, those of numbers in quotes are thousands where all could be
     decimal = [x for x in commas if delimiter != "," or not re.fullmatch(THOUSANDS % ",", x)]
     comma = bool(decimal) and not points
-    others = [i for i, (_, row) in enumerate(rows, 1) if strict or not is_summary(row)]
-    last = max(others, default=0)
+    last = max((i for i, (_, row) in enumerate(rows, 1) if strict or not sums(row)), default=0)
     rows, footer = rows[:last], rows[last:]
     numeric = [
         any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
@@ -157,25 +153,26 @@ def read_table(path: Path, strict: bool = False) -> Table:
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
     rows = [(line, row if any(row[width:]) else row[:width]) for line, row in rows]
     ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != width]
-    where = f"{path}, row {header_line}, column name"
-    problems = [
-        f"{path}, {one} cells, but the header has {width} columns: complete the row, or name every "
-        "column"
-        for one in ragged
-        if strict or len(ragged) > 0.1 * len(rows)
-    ]
-    problems += [
-        f"{where} '{name}' is used twice: name every column once"
-        for i, name in enumerate(header)
-        if name in header[:i]
-    ]
-    problems += [
-        f"{where} '{name}' holds ';', which separates variables that were set together: rename the "
-        "column"
-        for name in header
-        if ";" in name
-    ]
-    refuse(problems)
+    where, many = f"{path}, row {header_line}, column name", len(ragged) > 0.1 * len(rows)
+    refuse(
+        [
+            f"{path}, {one} cells, but the header has {width} columns: complete the row, or name "
+            "every column"
+            for one in ragged
+            if strict or many
+        ]
+        + [
+            f"{where} '{name}' is used twice: name every column once"
+            for i, name in enumerate(header)
+            if name in header[:i]
+        ]
+        + [
+            f"{where} '{name}' holds ';', which separates variables that were set together: rename "
+            "the column"
+            for name in header
+            if ";" in name
+        ]
+    )
     notes = told(
         (comments, f"{rows_in_words(comments)}: read as comments"),
         (commas, f"commas in numbers: read as {'decimal commas' if comma else 'thousands'}"),
@@ -187,7 +184,7 @@ def read_table(path: Path, strict: bool = False) -> Table:
     return Table(header, [line for line, _ in rows], [row for _, row in rows], comma, notes)
 
 
-def is_summary(row: list[str]) -> bool:
+def sums(row: list[str]) -> bool:
     """Whether the first filled cell says that a row is the mean, the sum, ... of those above."""
     return bool(SUMMARY.fullmatch(next(filter(None, row))))
 
@@ -207,14 +204,20 @@ def read_bounds(path: Path) -> list[Bound]:
     """
     table, found, problems = read_table(path, strict=True), [], []
     columns, known = [name.lower() for name in table.names], list(COLUMNS)
-    header = f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high"
-    fits = columns[:3] == known[:3] and set(columns[3:]) <= set(known[3:])
-    refuse(told((not fits, f"{header} and, if need be, {', '.join(sorted(known[3:]))}")))
+    refuse(
+        told(
+            (
+                columns[:3] != known[:3] or set(columns[3:]) - set(known[3:]),
+                f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high "
+                f"and, if need be, {', '.join(sorted(known[3:]))}",
+            )
+        )
+    )
     for line, row in zip(table.lines, table.rows, strict=True):
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
         scale, where = cells["scale"].lower(), f"{path}, row {line}"
         numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
-        levels = filter(None, re.split(r"[;|\s]+", cells["levels"]))
+        levels = re.findall(r"[^;|\s]+", cells["levels"])
         numbers |= {f"levels {level}": level for level in levels}
         read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
         low, high, step, cost, *values = read.values()
@@ -238,7 +241,7 @@ def read_bounds(path: Path) -> list[Bound]:
         if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
             count = math.floor((high - low) / (step or 1.0) + 1e-9) + 1
             values = (low + step * np.arange(count)).tolist()
-        values = tuple(sorted(value for value in values if low <= value <= high))
+        values = tuple(sorted(x for x in values if low <= x <= high))
         found.append(Bound(cells["variable"], low, high, values, scale, cost, where))
     refuse(problems)
     return found
