@@ -131,19 +131,21 @@ def suggest(config: Suggest) -> dict:
     """
     bounds = read_bounds(config.bounds) if config.bounds else ()
     data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    count = len(data.names)
-    if count > BUCKETS[-1]:
+    if len(data.names) > BUCKETS[-1]:
         raise DataError(
-            f"{config.data}: {count} variables, at most {BUCKETS[-1]} are supported: leave out "
-            "columns that cannot matter"
+            f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
+            "leave out columns that cannot matter"
         )
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
     candidates = np.asarray(data.task.candidates)
-    costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
-    system = TrainedACBOSystem.load(config.system)
-    deployed = deploy_trained_system(system, DeploymentConfig(config.objective or "min"))
+    costs = np.array(
+        [data.bounds[i].cost if i in data.bounds else 1.0 for i in range(len(candidates))]
+    )
+    deployed = deploy_trained_system(
+        TrainedACBOSystem.load(config.system), DeploymentConfig(config.objective or "min")
+    )
 
     def ask(buffer: ExperienceBuffer):
         asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))

@@ -46,18 +46,16 @@ def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
     """The answer, with the experiment of the largest gain per cost `[vars]` a step of the grid away
     from those that are `ahead`, if costs differ or its own is one of those.
     """
-    variable, value = asked.experiment
-    distance = [(i, np.abs(asked.grid[i] - x), np.ptp(asked.grid[i][:2])) for i, x in ahead]
-    taken = np.zeros(asked.gain.shape, bool)
-    for i, away, step in distance:
-        taken[i] |= away <= 1.01 * step
-    own = np.abs(asked.grid[variable] - value).argmin()
-    if not taken[variable, own] and (costs == costs[0]).all():
+    (variable, value), grid, count = asked.experiment, asked.grid, len(costs)
+    taken = np.zeros(grid.shape, bool)
+    for i, x in ahead:
+        taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
+    own = taken[variable, np.abs(grid[variable] - value).argmin()]
+    if not own and (costs == costs[0]).all():
         return asked
-    count = len(costs)
     free = candidates[:, None] & ~taken[:count]
     worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
-    return asked._replace(experiment=largest(asked.grid, worth))
+    return asked._replace(experiment=largest(grid, worth))
 
 
 def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
@@ -66,8 +64,7 @@ def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any
     """
     flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
     own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen] & (chosen >= 0))[:MOST_TRIED]
-    rows = np.arange(len(flags))
-    others = [int(ask(data.buffer.only(jnp.asarray(rows != row))).action[0]) for row in own]
+    others = [int(ask(data.buffer.only(jnp.arange(len(flags)) != row)).action[0]) for row in own]
     return [
         f"without row {data.lines[row]} the recommendation would be to set {data.names[other]}: "
         "look at that row"
@@ -81,13 +78,11 @@ def toward(said, goal: float, candidates: np.ndarray):
     mean is nearest, unless doing nothing is as near, and the experiment that is expected to bring
     it the most nearer.
     """
-    nodes = ndtri((np.arange(64) + 0.5) / 64)
-    std = (said.high - said.low) / 3.29
-    away = np.abs(said.mean[..., None] + std[..., None] * nodes - goal)
+    nodes = ndtri((np.arange(64) + 0.5) / 64) / 3.29  # in widths of a band of 90 %
+    away = np.abs(said.mean[..., None] + (said.high - said.low)[..., None] * nodes - goal)
     allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
     idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
-    near = np.where(allowed, miss, np.inf)
-    i, b = np.unravel_index(near.argmin(), near.shape)
+    i, b = np.unravel_index(np.where(allowed, miss, np.inf).argmin(), miss.shape)
     pays = away[i, b].mean() < idle
     action, best = ((i, said.grid[i, b]), miss[i, b]) if pays else ((-1, 0.0), idle)
     gain = np.where(allowed, np.maximum(best - away, 0.0).mean(-1), 0.0)
@@ -103,8 +98,7 @@ def in_own_units(config, data, said, following) -> dict:
     # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
     most = 6 - np.floor(np.log10(units.spread)).astype(int)
     digits = np.where(units.logs, units.digits, np.minimum(units.digits, most)).tolist()
-
-    places = digits[target] + 2  # or a narrow band would be rounded away
+    places = digits[target] + 2  # of predictions, or a narrow band would be rounded away
 
     def outcomes(*numbers) -> dict:
         """Mean and band of the target, within what it can be; of logarithms, the median."""
@@ -125,9 +119,10 @@ def in_own_units(config, data, said, following) -> dict:
         """
         unit, bound = units.one(int(i)), data.bounds.get(int(i))
         raw = unit.raw(value).clip(low[i], high[i]).item()
-        fitting = (x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
-        possible = bound.values if bound else ()
-        written = min(possible or [next(fitting)], key=lambda x: abs(x - raw))
+        if bound and bound.values:
+            written = min(bound.values, key=lambda x: abs(x - raw))
+        else:
+            written = next(x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
         at = unit.exact(written).item()
         curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
         return {"settings": {names[i]: written}, **outcomes(*curves)}
@@ -157,8 +152,8 @@ def in_own_units(config, data, said, following) -> dict:
         """The next experiment of an answer, what it is expected to gain, and why."""
         tried, value = asked.experiment
         gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
-        why = {"expected_gain": gained(gain), "reason": REASONS[asked.experiment == said.action]}
-        return effect(tried, value) | why
+        reason = REASONS[asked.experiment == said.action]
+        return effect(tried, value) | {"expected_gain": gained(gain), "reason": reason}
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)

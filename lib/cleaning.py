@@ -148,8 +148,8 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
-    needed = np.array([c.name == target or c.name in ranges for c in rows.columns])
-    sparse = (np.isnan(rows.values).mean(0) > MOST_MISSING) & ~needed & ~rows.flags.any(0)
+    spare = [c.name != target and c.name not in ranges for c in rows.columns]
+    sparse = (np.isnan(rows.values).mean(0) > MOST_MISSING) & ~rows.flags.any(0) & spare
     notes += [
         f"'{c.name}': more than a quarter of its cells are missing, left out"
         for c in itertools.compress(rows.columns, sparse)
@@ -159,10 +159,8 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     gaps = missing.any(1)
     plenty = (observed & ~gaps).sum() >= max(MIN_OBSERVATIONS, 0.6 * observed.sum())
     out = gaps & observed & plenty
-    done = (out, "left out"), (gaps & ~out, "the column's median stands in for them")
-    notes += told(
-        *((which.any(), f"cells missing in {rows.words(which)}: {what}") for which, what in done)
-    )
+    for which, done in ((out, "left out"), (gaps & ~out, "the column's median stands in for them")):
+        notes += told((which.any(), f"cells missing in {rows.words(which)}: {done}"))
     values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
     return rows._replace(values=values).only(~out)
 
@@ -249,6 +247,6 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
     weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
     alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
     fixed = lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1
-    names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
     total = values[:, parts].sum(1).mean()
+    names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
     return told((fixed, f"{names} always sum to {total:.4g}: one of them cannot be set alone"))

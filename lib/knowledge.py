@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.reading import Experience, task_of
-from lib.table import DataError, find, number_of, read_table, refuse, told
+from lib.table import DataError, demand, find, number_of, read_table, refuse
 
 
 Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, and that are none
@@ -19,8 +19,8 @@ TERM = re.compile(r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*([^\s*+-].*?)\s*
 def index_of(name: str, data: Experience, where: str) -> int:
     """A variable beside the target; `DataError` for any other name."""
     others = [one for i, one in enumerate(data.names) if i != data.target]
-    found, variables = find(name, others), f"the variables {', '.join(others)}"
-    refuse(told((not found, f"{where}: '{name}' is none of {variables}")))
+    found = find(name, others)
+    demand(found, f"{where}: '{name}' is none of the variables {', '.join(others)}")
     return data.names.index(found)
 
 
@@ -37,8 +37,8 @@ def known_edges(
     forbidden = {index_of(name, data, "--forbid") for name in forbid}
     if tiers:
         table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
-        fits = [name.lower() for name in table.names] == ["variable", "tier"]
-        refuse(told((not fits, f"{tiers}, row 1: write variable,tier")))
+        columns = [name.lower() for name in table.names]
+        demand(columns == ["variable", "tier"], f"{tiers}, row 1: write variable,tier")
         tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
         refuse(
             [
@@ -47,13 +47,13 @@ def known_edges(
                 for line, (name, cell) in zip(table.lines, table.rows, strict=True)
                 if not find(name, names) or np.isnan(number_of(cell, table.comma)[0])
             ]
-            or told((target not in tier, f"{tiers}: '{target}' is not listed: give its tier"))
         )
+        demand(target in tier, f"{tiers}: '{target}' is not listed: give its tier")
         later = np.array([tier.get(name, tier[target]) > tier[target] for name in names])
         forbidden |= set(np.flatnonzero(later).tolist())
         data = with_ranges(data, data.low, data.high, ~later, f"{tiers}")
     both = ", ".join(data.names[i] for i in sorted(forbidden.intersection(required)))
-    refuse(told((both, f"--require: {both}: cannot be parents and none: leave out one")))
+    demand(not both, f"--require: {both}: cannot be parents and none: leave out one")
     return data, (required, tuple(sorted(forbidden)))
 
 
@@ -62,14 +62,7 @@ def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
     that are `kept` and had one; `DataError` if there is none.
     """
     which = np.asarray(data.task.candidates) & kept & (low <= high)
-    refuse(
-        told(
-            (
-                not which.any(),
-                f"{where}: forbids every single setting: there is nothing to suggest",
-            )
-        )
-    )
+    demand(which.any(), f"{where}: forbids every single setting: there is nothing to suggest")
     bounds = {
         i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
         for i, b in data.bounds.items()
@@ -90,13 +83,9 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
     for text in constraints:
         where, parts = f"--constraint '{text}'", re.split("(<=|>=|=)", text, maxsplit=1)
         total = number_of(parts[-1].strip(), False)[0]
-        refuse(
-            told(
-                (
-                    len(parts) < 3 or not parts[0].strip() or np.isnan(total),
-                    f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
-                )
-            )
+        demand(
+            len(parts) == 3 and parts[0].strip() and not np.isnan(total),
+            f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
         )
         factors = np.zeros(len(usual))
         for part in re.findall(r"[-+]?[^-+]+", parts[0]):

@@ -29,6 +29,7 @@ from lib.table import (
     Bound,
     Table,
     bounds_by_name,
+    demand,
     find,
     number_of,
     read_table,
@@ -96,16 +97,11 @@ def read_experiments(
     notes, problems = table.notes, []
     names = [name for name in table.names if name.lower() != INTERVENED]
     wanted = find(target, names)
-    refuse(
-        told(
-            (
-                not wanted,
-                f"{path}: no column '{target}' to use as target; the variables are "
-                f"{', '.join(names)}",
-            ),
-            (not table.rows, f"{path}: no rows below the header: add observations"),
-        )
+    demand(
+        wanted,
+        f"{path}: no column '{target}' to use as target; the variables are {', '.join(names)}",
     )
+    demand(table.rows, f"{path}: no rows below the header: add observations")
     ranges = bounds_by_name(bounds, names, problems)
     columns = columns_of(table, path, wanted, notes, problems)
     flags, unusable = settings_of(table, path, columns, ranges, wanted, notes, problems)
@@ -119,24 +115,16 @@ def read_experiments(
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, np.array(table.lines))
     rows, pending = with_outcome(rows, unusable, wanted, notes)
     rows = without_gaps(without_strays(rows, wanted, notes), wanted, ranges, notes)
-    refuse(
-        told(
-            (
-                len(rows.lines) < MIN_OBSERVATIONS,
-                f"{path}: {len(rows.lines)} rows can be used, at least {MIN_OBSERVATIONS} are "
-                f"needed: {'; '.join(notes) or 'add observations'}",
-            )
-        )
+    demand(
+        len(rows.lines) >= MIN_OBSERVATIONS,
+        f"{path}: {len(rows.lines)} rows can be used, at least {MIN_OBSERVATIONS} are needed: "
+        + ("; ".join(notes) or "add observations"),
     )
     rows = as_design(varied(rows, wanted, ranges, notes), notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
-    refuse(
-        told(
-            (
-                wanted not in found or len(found) < 2,
-                f"{path}: '{wanted}' and another column must vary: {'; '.join(notes)}",
-            )
-        )
+    demand(
+        wanted in found and len(found) > 1,
+        f"{path}: '{wanted}' and another column must vary: {'; '.join(notes)}",
     )
     at = found.index(wanted)
     logs = in_logarithms(rows, ranges, wanted, scale, notes)
@@ -163,11 +151,14 @@ def read_experiments(
     ]
     bounded = {i: ranges[name] for i, name in enumerate(found) if name in ranges}
     low, high, task = ranges_of(rows, units, free & ~counts, bounded, at, path)
-    deviations = jnp.asarray(units.deviations(values))
     return Experience(
         names=found,
         target=at,
-        buffer=ExperienceBuffer(deviations, jnp.asarray(rows.flags), jnp.ones(len(values), bool)),
+        buffer=ExperienceBuffer(
+            jnp.asarray(units.deviations(values)),
+            jnp.asarray(rows.flags),
+            jnp.ones(len(values), bool),
+        ),
         task=task,
         units=units,
         low=low,
@@ -245,9 +236,8 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
         notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
     unusable = ~usual & ~flags.any(1) & marks
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
-        parts = cells[r].split(";")
-        if len(parts) == 1 and not find(cells[r], names):
-            parts = re.split(r"[+|,]", cells[r])
+        several = ";" in cells[r] or find(cells[r], names)
+        parts = re.split(";" if several else r"[+|,]", cells[r])
         for name in filter(None, map(str.strip, parts)):
             acted = find(name.removesuffix("?").strip(), names)
             problems += told(
@@ -270,9 +260,9 @@ def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """Which column of `values[rows, columns]` left its usual value in each row, if one stands out
     `[rows, columns]`.
     """
-    middle, spread = np.nanmedian(values[usual], 0), np.nanstd(values[usual], 0)
-    far = np.abs(values - middle) / np.maximum(spread, 1e-9 * (1 + np.abs(middle)))
-    away = np.nan_to_num(far)
+    middle = np.nanmedian(values[usual], 0)
+    spread = np.maximum(np.nanstd(values[usual], 0), 1e-9 * (1 + np.abs(middle)))
+    away = np.nan_to_num(np.abs(values - middle) / spread)
     ranked = np.sort(np.pad(away, ((0, 0), (1, 0))), axis=1)
     return (away == ranked[:, -1:]) & (away > np.maximum(1.5, 1.3 * ranked[:, -2:-1]))
 
@@ -282,30 +272,26 @@ def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], targ
     that bounds list, or else what a variable was set to, or else what was seen of it. A single
     possible value is looked at with a little around it.
     """
-    names, tried = [c.name for c in rows.columns], rows.flags | ~rows.flags.any(0)
+    tried, name = rows.flags | ~rows.flags.any(0), rows.columns[target].name
     low = rows.values.min(0, where=tried, initial=np.inf)
     high = rows.values.max(0, where=tried, initial=-np.inf)
     for i, bound in bounds.items():
         low[i], high[i] = bound.low, bound.high
     refuse(
         [
-            f"{bound.where}: the range of '{names[i]}' ends more than {FARTHEST_VALUE:,.0f} "
-            "deviations from what was observed: check its unit"
+            f"{bound.where}: the range of '{rows.columns[i].name}' ends more than "
+            f"{FARTHEST_VALUE:,.0f} deviations from what was observed: check its unit"
             for i, bound in bounds.items()
             if units.far(np.array([low, high]))[:, i].any()
         ]
     )
-    which = np.array([i in bounds and i != target for i in range(len(names))])
-    refuse(
-        told(
-            (
-                not np.any(which if bounds else settable),
-                f"{path}: no variable may be intervened on: give one besides '{names[target]}' a "
-                "range",
-            )
-        )
+    if bounds:
+        settable = np.array([i in bounds and i != target for i in range(len(low))])
+    demand(
+        settable.any(),
+        f"{path}: no variable may be intervened on: give one besides '{name}' a range",
     )
-    return low, high, task_of(units, low, high, which if bounds else settable, target)
+    return low, high, task_of(units, low, high, settable, target)
 
 
 def task_of(units: Units, low: np.ndarray, high: np.ndarray, which: np.ndarray, target) -> Task:
@@ -329,17 +315,13 @@ def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
         low, high = (bound.low, bound.high) if bound else np.quantile(seen, [0.02, 0.98])
         said = scale if column.name == target else bound and bound.scale
         least = min(seen.min(), low)
-        refuse(
-            told(
-                (
-                    said == "log" and least <= 0,
-                    f"'{column.name}': has values of 0 or below, no scale of logarithms",
-                )
-            )
+        demand(
+            said != "log" or least > 0,
+            f"'{column.name}': has values of 0 or below, no scale of logarithms",
         )
         decades = least > 0 and high >= 100 * low and not column.source
-        skewed = decades and np.median(seen) < low + 0.1 * (high - low)
-        logs.append(said == "log" or (said != "linear" and bool(skewed)))
+        skewed = np.median(seen) < low + 0.1 * (high - low)
+        logs.append(bool(said == "log" or (said != "linear" and decades and skewed)))
         notes += told((logs[-1], f"'{column.name}': worked in logarithms ({low:g} to {high:g})"))
     return np.array(logs)
 

@@ -18,8 +18,15 @@ NUMBER = re.compile(
     re.IGNORECASE,
 )
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
-COLUMNS = {"variable": "", "low": "", "high": ""}
-COLUMNS |= {"step": "0", "levels": "", "scale": "", "cost": "1"}
+COLUMNS = {
+    "variable": "",
+    "low": "",
+    "high": "",
+    "step": "0",
+    "levels": "",
+    "scale": "",
+    "cost": "1",
+}
 MOST_STEPS = 10_000  # of a range: more are as good as none
 THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
 SUMMARY = re.compile(
@@ -39,10 +46,15 @@ def told(*cases: tuple[object, str]) -> list[str]:
     return [sentence for holds, sentence in cases if holds]
 
 
+def demand(fits: object, otherwise: str) -> None:
+    """Raise `DataError` with what is `otherwise` wrong, unless it `fits`."""
+    if not fits:
+        raise DataError(otherwise)
+
+
 def refuse(problems: list[str]) -> None:
     """Raise `DataError` with a line for each problem, if there is one."""
-    if problems:
-        raise DataError("\n".join(problems))
+    demand(not problems, "\n".join(problems))
 
 
 class Table(NamedTuple):
@@ -133,7 +145,7 @@ def read_table(path: Path, strict: bool = False) -> Table:
         ) from None
     comments = [line for line, row in found if row and row[0].startswith("#")]
     filled = [(line, row) for line, row in found if any(row) and not row[0].startswith("#")]
-    refuse(told((not filled, f"{path}: empty: the first row names the columns")))
+    demand(filled, f"{path}: empty: the first row names the columns")
     (header_line, header), rows = filled[0], filled[1:]
     matches = (match for _, row in rows for match in map(NUMBER.fullmatch, row))
     numbers = [match["digits"] for match in matches if match]
@@ -142,7 +154,12 @@ def read_table(path: Path, strict: bool = False) -> Table:
     # between commas, those of numbers in quotes are thousands where all could be
     decimal = [x for x in commas if delimiter != "," or not re.fullmatch(THOUSANDS % ",", x)]
     comma = bool(decimal) and not points
-    last = max((i for i, (_, row) in enumerate(rows, 1) if strict or not sums(row)), default=0)
+    entries = (
+        i
+        for i, (_, row) in enumerate(rows, 1)
+        if strict or not SUMMARY.fullmatch(next(filter(None, row)))
+    )
+    last = max(entries, default=0)
     rows, footer = rows[:last], rows[last:]
     numeric = [
         any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
@@ -184,11 +201,6 @@ def read_table(path: Path, strict: bool = False) -> Table:
     return Table(header, [line for line, _ in rows], [row for _, row in rows], comma, notes)
 
 
-def sums(row: list[str]) -> bool:
-    """Whether the first filled cell says that a row is the mean, the sum, ... of those above."""
-    return bool(SUMMARY.fullmatch(next(filter(None, row))))
-
-
 def find(name: str, names: Sequence[str]) -> str:
     """The column called `name`, whatever its case and blanks, if there is one alone; else ''."""
     wanted = " ".join(name.lower().split())
@@ -204,14 +216,10 @@ def read_bounds(path: Path) -> list[Bound]:
     """
     table, found, problems = read_table(path, strict=True), [], []
     columns, known = [name.lower() for name in table.names], list(COLUMNS)
-    refuse(
-        told(
-            (
-                columns[:3] != known[:3] or set(columns[3:]) - set(known[3:]),
-                f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high "
-                f"and, if need be, {', '.join(sorted(known[3:]))}",
-            )
-        )
+    demand(
+        columns[:3] == known[:3] and set(columns[3:]) <= set(known[3:]),
+        f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high and, if "
+        f"need be, {', '.join(sorted(known[3:]))}",
     )
     for line, row in zip(table.lines, table.rows, strict=True):
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}

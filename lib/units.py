@@ -64,8 +64,8 @@ class Units(NamedTuple):
         """
         unit = self.one(variable)
         raw = unit.raw(value).item()
-        candidates = rounded(raw, unit.digits.item())
-        return next(x for x in candidates if x == raw or unit.deviations(x) == value)
+        more = rounded(raw, unit.digits.item())
+        return next(x for x in more if x == raw or unit.deviations(x) == value)
 
 
 def rounded(value: float, digits: int) -> Iterator[float]:
