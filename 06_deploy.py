@@ -80,7 +80,6 @@ class Suggest:
     """Also give the whole predicted curve of every variable that can be set (with --json)."""
 
     def __post_init__(self):
-        one = (self.objective is None) != (self.target_value is None)
         refuse(
             told(
                 (
@@ -88,7 +87,10 @@ class Suggest:
                     f"--remaining {self.remaining}: give the experiments that you can "
                     f"still afford, 1 to {MAX_REMAINING}",
                 ),
-                (not one, "give --objective min, --objective max or --target-value, one of them"),
+                (
+                    (self.objective is None) == (self.target_value is None),
+                    "give --objective min, --objective max or --target-value, one of them",
+                ),
                 (
                     not 1 <= self.batch <= MAX_BATCH,
                     f"--batch {self.batch}: give a number from 1 to {MAX_BATCH}",
@@ -155,13 +157,11 @@ def suggest(config: Suggest) -> dict:
         return asked
 
     said = ask(data.buffer)
-    following, ahead = [], list(data.planned)
-    known = imagined(data.buffer, said, ahead, data.target)
-    while len(following) < config.batch:
-        asked = elsewhere(ask(known) if ahead else said, ahead, candidates, costs)
-        known = imagined(known, said, [asked.experiment], data.target)
-        following.append(asked)
-        ahead.append(asked.experiment)
+    following = []
+    for _ in range(config.batch):
+        ahead = [*data.planned, *(asked.experiment for asked in following)]
+        asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
+        following.append(elsewhere(asked, ahead, candidates, costs))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
         raise DataError(
             f"{config.data}: the answer is not finite: look for cells far from the others, and for "

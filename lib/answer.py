@@ -142,9 +142,9 @@ def in_own_units(config, data, said, following) -> dict:
     settable = np.flatnonzero(np.asarray(data.task.candidates))
     goal = config.target_value or 0.0
     cells = worse(said.mean, units.one(target).exact(goal))
-    best = cells.argmin(1)
-    effects = [effect(i, said.grid[i, best[i]]) for i in settable]
-    lowest = min(settable, key=lambda i: cells[i, best[i]])
+    effects = [effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
+    lowest = min(settable, key=lambda i: cells[i].min())
+    better = float(said.better[lowest, cells[lowest].argmin()])
     nothing = outcomes(*said.nothing)
     action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
 
@@ -169,8 +169,7 @@ def in_own_units(config, data, said, following) -> dict:
         "target": names[target],
         "objective": config.objective or "value",
         "nothing": nothing,
-        "recommended_action": action
-        | {"probability_better_than_nothing": round(float(said.better[lowest, best[lowest]]), 3)},
+        "recommended_action": action | {"probability_better_than_nothing": round(better, 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
             "expected_gain": gained(most),

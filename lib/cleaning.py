@@ -17,8 +17,8 @@ POWERS = 10.0 ** np.array([-3, -2, -1, 1, 2, 3])  # a decimal point may slip by
 
 
 class Column(NamedTuple):
-    """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals. Or one
-    for a word in the column `source`, and else zero.
+    """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals. Where the
+    cells of a column `source` are words: one for one of them, zero for all others.
     """
 
     name: str
@@ -50,10 +50,6 @@ class Rows(NamedTuple):
         """Rows in which nothing was set."""
         return np.logical_not(self.flags.any(axis=1))
 
-    def words(self, which: np.ndarray) -> str:
-        """Some of the rows by their numbers."""
-        return rows_in_words(self.lines[which].tolist())
-
 
 def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]):
     """The rows that have one and of which it is known what was set, and the single settings of
@@ -65,7 +61,7 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
         (
             without.any(),
             f"{without.sum()} row{'s' * (int(without.sum()) > 1)} without a result in '{target}' "
-            f"(failed or still pending), left out: {rows.words(without)}",
+            f"(failed or still pending), left out: {rows_in_words(rows.lines[without])}",
         )
     )
     alone = ~(np.isfinite(rows.values) & ~rows.flags).any(1) & (rows.flags.sum(1) == 1)
@@ -160,7 +156,7 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     plenty = (observed & ~gaps).sum() >= max(MIN_OBSERVATIONS, 0.6 * observed.sum())
     out = gaps & observed & plenty
     for which, done in ((out, "left out"), (gaps & ~out, "the column's median stands in for them")):
-        notes += told((which.any(), f"cells missing in {rows.words(which)}: {done}"))
+        notes += told((which.any(), f"cells missing in {rows_in_words(rows.lines[which])}: {done}"))
     values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
     return rows._replace(values=values).only(~out)
 

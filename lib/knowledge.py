@@ -37,8 +37,10 @@ def known_edges(
     forbidden = {index_of(name, data, "--forbid") for name in forbid}
     if tiers:
         table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
-        columns = [name.lower() for name in table.names]
-        demand(columns == ["variable", "tier"], f"{tiers}, row 1: write variable,tier")
+        demand(
+            [name.lower() for name in table.names] == ["variable", "tier"],
+            f"{tiers}, row 1: write variable,tier",
+        )
         tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
         refuse(
             [

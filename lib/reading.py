@@ -112,7 +112,7 @@ def read_experiments(
         )
     )
     refuse(problems)
-    rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, np.array(table.lines))
+    rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, table.lines)
     rows, pending = with_outcome(rows, unusable, wanted, notes)
     rows = without_gaps(without_strays(rows, wanted, notes), wanted, ranges, notes)
     demand(
@@ -195,7 +195,7 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
             if len(rest):
                 code &= np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
             notes += [
-                f"'{name}': {rows_in_words(list(itertools.compress(table.lines, which)))}: "
+                f"'{name}': {rows_in_words(table.lines[which])}: "
                 f"'{cells[int(which.argmax())]}' {meaning}"
                 for which, meaning in (
                     (there & ~known, "is no number, read as missing"),
@@ -204,14 +204,20 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
                 )
                 if which.any()
             ]
-            numbers = np.where(known & ~code, values, np.nan)
-            finest = int(digits[known & ~code].max(initial=-99))
-            columns.append(Column(name, numbers, finest, "".join(kinds[:1])))
+            known &= ~code
+            numbers, finest = np.where(known, values, np.nan), int(digits[known].max(initial=-99))
+            columns.append(Column(name, numbers, finest, next(iter(kinds), "")))
         elif name != target and 1 < len(levels) <= min(MOST_LEVELS, len(words) // 3):
             notes.append(f"'{name}': read as levels ({', '.join(levels)}), which are not set here")
-            for level in levels[len(levels) == 2 :]:  # of two, one says both
-                held = np.where(there, [float(cell == level) for cell in cells], np.nan)
-                columns.append(Column(f"{name} = {level}", held, 0, source=name))
+            columns += [
+                Column(
+                    f"{name} = {level}",
+                    np.where(there, [cell == level for cell in cells], np.nan),
+                    0,
+                    source=name,
+                )
+                for level in levels[len(levels) == 2 :]  # of two, one says both
+            ]
         else:
             notes.append(f"'{name}': text that is no number and no level, left out")
     return columns
@@ -251,8 +257,13 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
             flags[r] |= [
                 acted == c.name or (acted == c.source and c.values[r] == 1) for c in columns
             ]
-    lines = rows_in_words(list(itertools.compress(table.lines, unusable)))
-    notes += told((unusable.any(), f"{lines}: what was set, or to what, is not told: left out"))
+    notes += told(
+        (
+            unusable.any(),
+            f"{rows_in_words(table.lines[unusable])}: what was set, or to what, is not told: left "
+            "out",
+        )
+    )
     return flags, unusable
 
 

@@ -61,7 +61,7 @@ class Table(NamedTuple):
     """Cells of a file, stripped: the header, and rows with their line numbers."""
 
     names: list[str]
-    lines: list[int]
+    lines: np.ndarray
     rows: list[list[str]]
     comma: bool  # between a number and its decimals
     notes: list[str]
@@ -113,7 +113,7 @@ def decimals(number: str) -> int:
     return -exponent if isinstance(exponent, int) else 0
 
 
-def rows_in_words(lines: list[int]) -> str:
+def rows_in_words(lines: Sequence[int] | np.ndarray) -> str:
     """`row 5`, or `rows 5, 7, 9, ...`."""
     shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
     return f"row{'s' * (len(lines) > 1)} {shown}"
@@ -154,12 +154,14 @@ def read_table(path: Path, strict: bool = False) -> Table:
     # between commas, those of numbers in quotes are thousands where all could be
     decimal = [x for x in commas if delimiter != "," or not re.fullmatch(THOUSANDS % ",", x)]
     comma = bool(decimal) and not points
-    entries = (
-        i
-        for i, (_, row) in enumerate(rows, 1)
-        if strict or not SUMMARY.fullmatch(next(filter(None, row)))
+    last = max(
+        (
+            i
+            for i, (_, row) in enumerate(rows, 1)
+            if strict or not SUMMARY.fullmatch(next(filter(None, row)))
+        ),
+        default=0,
     )
-    last = max(entries, default=0)
     rows, footer = rows[:last], rows[last:]
     numeric = [
         any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
@@ -198,7 +200,8 @@ def read_table(path: Path, strict: bool = False) -> Table:
         (ragged, f"{', '.join(ragged)} cells for {width} columns: left out"),
     )
     rows = [(line, row) for line, row in rows if len(row) == width]
-    return Table(header, [line for line, _ in rows], [row for _, row in rows], comma, notes)
+    lines = [line for line, _ in rows]
+    return Table(header, np.array(lines), [row for _, row in rows], comma, notes)
 
 
 def find(name: str, names: Sequence[str]) -> str:
@@ -225,8 +228,7 @@ def read_bounds(path: Path) -> list[Bound]:
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
         scale, where = cells["scale"].lower(), f"{path}, row {line}"
         numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
-        levels = re.findall(r"[^;|\s]+", cells["levels"])
-        numbers |= {f"levels {level}": level for level in levels}
+        numbers |= {f"levels {x}": x for x in re.findall(r"[^;|\s]+", cells["levels"])}
         read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
         low, high, step, cost, *values = read.values()
         problems += [
