@@ -7,7 +7,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from lib.buffer import MIN_OBSERVATIONS
-from lib.table import Bound, rows_in_words, told
+from lib.table import Bound, demand, rows_in_words, told
 from lib.units import constant, deviation
 
 
@@ -64,7 +64,7 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
             f"(failed or still pending), left out: {rows_in_words(rows.lines[without])}",
         )
     )
-    alone = ~(np.isfinite(rows.values) & ~rows.flags).any(1) & (rows.flags.sum(1) == 1)
+    alone = rows.flags.sum(1) == 1
     planned = [
         (rows.columns[i].name, rows.values[r, i])
         for r, i in np.argwhere(rows.flags & (without & ~unusable & alone)[:, None])
@@ -87,43 +87,51 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
         for i, r in np.argwhere(stray.T)
     ]
     kept, single, outcome = np.logical_not(stray.any(1)), rows.flags.sum(1) == 1, rows.values[:, at]
+    if not several[at]:
+        return rows.only(kept)
     odd = single & isolated(np.where(kept, outcome, np.nan))
-    slip = slips(outcome, outcome[kept & ~odd])
+    usual = outcome[kept & ~odd]
     for r in np.flatnonzero(odd):
-        i = rows.flags[r].argmax()
-        same = single & ~odd & rows.flags[:, i] & (rows.values[:, i] == rows.values[r, i])
-        kept[r] = not (same.any() or slip[r])
-        why = "what the same experiment gave" if same.any() else "all others, a power of ten"
+        i, value = rows.flags[r].argmax(), rows.values[r]
+        near = np.abs(rows.values[:, i] - value[i]) <= 0.2 * max(np.ptp(rows.values[:, i]), 1e-300)
+        like = single & rows.flags[:, i] & (np.arange(len(odd)) != r)
+        again = outcome[like & ~odd & (rows.values[:, i] == value[i])]
+        powers = np.abs(np.log10(np.abs(outcome[r] / again)))
+        contradicted = (np.abs(powers - np.maximum(powers.round(), 1)) < 0.15).any()
+        confirmed = (like & odd & near).any()
+        slip = slips(outcome[[r]], usual, POWERS[np.abs(np.log10(POWERS)) > 1.5]).any()
+        kept[r] = confirmed or not (contradicted or (slip and not again.size))
+        what = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from"
         notes += told(
-            (
-                not kept[r],
-                f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from {why}, left out",
-            )
+            (not kept[r] and again.size, f"{what} what the same experiment gave, left out"),
+            (not kept[r] and not again.size, f"{what} all others, by powers of ten, left out"),
+            (kept[r] and not confirmed, f"{what} all others: see that it is no typing error"),
         )
     return rows.only(kept)
 
 
 def apart(x: np.ndarray, least: float, gap: float) -> np.ndarray:
-    """Which of `x[samples]` lie outside the rest: at most a twentieth of them, `least` robust
+    """Which of `x[samples]` lie outside the rest: at most one in a hundred, `least` robust
     deviations away and `gap` times as far as the next.
     """
     distance = np.abs(x - np.median(x))
     scale = 1.4826 * np.median(distance) or distance.mean()
-    ranked = np.sort(distance)[::-1][: max(1, len(x) // 20) + 1]
+    ranked = np.sort(distance)[::-1][: max(1, len(x) // 100) + 1]
     clear = ranked[:-1] > np.maximum(least * scale, gap * ranked[1:])
     return distance >= ranked[:-1][clear].min(initial=np.inf)
 
 
 def isolated(values: np.ndarray) -> np.ndarray:
     """Which of `values[samples]` are no more of the same: far outside the rest, or a power of ten
-    away from it and less far outside (a slipped decimal point). Positive ones must be so in
-    logarithms too; NaN is none of them.
+    away from it and less far outside (a slipped decimal point). Those that are not negative must be
+    so in logarithms too (of a little more, where some are zero); NaN is none of them.
     """
     known, found = np.isfinite(values), np.zeros(len(values), bool)
     x = values[known]
     if len(x) < 3:
         return found
-    scales = (x, np.log(x)) if x.min() > 0 else (x,)
+    little = x[x > 0].min(initial=np.inf) if x.min() == 0 else 0.0
+    scales = (x, np.log(x + little)) if x.min() >= 0 and x.any() else (x,)
     far, rather = (
         np.all([apart(scale, least, gap) for scale in scales], axis=0)
         for least, gap in ((10.0, 4.0), (4.0, 2.5))
@@ -132,10 +140,10 @@ def isolated(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def slips(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
+def slips(values: np.ndarray, usual: np.ndarray, powers: np.ndarray = POWERS) -> np.ndarray:
     """Which of the `values` a slipped decimal point tells from `usual` ones, all of one sign."""
     low, high = usual.min(initial=np.inf), usual.max(initial=-np.inf)
-    shifted = values[:, None] * POWERS
+    shifted = values[:, None] * powers
     return ((shifted >= low) & (shifted <= high)).any(1) & (low * high > 0)
 
 
@@ -145,7 +153,14 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     the column's median stands in.
     """
     spare = [c.name != target and c.name not in ranges for c in rows.columns]
-    sparse = (np.isnan(rows.values).mean(0) > MOST_MISSING) & ~rows.flags.any(0) & spare
+    share = np.isnan(rows.values).mean(0)
+    sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)
+    empty = [c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse)]
+    demand(
+        not set(empty)
+        & {c.name for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))},
+        f"columns {', '.join(empty)}: set in some rows, empty in most: give the usual values",
+    )
     notes += [
         f"'{c.name}': more than a quarter of its cells are missing, left out"
         for c in itertools.compress(rows.columns, sparse)
@@ -163,7 +178,7 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
 
 def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:
     """Less columns that are constant or say the same as another which stays: the target, or else
-    what was set by hand, has a range, or comes first. What was set in a copy counts as set in the
+    what has a range, was set by hand, or comes first. What was set in a copy counts as set in the
     other.
     """
     still = constant(rows.values)
@@ -177,9 +192,13 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
     centred = (values - values.mean(0)) / deviation(values)
     same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
     rank = [
-        (name != target, not flags[:, i].any(), name not in ranges, i)
+        (name != target, name not in ranges, not flags[:, i].any(), i)
         for i, name in enumerate(names)
     ]
+    # what can be set is never a copy of the target, even where nothing else moves that
+    own = np.array([name == target for name in names])
+    can = np.any(flags, axis=0) | np.array([name in ranges for name in names])
+    same &= ~(np.outer(own, can) | np.outer(can, own))
     gone = np.zeros(len(names), bool)
     for *_, i in sorted(rank):
         copies = [j for j in np.flatnonzero(same[i] & ~gone & ~gone[i]) if rank[j] > rank[i]]

@@ -26,9 +26,11 @@ from lib.cleaning import (
 )
 from lib.scm import Task
 from lib.table import (
+    INTERVENED,
     Bound,
     Table,
     bounds_by_name,
+    decimal_comma,
     demand,
     find,
     number_of,
@@ -41,7 +43,6 @@ from lib.units import FARTHEST_VALUE, Units
 
 
 Scale = Literal["auto", "linear", "log"]
-INTERVENED = "intervened"
 MOST_LEVELS = 8  # different words of a column that are levels, not names
 ONE_VALUE = 0.25  # deviations around a value that is the only one possible
 MISSING = {
@@ -54,7 +55,13 @@ MISSING = {
 }
 NOT_SET = {"", "0", "-", *["no", "none", "false", "n", "na", "n/a", "nan"]}
 SET = {"1", *["yes", "true", "y", "x"]}
-SENTINEL = re.compile(r"-?9{2,}(\.0*)?|-?9{2,}\.9+")
+EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # of a column of words, where none is a level
+SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
+COUNTER = re.compile(
+    r"unnamed.*|#|id|no\.?|nr\.?|idx|index|run.?(no|number|order)?|std.?order|order|time|date|day"
+    r"|timestamp|unix.*|clock|seq(uence)?|trial|sample|batch|lot|block",
+    re.IGNORECASE,
+)
 
 
 class Experience(NamedTuple):
@@ -113,7 +120,14 @@ def read_experiments(
     )
     refuse(problems)
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, table.lines)
-    rows, pending = with_outcome(rows, unusable, wanted, notes)
+    lacking = (rows.flags & np.isnan(rows.values)).any(1)
+    notes += told(
+        (
+            lacking.any(),
+            f"{rows_in_words(table.lines[lacking])}: the value that was set is missing: left out",
+        )
+    )
+    rows, pending = with_outcome(rows, unusable | lacking, wanted, notes)
     rows = without_gaps(without_strays(rows, wanted, notes), wanted, ranges, notes)
     demand(
         len(rows.lines) >= MIN_OBSERVATIONS,
@@ -139,9 +153,10 @@ def read_experiments(
     )
     free = np.array([not c.source and c.name != wanted for c in rows.columns])
     counts = free & ~rows.flags.any(0) & [name not in ranges for name in found]
-    counts &= [len(set(np.sign(np.diff(x)))) == 1 for x in values.T]
+    counts &= [is_counter(name, x) for name, x in zip(found, values.T, strict=True)]
     notes += [
-        f"'{found[i]}': counts along the rows, so it is no setting" for i in np.flatnonzero(counts)
+        f"'{found[i]}': counts or names the rows, so it is no setting"
+        for i in np.flatnonzero(counts)
     ]
     notes += order_of_rows(rows, at) + sums_of_settings(rows, free & ~counts)
     planned = [
@@ -150,7 +165,9 @@ def read_experiments(
         if name in found
     ]
     bounded = {i: ranges[name] for i, name in enumerate(found) if name in ranges}
-    low, high, task = ranges_of(rows, units, free & ~counts, bounded, at, path)
+    notes += [f"'{name}' has a range, but is left out" for name in ranges if name not in found]
+    free = np.array([i in bounded for i in range(len(found))]) & free if ranges else free & ~counts
+    low, high, task = ranges_of(rows, units, free, bounded, at, path)
     return Experience(
         names=found,
         target=at,
@@ -171,18 +188,33 @@ def read_experiments(
     )
 
 
+def is_counter(name: str, values: np.ndarray) -> bool:
+    """Whether a column numbers the rows, in order or not, or is called as if it did."""
+    whole = bool((values == np.round(values)).all())
+    steps, sorted_steps = np.diff(values), np.diff(np.sort(values))
+    even = whole and np.ptp(steps) == 0
+    monotone = (steps > 0).all() or (steps < 0).all()
+    named = bool(COUNTER.fullmatch(name.strip())) and (whole or monotone)
+    return bool(even or named or (whole and (sorted_steps == 1).all()))
+
+
 def columns_of(table: Table, path: Path, target: str, notes: list[str], problems: list[str]):
     """The columns that hold numbers, and indicators of levels for those of few words."""
     columns = []
     for name, cells in zip(table.names, zip(*table.rows, strict=True), strict=True):
-        parsed = zip(*(number_of(cell, table.comma) for cell in cells), strict=True)
+        comma = decimal_comma(cells, table.comma)
+        parsed = zip(*(number_of(cell, comma) for cell in cells), strict=True)
         values, digits, units, limits = map(np.array, parsed)
         there = np.array([cell.lower() not in MISSING for cell in cells])
         words, known = list(itertools.compress(cells, there)), np.isfinite(values) & there
-        levels, kinds = sorted(set(words)), sorted(set(units[known]) - {""})
+        numeric, kinds = 2 * known.sum() >= len(words), sorted(set(units[known]) - {""})
+        if not numeric:
+            there = np.array([cell.lower() not in EMPTY for cell in cells])
+            words = list(itertools.compress(cells, there))
+        levels = sorted(set(words))
         if name.lower() == INTERVENED or not words:
             notes += told((name.lower() != INTERVENED, f"'{name}': empty, left out"))
-        elif 2 * known.sum() >= len(words):
+        elif numeric:
             problems += told(
                 (
                     len(kinds) > 1,
@@ -192,8 +224,10 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
             )
             code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells]) & known
             rest = values[known & ~code]
+            code &= (values < 0) | (sum(code) > 1)  # a single 999 may be a value
             if len(rest):
-                code &= np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
+                far = np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
+                code &= far | ((values < 0) & (rest >= 0).all())
             notes += [
                 f"'{name}': {rows_in_words(table.lines[which])}: "
                 f"'{cells[int(which.argmax())]}' {meaning}"
@@ -231,9 +265,10 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
     place = [i for i, name in enumerate(table.names) if name.lower() == INTERVENED]
     notes += told((not place, f"no column '{INTERVENED}': every row is read as an observation"))
     cells = [row[place[0]] if place else "" for row in table.rows]
-    usual = np.array([cell.lower() in NOT_SET for cell in cells])
-    stars = np.array([cell == "*" for cell in cells])
-    marks = {cell.lower() for cell in cells} <= NOT_SET | SET
+    named = np.array([bool(find(cell, names)) for cell in cells])
+    usual = np.array([cell.lower() in NOT_SET for cell in cells]) & ~named
+    marks = bool({cell.lower() for cell in cells} <= NOT_SET | SET) and not named.any()
+    stars = np.array([cell == "*" for cell in cells]) | (marks and not usual.any())
     settable = np.array([c.name != target and (not ranges or c.name in ranges) for c in columns])
     flags = np.outer(stars, settable)
     if marks and usual.any() and not usual.all() and settable.any():
@@ -241,6 +276,7 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
         flags[:, settable] = knobs(settings, usual) & ~usual[:, None]
         notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
     unusable = ~usual & ~flags.any(1) & marks
+    alone = [sum(c.source == other.source for other in columns) == 1 for c in columns]
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
         several = ";" in cells[r] or find(cells[r], names)
         parts = re.split(";" if several else r"[+|,]", cells[r])
@@ -254,8 +290,16 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
                 )
             )
             unusable[r] |= name.endswith("?") and name != acted
+            problems += told(
+                (
+                    acted == target,
+                    f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is the target, "
+                    "which cannot be set: correct the row",
+                )
+            )
             flags[r] |= [
-                acted == c.name or (acted == c.source and c.values[r] == 1) for c in columns
+                acted == c.name or (acted == c.source and (c.values[r] == 1 or one))
+                for c, one in zip(columns, alone, strict=True)
             ]
     notes += told(
         (
@@ -296,8 +340,6 @@ def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], targ
             if units.far(np.array([low, high]))[:, i].any()
         ]
     )
-    if bounds:
-        settable = np.array([i in bounds and i != target for i in range(len(low))])
     demand(
         settable.any(),
         f"{path}: no variable may be intervened on: give one besides '{name}' a range",
@@ -341,6 +383,7 @@ def ends_of(outcomes: np.ndarray, column: Column) -> tuple[float, float]:
     """What the target cannot leave: 0 and 100 of a percentage, 0 of a count or where zeros are."""
     least, most = outcomes.min(), outcomes.max()
     named = column.unit == "%" or re.search(r"%|pct|percent", column.name, re.IGNORECASE)
-    percentage = bool(named) and least >= 0 and most <= 100
-    counted = least == 0 or (least > 0 and (outcomes == np.round(outcomes)).all())
+    relative = re.search(r"change|diff|delta|control|relative", column.name, re.IGNORECASE)
+    percentage = bool(named) and not relative and least >= 0 and most <= 100
+    counted = least >= 0 and ((outcomes == 0).sum() > 1 or (outcomes == np.round(outcomes)).all())
     return (0.0 if percentage or counted else -math.inf), (100.0 if percentage else math.inf)

@@ -13,8 +13,9 @@ import numpy as np
 
 
 NUMBER = re.compile(
-    r"(?P<limit>[<>≤≥]=?)?\s*(?P<digits>[-+−]?(?:\d[\d.,'\s]*|[.,]\d+)(?:e[-+]?\d+)?)"
-    r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?",
+    r"[~≈]?(?P<limit>[<>≤≥]=?)?\s*"
+    r"(?P<digits>[-+−]?(?:\d{1,3}(?:['\s]\d{3})+(?:[.,]\d+)?|\d[\d.,]*|[.,]\d+)(?:e[-+]?\d+)?)"
+    r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?\s*\**",
     re.IGNORECASE,
 )
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
@@ -28,9 +29,12 @@ COLUMNS = {
     "cost": "1",
 }
 MOST_STEPS = 10_000  # of a range: more are as good as none
+MOST_SUMMARIES = 6  # rows at the end of a file
+# a comment, neither an error of Excel nor an id
+COMMENT = re.compile(r"#(?!N/?A|DIV|VALUE|REF|NAME|NUM|\d|$)")
 THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
 SUMMARY = re.compile(
-    r"\W*(mean|average|avg|total|sum|std|stdev|sd|sem|min|max|median|count|\d+ rows)\b.*",
+    r"\W*(mean|average|avg|total|sum|std|stdev|sd|sem|min|max|median|count|n|\d+ rows)\W*",
     re.IGNORECASE,
 )
 
@@ -55,6 +59,9 @@ def demand(fits: object, otherwise: str) -> None:
 def refuse(problems: list[str]) -> None:
     """Raise `DataError` with a line for each problem, if there is one."""
     demand(not problems, "\n".join(problems))
+
+
+INTERVENED = "intervened"
 
 
 class Table(NamedTuple):
@@ -87,9 +94,30 @@ def plain(digits: str, comma: bool) -> str:
     """
     digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
     point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
-    if other == ".,"[comma] and re.fullmatch(THOUSANDS % re.escape(point), digits):
+    grouped = re.fullmatch(THOUSANDS % re.escape(point), digits)
+    if grouped and (other == ".,"[comma] or digits.count(point) > 1):
         point, other = other, point
     return digits.replace(other, "").replace(point, ".")
+
+
+def decimal_comma(cells: Sequence[str], comma: bool) -> bool:
+    """Whether a column has decimal commas; `comma` says whether its file has them, where it does
+    not tell. Marks that could all be of thousands are, beside whole numbers of hundreds.
+    """
+    digits = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
+    commas, points = (
+        [x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")
+    )
+    decimal_commas, decimal_points = (
+        any(not re.fullmatch(THOUSANDS % mark, x) for x in marked)
+        for mark, marked in ((",", commas), (r"\.", points))
+    )
+    if decimal_commas != decimal_points:
+        return decimal_commas
+    hundreds = any(re.fullmatch(r"[-+]?\d{3}", x) for x in digits)
+    if hundreds and not decimal_commas and bool(commas) != bool(points):
+        return bool(points)
+    return comma
 
 
 def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
@@ -131,9 +159,16 @@ def read_table(path: Path, strict: bool = False) -> Table:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             text = data.decode("cp1252")
-        lines = [x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")]
-        width = {d: len(next(csv.reader(lines[:1], delimiter=d), ())) for d in ",;\t|"}
-        delimiter = max(width, key=width.__getitem__)
+        text = re.sub(r"\A\s*sep=.[ \t]*\r?\n", "", text)
+        written = [x for x in text.splitlines() if x.strip() and not COMMENT.match(x.lstrip())]
+
+        def regular(delimiter):
+            """How many lines have the number of cells that most have, and that number."""
+            widths = [len(row) for row in csv.reader(written[:60], delimiter=delimiter)]
+            most = max(widths, key=widths.count, default=0)
+            return most > 1, widths.count(most), most
+
+        delimiter = max(";\t|,", key=regular)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except FileNotFoundError:
@@ -143,25 +178,23 @@ def read_table(path: Path, strict: bool = False) -> Table:
             f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
             "give a file of comma-separated UTF-8 text"
         ) from None
-    comments = [line for line, row in found if row and row[0].startswith("#")]
-    filled = [(line, row) for line, row in found if any(row) and not row[0].startswith("#")]
+    comments = [line for line, row in found if row and COMMENT.match(row[0])]
+    filled = [(line, row) for line, row in found if any(row) and not COMMENT.match(row[0])]
     demand(filled, f"{path}: empty: the first row names the columns")
-    (header_line, header), rows = filled[0], filled[1:]
-    matches = (match for _, row in rows for match in map(NUMBER.fullmatch, row))
-    numbers = [match["digits"] for match in matches if match]
+    widths = [len(row) for _, row in filled]
+    head = widths.index(max(widths, key=widths.count)) if not strict else 0
+    title, (header_line, header), rows = filled[:head], filled[head], filled[head + 1 :]
+    cells = [cell for _, row in rows for cell in row if not math.isnan(number_of(cell, True)[0])]
+    numbers = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
     commas = [x for x in numbers if "," in x and "." not in x]
-    points = any("." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers)
-    # between commas, those of numbers in quotes are thousands where all could be
-    decimal = [x for x in commas if delimiter != "," or not re.fullmatch(THOUSANDS % ",", x)]
-    comma = bool(decimal) and not points
-    last = max(
-        (
-            i
-            for i, (_, row) in enumerate(rows, 1)
-            if strict or not SUMMARY.fullmatch(next(filter(None, row)))
-        ),
-        default=0,
-    )
+    decimal = [x for x in commas if not re.fullmatch(THOUSANDS % ",", x)]
+    points = ["." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers]
+    # where all commas could be of thousands, they are if there is a point or they stand in quotes
+    comma = len(decimal) >= sum(points) if decimal else delimiter != "," and not any(points)
+    comma = bool(commas) and comma
+    summaries = [bool(SUMMARY.fullmatch(next(filter(None, row)))) for _, row in rows]
+    last = len(rows) - (summaries[::-1].index(False) if False in summaries else 0)
+    last = len(rows) if strict or len(rows) - last > MOST_SUMMARIES else last
     rows, footer = rows[:last], rows[last:]
     numeric = [
         any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
@@ -170,15 +203,19 @@ def read_table(path: Path, strict: bool = False) -> Table:
     rows, units = rows[first:], rows[:first]
     width = max(i for i, name in enumerate(header, 1) if name)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
-    rows = [(line, row if any(row[width:]) else row[:width]) for line, row in rows]
+    beyond = [line for line, row in rows if any(row[width:])]
+    for _, row in rows:
+        if not (strict and any(row[width:])):
+            del row[width:]
+        if len(row) == width - 1 and header[-1].lower() == INTERVENED:
+            row.append("")  # an empty last cell, which some programs do not write
     ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != width]
     where, many = f"{path}, row {header_line}, column name", len(ragged) > 0.1 * len(rows)
     refuse(
         [
             f"{path}, {one} cells, but the header has {width} columns: complete the row, or name "
             "every column"
-            for one in ragged
-            if strict or many
+            for one in (ragged[:3] if strict or many else ())
         ]
         + [
             f"{where} '{name}' is used twice: name every column once"
@@ -194,6 +231,8 @@ def read_table(path: Path, strict: bool = False) -> Table:
     )
     notes = told(
         (comments, f"{rows_in_words(comments)}: read as comments"),
+        (title, f"{rows_in_words([line for line, _ in title])}: above the header, left out"),
+        (beyond, f"{rows_in_words(beyond)}: cells right of the last column are left out"),
         (commas, f"commas in numbers: read as {'decimal commas' if comma else 'thousands'}"),
         (footer, f"{rows_in_words([line for line, _ in footer])}: a summary, left out"),
         (units, f"{rows_in_words([line for line, _ in units])}: holds no number, read as units"),
@@ -228,7 +267,9 @@ def read_bounds(path: Path) -> list[Bound]:
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
         scale, where = cells["scale"].lower(), f"{path}, row {line}"
         numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
-        numbers |= {f"levels {x}": x for x in re.findall(r"[^;|\s]+", cells["levels"])}
+        between = r"[;|\s]+" if table.comma else r"[;|,\s]+"
+        levels = filter(None, re.split(between, cells["levels"]))
+        numbers |= {f"levels {x}": x for x in levels}
         read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
         low, high, step, cost, *values = read.values()
         problems += [
@@ -250,9 +291,15 @@ def read_bounds(path: Path) -> list[Bound]:
         )
         if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
             count = math.floor((high - low) / (step or 1.0) + 1e-9) + 1
-            values = (low + step * np.arange(count)).tolist()
-        values = tuple(sorted(x for x in values if low <= x <= high))
-        found.append(Bound(cells["variable"], low, high, values, scale, cost, where))
+            values = [float(f"{low + step * i:.12g}") for i in range(count)]
+        inside = tuple(sorted(x for x in values if low <= x <= high))
+        problems += told(
+            (
+                len(inside) < len(values),
+                f"{where}, column 'levels': some lie outside {low:g} to {high:g}: correct them",
+            )
+        )
+        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where))
     refuse(problems)
     return found
 

@@ -9,7 +9,15 @@ import pytest
 from lib.buffer import MIN_OBSERVATIONS
 from lib.cleaning import apart, isolated
 from lib.reading import read_experiments
-from lib.table import DataError, decimals, number_of, plain, read_bounds
+from lib.table import (
+    DataError,
+    decimal_comma,
+    decimals,
+    number_of,
+    plain,
+    read_bounds,
+    read_table,
+)
 
 
 RNG = np.random.default_rng(0)
@@ -169,7 +177,7 @@ SAID = {  # rows, rows and names that are kept, words of the note
         [["run", *HEADER], *([str(i), *row] for i, row in enumerate(ROWS))],
         30,
         ["run", *HEADER[:3]],
-        "'run': counts along the rows",
+        "'run': counts or names the rows",
     ),
     "several units": (changed({(i, 0): f"{i}.5 C" for i in range(9)}), 30, HEADER[:3], None),
     "unknown values": (changed({(26, 3): "heat?"}), 29, HEADER[:3], "row 28: what was set"),
@@ -180,6 +188,25 @@ SAID = {  # rows, rows and names that are kept, words of the note
         HEADER[:3],
         "is read as an obs",
     ),
+    "cells beyond": ([*changed({}), ["60", "4", "40", "", "x"]], 31, HEADER[:3], "row 32: cells r"),
+    "no last cell": ([*changed({}), ["60", "4", "40"]], 31, HEADER[:3], None),
+    "a title": ([["Trial 7"], *changed({})], 30, HEADER[:3], "row 1: above the header"),
+    "one 999": (changed({(28, 2): "99"}), 30, HEADER[:3], None),
+    "a breakthrough": (changed({(28, 2): "420"}), 30, HEADER[:3], "row 30: .* no typing error"),
+    "what was set is missing": (changed({(28, 1): ""}), 29, HEADER[:3], "row 30: the value that"),
+    "levels called none": (
+        [["salt", *HEADER], *(["none" if i % 2 else "much", *row] for i, row in enumerate(ROWS))],
+        30,
+        ["salt = none", *HEADER[:3]],
+        "'salt': read as levels",
+    ),
+    "an order": (
+        [["StdOrder", *HEADER], *([str(7 * i % 31), *row] for i, row in enumerate(ROWS, 1))],
+        30,
+        ["StdOrder", *HEADER[:3]],
+        "'StdOrder': counts or names",
+    ),
+    "a ramp": (changed({(i, 0): f"{50 + i / 4:.2f}" for i in range(26)}), 30, HEADER[:3], None),
     "a broken row": ([*changed({}), ["1", "2"]], 30, HEADER[:3], "row 32 has 2 cells for 4 col"),
     "a drift": (
         changed({(i, 2): f"{40 + i + i % 3:.1f}" for i in range(30)}),
@@ -333,14 +360,15 @@ def replaced(line, text):
 
 
 REFUSED = {
+    "the target set by hand": (replaced(11, "3,5,b"), ["row 12", "'b' is the target"]),
     "unknown variables": (
         [*replaced(11, "3,5,c"), "3,6,d"],
         ["row 12, column 'intervened': 'c' is not", "row 13, column 'intervened': 'd' is", "a, b"],
     ),
     "duplicate column": (["a,a,intervened", *GOOD[1:]], ["row 1", "'a'", "used twice"]),
     "ragged rows": (
-        [*replaced(6, "5,25"), "1,2,a,4"],
-        ["row 7 has 2 cells", "3 columns", "row 13 has 4 cells"],
+        [*replaced(6, "5"), "1"],
+        ["row 7 has 1 cells", "3 columns", "row 13 has 1 cells"],
     ),
     "too few rows": (GOOD[:4], ["3 rows can be used", "10 are needed"]),
     "constant target": ([GOOD[0], *(f"{i % 5},7," for i in range(12))], ["must vary", "constant"]),
@@ -523,3 +551,48 @@ def test_a_spoilt_file_is_read_or_refused(tmp_path, seed):
     else:
         numbers = found.buffer.values, found.task.low, found.task.high, found.low, found.high
         assert all(np.isfinite(x).all() for x in numbers) and (found.low <= found.high).all()
+
+
+@pytest.mark.parametrize(
+    ("cells", "delimiter", "values"),
+    [
+        (["0,870", "1,240", "12,5"], ";", [0.87, 1.24, 12.5]),
+        (["875", "1,050", "990"], "\t", [875.0, 1050.0, 990.0]),
+        (["875", "1.050", "990"], ";", [875.0, 1050.0, 990.0]),
+        (["1.050.000", "2.000.000", "1.500.000"], ";", [1.05e6, 2e6, 1.5e6]),
+        (["45 46", "47", "48"], ",", [np.nan, 47.0, 48.0]),
+    ],
+)
+def test_marks_of_thousands_and_of_decimals_by_column(tmp_path, cells, delimiter, values):
+    """Beside a column with decimal points, or dates that are no numbers."""
+    rows = [[cells[i % 3], f"0{i % 9 + 1}.11.2026", row[2]] for i, row in enumerate(ROWS)]
+    path = write(tmp_path / "data.csv", [["x", "day", "yield"], *rows], delimiter)
+    table = read_table(path)
+    found = [
+        number_of(cell, decimal_comma([row[0] for row in table.rows], table.comma))[0]
+        for cell in cells
+    ]
+    np.testing.assert_equal(found, values)
+
+
+def test_variables_called_like_marks(tmp_path):
+    """N is a variable, not "no"; and what bounds list is all that is set, even if left out."""
+    lines = [["N", "x", "yield", "intervened"], *ROWS]
+    for r, name in ((26, "N"), (27, "N"), (28, "x"), (29, "x")):
+        lines[r + 1] = [*ROWS[r][:3], name]
+    assert read(tmp_path, lines).buffer.intervened.sum(0).tolist() == [2, 2, 0]
+    bounds = bounds_of(tmp_path, "variable,low,high", "lot,1,9")
+    with pytest.raises(DataError, match="no variable may be intervened on"):
+        read(tmp_path, [["lot", *HEADER], *(["7", *row] for row in ROWS)], bounds=bounds)
+
+
+def test_a_cause_without_noise_stays(tmp_path):
+    exact = changed({(i, 2): f"{2 * float(row[1]) + 1:.2f}" for i, row in enumerate(ROWS)})
+    found = read(tmp_path, exact)
+    assert found.names == ("heat", "dose", "yield")
+    assert found.buffer.intervened.sum(0).tolist() == [2, 2, 0]
+
+
+def test_all_rows_marked_are_a_design(tmp_path):
+    found = read(tmp_path, every(3, lambda _: "1"))
+    assert found.buffer.size == 30 and not found.buffer.intervened.any()
