@@ -1,11 +1,15 @@
 """Units of a file's columns: between what is written there and standardised float32."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
+
+from lib.table import demand, told
 
 
 FARTHEST_VALUE = 1e6  # deviations: beyond, a typing error or another unit
@@ -90,3 +94,35 @@ def deviation(values: np.ndarray) -> np.ndarray:
 def constant(values: np.ndarray) -> np.ndarray:
     """Which columns of `values[samples, vars]` vary by less than float64 can tell."""
     return np.less_equal(deviation(values), 4 * np.finfo(float).eps * np.abs(values).max(0))
+
+
+def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
+    """Which columns are worked in logarithms `[vars]`: those that are told to, and those that are
+    positive, span a hundred times (their range, or all but the ends of what was seen), and of whose
+    values half lie in the lowest tenth of that.
+    """
+    logs = []
+    for column, seen in zip(rows.columns, rows.values.T, strict=True):
+        bound = ranges.get(column.name)
+        low, high = (bound.low, bound.high) if bound else np.quantile(seen, [0.02, 0.98])
+        said = scale if column.name == target else bound and bound.scale
+        least = min(seen.min(), low)
+        demand(
+            said != "log" or least > 0,
+            f"'{column.name}': has values of 0 or below, no scale of logarithms",
+        )
+        decades = least > 0 and high >= 100 * low and not column.source
+        skewed = np.median(seen) < low + 0.1 * (high - low)
+        logs.append(bool(said == "log" or (said != "linear" and decades and skewed)))
+        notes += told((logs[-1], f"'{column.name}': worked in logarithms ({low:g} to {high:g})"))
+    return np.array(logs)
+
+
+def ends_of(outcomes: np.ndarray, column) -> tuple[float, float]:
+    """What the target cannot leave: 0 and 100 of a percentage, 0 of a count or where zeros are."""
+    least, most = outcomes.min(), outcomes.max()
+    named = column.unit == "%" or re.search(r"%|pct|percent", column.name, re.IGNORECASE)
+    relative = re.search(r"change|diff|delta|control|relative", column.name, re.IGNORECASE)
+    percentage = bool(named) and not relative and least >= 0 and most <= 100
+    counted = least >= 0 and ((outcomes == 0).sum() > 1 or (outcomes == np.round(outcomes)).all())
+    return (0.0 if percentage or counted else -math.inf), (100.0 if percentage else math.inf)
