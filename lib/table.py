@@ -119,6 +119,11 @@ def rows_in_words(lines: Sequence[int] | np.ndarray) -> str:
     return f"row{'s' * (len(lines) > 1)} {shown}"
 
 
+def filled_to(row: list[str]) -> int:
+    """How many cells a row has without empty ones at its end."""
+    return max(i for i, cell in enumerate(row, 1) if cell)
+
+
 def read_table(path: Path, strict: bool = False) -> Table:
     """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
     points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
@@ -168,9 +173,9 @@ def read_table(path: Path, strict: bool = False) -> Table:
     ]
     first = int(numeric == [False, True] and not strict)
     rows, units = rows[first:], rows[:first]
-    width = max(i for i, name in enumerate(header, 1) if name)
+    width = filled_to(header)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
-    rows = [(line, row if any(row[width:]) else row[:width]) for line, row in rows]
+    rows = [(line, row[: max(width, filled_to(row))]) for line, row in rows]
     ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != width]
     where, many = f"{path}, row {header_line}, column name", len(ragged) > 0.1 * len(rows)
     refuse(
