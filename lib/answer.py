@@ -43,8 +43,8 @@ def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
 
 
 def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
-    """The answer, with the experiment of the largest gain per cost `[vars]` a step of the grid away
-    from those that are `ahead`, if costs differ or its own is one of those.
+    """The answer; where its experiment is one of those `ahead`, or costs `[vars]` differ, with that
+    of the largest gain per cost, more than a step of the grid away from all that are ahead.
     """
     (variable, value), grid, count = asked.experiment, asked.grid, len(costs)
     taken = np.zeros(grid.shape, bool)

@@ -252,7 +252,7 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
     return told(
         (
             lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1,
-            f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be set "
-            "alone",
+            f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be "
+            "set alone",
         )
     )

@@ -87,7 +87,8 @@ def plain(digits: str, comma: bool) -> str:
     """
     digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
     point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
-    if other == ".,"[comma] and re.fullmatch(THOUSANDS % re.escape(point), digits):
+    # a separator that groups by three, and is not that of the file's decimals
+    if comma == (point == ".") and re.fullmatch(THOUSANDS % re.escape(point), digits):
         point, other = other, point
     return digits.replace(other, "").replace(point, ".")
 
