@@ -43,8 +43,8 @@ def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
 
 
 def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
-    """The answer, with the experiment of the largest gain per cost `[vars]` a step of the grid away
-    from those that are `ahead`, if costs differ or its own is one of those.
+    """The answer; where its experiment is one of those `ahead`, or costs `[vars]` differ, with that
+    of the largest gain per cost, more than a step of the grid away from all that are ahead.
     """
     (variable, value), grid, count = asked.experiment, asked.grid, len(costs)
     taken = np.zeros(grid.shape, bool)
@@ -96,8 +96,8 @@ def in_own_units(config, data, said, following) -> dict:
     """
     names, target, units, low, high = data.names, data.target, data.units, data.low, data.high
     # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
-    most = 6 - np.floor(np.log10(units.spread)).astype(int)
-    digits = np.where(units.logs, units.digits, np.minimum(units.digits, most)).tolist()
+    fewer = np.minimum(units.digits, 6 - np.floor(np.log10(units.spread)))
+    digits = np.where(units.logs, units.digits, fewer).astype(int).tolist()
     places = digits[target] + 2  # of predictions, or a narrow band would be rounded away
 
     def outcomes(*numbers) -> dict:
@@ -106,7 +106,7 @@ def in_own_units(config, data, said, following) -> dict:
         kept = (next(rounded(y, places)) for y in np.clip(raw, *data.ends).tolist())
         return dict(zip(("predicted", "low", "high"), kept, strict=True))
 
-    def gained(deviations: float) -> float:
+    def gained(deviations: np.floating) -> float:
         """A gain in the target's unit: of logarithms, that on the value that is recommended."""
         share = float(units.spread[target] * deviations)
         gain = abs(action["predicted"]) * math.expm1(share) if units.logs[target] else share

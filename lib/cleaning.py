@@ -170,8 +170,14 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     gaps = missing.any(1)
     plenty = (observed & ~gaps).sum() >= max(MIN_OBSERVATIONS, 0.6 * observed.sum())
     out = gaps & observed & plenty
-    for which, done in ((out, "left out"), (gaps & ~out, "the column's median stands in for them")):
-        notes += told((which.any(), f"cells missing in {rows_in_words(rows.lines[which])}: {done}"))
+    notes += [
+        f"cells missing in {rows_in_words(rows.lines[which])}: {done}"
+        for which, done in (
+            (out, "left out"),
+            (gaps & ~out, "the column's median stands in for them"),
+        )
+        if which.any()
+    ]
     values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
     return rows._replace(values=values).only(~out)
 
@@ -261,7 +267,11 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
     _, lengths, directions = np.linalg.svd((values - values.mean(0)) / spread, full_matrices=False)
     weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
     alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
-    fixed = lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1
-    total = values[:, parts].sum(1).mean()
     names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
-    return told((fixed, f"{names} always sum to {total:.4g}: one of them cannot be set alone"))
+    return told(
+        (
+            lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1,
+            f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be "
+            "set alone",
+        )
+    )

@@ -277,7 +277,7 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
     unusable = ~usual & ~flags.any(1) & marks
     alone = [sum(c.source == other.source for other in columns) == 1 for c in columns]
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
-        several = ";" in cells[r] or find(cells[r], names)
+        several = ";" in cells[r] or find(cells[r].removesuffix("?"), names)
         parts = re.split(";" if several else r"[+|,]", cells[r])
         for name in filter(None, map(str.strip, parts)):
             acted = find(name.removesuffix("?").strip(), names)
@@ -311,8 +311,8 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
 
 
 def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
-    """Which column of `values[rows, columns]` left its usual value in each row, if one stands out
-    `[rows, columns]`.
+    """Where in `values[rows, columns]` a column left its usual value: one in a row, or none where
+    none stands out.
     """
     middle = np.nanmedian(values[usual], 0)
     spread = np.maximum(np.nanstd(values[usual], 0), 1e-9 * (1 + np.abs(middle)))
@@ -323,8 +323,7 @@ def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:
 
 def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], target: int, path):
     """Lows and highs `[vars]` in the columns' own units, and the task in deviations: the ranges
-    that bounds list, or else what a variable was set to, or else what was seen of it. A single
-    possible value is looked at with a little around it.
+    that bounds list, or else what a variable was set to, or else what was seen of it.
     """
     tried, name = rows.flags | ~rows.flags.any(0), rows.columns[target].name
     low = rows.values.min(0, where=tried, initial=np.inf)
