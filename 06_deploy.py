@@ -2,14 +2,14 @@
 
 The next experiment for data of your own, and a whole campaign on a system whose truth is known:
 
-    python 06_deploy.py suggest --data experiments.csv --target Y
+    python 06_deploy.py suggest --data experiments.csv --target Y --objective min
     python 06_deploy.py demo --benchmark toy --seeds 3
 
-Data: one row per experiment, one column per variable, and a column `intervened` that names the
-variable set by hand in that row (empty for an observation). Ranges (`--bounds`): a CSV with columns
-variable,low,high; a variable that it does not list is never intervened on. Without it, each
-variable's observed range. Bad input ends with one line that says where it is and what to do, and
-exit status 2.
+Data: one row per experiment, one column per variable, and a column `intervened` that names what was
+set by hand in that row (empty for an observation); `lib/reading.py` says what else is read. Ranges
+(`--bounds`): a CSV with columns variable,low,high and perhaps step, levels, scale or cost; a
+variable that it does not list is never intervened on. Without it, each variable within what it was
+set to, or seen at. Bad input ends with a line for each thing that is wrong, and exit status 2.
 """
 
 import json
