@@ -26,11 +26,11 @@ from tyro.extras import overridable_config_cli
 
 from lib import settings
 from lib.artifacts import save_arrays
-from lib.buffer import DataError
 from lib.expert_posterior import ParentScaleConfig
 from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
 from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
+from lib.table import DataError
 from lib.training import Progress, merged, train
 from lib.trajectories import (
     ExpertTrajectory,

@@ -16,7 +16,7 @@ import jax
 import jax.random as jr
 
 from lib.artifacts import ArtifactError
-from lib.buffer import DataError
+from lib.table import DataError
 
 
 # without 64-bit integers a larger one would lose its upper half, and two seeds give one result

@@ -33,6 +33,7 @@ from lib.training import Learner
 
 
 WEIGHT_DECAY = 0.01  # of matrices, decoupled
+CERTAIN = 30.0  # a logit: in float32 its probability is one
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,17 @@ class SurrogateOutput(eqx.Module):
         return jnp.where(
             self.task.possible_parents, jnp.exp(self.log_weights) @ jax.nn.sigmoid(self.logits), 0.0
         )
+
+    def given(
+        self, required: Bool[Array, " vars"], forbidden: Bool[Array, " vars"]
+    ) -> "SurrogateOutput":
+        """Conditioned, exactly, on some variables being parents and on others being none."""
+        sign = jnp.where(required, 1.0, -1.0)[None]
+        known = (required | forbidden) & self.task.possible_parents
+        each = jnp.where(known[None], jax.nn.log_sigmoid(sign * self.logits), 0.0)
+        logits = jnp.where(known[None], CERTAIN * sign, self.logits)
+        log_weights = jax.nn.log_softmax(self.log_weights + each.sum(-1))
+        return eqx.tree_at(lambda o: (o.logits, o.log_weights), self, (logits, log_weights))
 
     def posterior(self, num_free: int = 8) -> ParentSetPosterior:
         """All subsets of the `num_free` most probable parents (2^num_free sets), renormalised:

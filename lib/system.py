@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
@@ -315,12 +316,19 @@ class DeployedACBOSystem(NamedTuple):
     system: TrainedACBOSystem
     config: DeploymentConfig
 
-    def __call__(self, buffer: ExperienceBuffer, task: Task, remaining: int) -> Answer:
-        """What to do with `remaining` experiments left, the next one included; `ValueError` for
-        more variables than the largest bucket. To maximise, the target is mirrored: the system
-        minimises.
+    def __call__(
+        self,
+        buffer: ExperienceBuffer,
+        task: Task,
+        remaining: int,
+        required: tuple[int, ...] = (),
+        forbidden: tuple[int, ...] = (),
+    ) -> Answer:
+        """What to do with `remaining` experiments left, the next one included, where some variables
+        are known to be parents of the target and others to be none; `ValueError` for more variables
+        than the largest bucket. To maximise, the target is mirrored: the system minimises.
         """
-        num_vars, minimise = buffer.values.shape[1], self.config.objective == "min"
+        num_vars, minimise = buffer.values.shape[1], self.config.objective != "max"
         if num_vars > BUCKETS[-1]:
             raise ValueError(
                 f"{num_vars} variables: at most {BUCKETS[-1]} are supported; leave out columns "
@@ -332,7 +340,11 @@ class DeployedACBOSystem(NamedTuple):
         done, most = int((buffer.intervened.sum(1) == 1).sum()), 16
         while most < done:  # one program serves up to four times as many experiments
             most *= 4
-        answer = _answer(self.system, data, task, jnp.array(remaining), most, self.config.beliefs)
+        places = np.arange(num_vars + extra)
+        known = tuple(jnp.asarray(np.isin(places, which)) for which in (required, forbidden))
+        answer = _answer(
+            self.system, data, task, jnp.array(remaining), known, most, self.config.beliefs
+        )
         if minimise:
             return answer
         nothing, low, high = answer.nothing
@@ -354,9 +366,10 @@ def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
 
 
 @eqx.filter_jit
-def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
+def _answer(system, buffer, task, remaining, known, most, beliefs) -> Answer:
     checked = check(system.surrogate, buffer, task, most, beliefs)
     belief, output = checked.belief, checked.output
+    believed = output.given(*known)
     low, high = belief.quantile(0.05), belief.quantile(0.95)
     wider = jnp.where(task.candidates[:, None], (high - low) / (3.29 * output.effect_std), jnp.nan)
     band = 1.645 * belief.nothing_std
@@ -365,8 +378,8 @@ def _answer(system, buffer, task, remaining, most, beliefs) -> Answer:
     return Answer(
         experiment=checked.choose(system.policy(state).logits, beliefs.enough),
         action=checked.recommended(beliefs.pays),
-        marginals=output.marginals(),
-        parent_sets=output.posterior().top_k(5),
+        marginals=believed.marginals(),
+        parent_sets=believed.posterior().top_k(5),
         grid=output.grid,
         mean=belief.mean,
         low=low,

@@ -39,13 +39,14 @@ from tqdm import tqdm
 from lib import settings
 from lib.accuracy import Arrays
 from lib.artifacts import fingerprint, stored
-from lib.buffer import DataError, ExperienceBuffer
+from lib.buffer import ExperienceBuffer
 from lib.expert import run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import BENCHMARKS, Benchmark, Do, System, Values, normal
 from lib.metrics import Estimate, Record, cells, normalised_regret, render, summarise, write_results
 from lib.problems import initial_buffer
 from lib.scm import AbstractSCM, Intervention
+from lib.table import DataError
 from studies.erdos_renyi import ERDOS_RENYI_SIZES, erdos_renyi
 from studies.published import PublishedConfig
 

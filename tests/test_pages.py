@@ -199,9 +199,9 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
     assert len(snippet.split("\n")) <= 7  # five, a blank one after the imports, an empty end
     exec(snippet, given)
-    answer, names, units = given["answer"], given["names"], given["units"]
+    answer, (names, units) = given["answer"], (given["data"].names, given["data"].units)
     deploy = importlib.import_module("06_deploy")
-    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity"))
+    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity", "min"))
     chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
     written = float(units.written(chosen, np.float32(value)))
     assert wanted["next_experiment"]["settings"] == {names[chosen]: pytest.approx(written)}

@@ -23,7 +23,6 @@ import lib.training
 from lib import settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
-from lib.buffer import DataError
 from lib.check import check
 from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
@@ -39,6 +38,7 @@ from lib.system import (
     load_policy,
     load_surrogate,
 )
+from lib.table import DataError
 
 
 ROOT = Path(__file__).parent.parent
@@ -221,11 +221,16 @@ NAMES = "a,b,yield,intervened\n"
 LARGE = NAMES + "".join(f"{1e25 * a:.6e},{b:.3f},{1e25 * (a + b):.6e},\n" for a, b in NORMAL)
 FAR = NAMES + "".join(f"{a:.3f},{b:.3f},{a + b:.3f},\n" for a, b in NORMAL)
 FAR += "4e5,0,1,a\n0,-4e5,1,b\n"
-WIDE = "".join(f"v{i}," for i in range(129)) + "intervened\n"
-WIDE += "".join("".join(f"{row * row % (i + 2)}," for i in range(129)) + "\n" for row in range(12))
+WIDE = "".join(f"v{i}," for i in range(128)) + "b,intervened\n"
+WIDE += "".join(
+    ",".join(f"{x:.3f}" for x in row) + ",\n"
+    for row in np.random.default_rng(1).normal(size=(20, 129))
+)
 
 
 def suggest(data, target="yield", **options):
+    if "target_value" not in options:
+        options = {"objective": "min"} | options
     return DEPLOY.suggest(DEPLOY.Suggest(data, target, **options))
 
 
@@ -276,11 +281,12 @@ def as_stub(monkeypatch, share, slope=1.0):
     deviation is `slope` times that of any variable.
     """
 
-    def deployed(buffer, task, remaining):
+    def deployed(buffer, task, *_):
         low, high = (np.asarray(end)[:, None] for end in (task.low, task.high))
         grid = (low + (high - low) * np.linspace(0, 1, 5, dtype=np.float32)).astype(np.float32)
         choice = np.array(0), low[0, 0] + np.float32(share) * (high - low)[0, 0]
-        num_vars, mean, band = len(grid), slope * grid, 0.1 + abs(grid)
+        with np.errstate(invalid="ignore"):
+            num_vars, mean, band = len(grid), slope * grid, 0.1 + abs(grid)
         sets = ParentSetPosterior(task.target, jnp.zeros((1, num_vars), bool), jnp.zeros(1))
         half = np.full_like(grid, 0.5)
         nothing, one, weights = (0.0, -0.1, 0.1), np.float32(1.0), np.full(num_vars, 0.5)
@@ -322,10 +328,11 @@ def test_computed_columns_are_answered_without_the_noise_of_float32(tmp_path, mo
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_without_bounds_the_ends_of_a_range_have_the_columns_digits(monkeypatch, share):
-    column = [float(line.split(",")[0]) for line in EXAMPLE.read_text().splitlines()[1:]]
+    rows = [line.split(",") for line in EXAMPLE.read_text().splitlines()[1:]]
+    tried = [float(row[0]) for row in rows if row[-1] == "temperature"]
     as_stub(monkeypatch, share)
     (value,) = suggest(EXAMPLE)["next_experiment"]["settings"].values()
-    assert value == round(min(column) + share * (max(column) - min(column)), 1)
+    assert value == round(min(tried) + share * (max(tried) - min(tried)), 1)
 
 
 @pytest.mark.parametrize(
@@ -345,13 +352,13 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     tmp_path, monkeypatch, capsys, bounds, share, value
 ):
     """`a` is 0 or 1: rounded to that inside the bounds, with more digits where they exclude it."""
-    rows = [f"{i % 2},{i % 5},{i % 2 + i % 3:.1f},\n" for i in range(16)]
+    rows = [f"{i % 2},{i % 5},{i % 2 + i % 3 - 1:.1f},\n" for i in range(16)]
     data, ranges = tmp_path / "data.csv", tmp_path / "bounds.csv"
     data.write_text(NAMES + "".join(rows))
     ranges.write_text("variable,low,high\na,{},{}\n".format(*bounds))
     as_stub(monkeypatch, share, slope=2.0)
     one = suggest(data, bounds=ranges)["next_experiment"]
-    _, _, units = DEPLOY.ExperienceBuffer.from_csv(data)
+    units = DEPLOY.read_experiments(data, "yield").units
     at = (value - units.shift[0]) / units.spread[0]
     nodes = (np.linspace(*bounds, 5) - units.shift[0]) / units.spread[0]
     low = np.interp(at, nodes, 2 * nodes - 0.1 - abs(nodes))
@@ -359,6 +366,43 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     assert [one["predicted"], one["low"]] == pytest.approx(expected, abs=1e-3)
     assert one["settings"] == {"a": value} and str(one["settings"]["a"]) != "-0.0"
     assert f"set a = {value:.15g} " in capsys.readouterr().out
+
+
+def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
+    """On the example, where catalyst 7.2 is best: each of these would fail without its flag."""
+    plain = suggest(EXAMPLE, objective="max", bounds=BOUNDS)
+    base = plain["nothing"]["predicted"]
+
+    def ask(lines=None, **how):
+        if lines:
+            (tmp_path / "bounds.csv").write_text("\n".join(lines) + "\n")
+        how = {"bounds": tmp_path / "bounds.csv" if lines else BOUNDS, "objective": "max"} | how
+        return suggest(EXAMPLE, **how)
+
+    near = ask(objective=None, target_value=base + 4.0)
+    assert (
+        near["objective"] == "value" and abs(near["recommended_action"]["predicted"] - base - 4) < 1
+    )
+    idle = ask(objective=None, target_value=base)["recommended_action"]
+    assert idle["settings"] == {}
+    parents = ask(require=("stirring",), forbid=("catalyst",))
+    assert parents["parents"]["stirring"] > 1 - 1e-6 and parents["parents"]["catalyst"] < 1e-6
+    assert all("stirring" in one["parents"] for one in parents["parent_sets"])
+    (tmp_path / "tiers.csv").write_text("variable,tier\ncatalyst,3\nyield,2\n")
+    later = ask(tiers=tmp_path / "tiers.csv")
+    assert "catalyst" not in {name for one in later["best_effects"] for name in one["settings"]}
+    limited = ask(constraint=("catalyst <= 6",))["best_effects"]
+    assert max(one["settings"].get("catalyst", 0) for one in limited) == pytest.approx(6, abs=0.1)
+    rows = ["variable,low,high,levels,cost", "temperature,45,75,,1", "catalyst,2,8,3;5;6.5,1e9"]
+    dear = ask(rows)
+    assert dear["recommended_action"]["settings"] == {"catalyst": 6.5}
+    assert "temperature" in dear["next_experiment"]["settings"]
+    several = ask(batch=3, curves=True)
+    chosen = [tuple(one["settings"].items()) for one in several["batch"]]
+    assert len(set(chosen)) == 3 and several["batch"][0] == several["next_experiment"]
+    curve = several["curves"]["catalyst"]
+    assert curve["values"] == sorted(curve["values"]) and len(curve["low"]) == 16
+    assert "At the same time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -373,8 +417,8 @@ def test_an_answer_that_is_not_finite_is_an_error(monkeypatch, capsys, as_json):
 def test_a_file_starts_a_campaign(finished, tmp_path):
     """Its experiments are no steps: in training a campaign starts at 0 with some in the buffer."""
     (tmp_path / "data.csv").write_text(EXPERIMENTS)
-    names, buffer, _ = DEPLOY.ExperienceBuffer.from_csv(tmp_path / "data.csv")
-    task = DEPLOY.observed_task(buffer, names.index("yield"))
+    data = DEPLOY.read_experiments(tmp_path / "data.csv", "yield")
+    buffer, task = data.buffer, data.task
     system = TrainedACBOSystem.load(finished / "acbo.eqx")
     wide, task_of = buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5)
 
@@ -412,7 +456,7 @@ def test_a_file_starts_a_campaign(finished, tmp_path):
         (EVALUATE.Config, {"seed": 2**32}, "seed"),
         *((DEPLOY.Demo, {n: v}, n) for n, v in (("seeds", 0), ("steps", -1), ("num_obs", 0))),
         *(
-            (ft.partial(DEPLOY.Suggest, EXAMPLE, "yield"), {"remaining": n}, "--remaining")
+            (ft.partial(DEPLOY.Suggest, EXAMPLE, "yield", "min"), {"remaining": n}, "--remaining")
             for n in (0, -5, 2**31, 10**20)
         ),
     ],
@@ -494,7 +538,7 @@ def test_large_numbers_and_cells_far_out_are_answered_with_numbers(tmp_path, tab
 @pytest.mark.parametrize(
     ("table", "target", "end", "said"),
     [
-        (FAR + "4e6,0,1,a\n", "yield", 1, "row 24, column 'a': '4e6' is more than 1,000,000"),
+        (FAR + "4e6,0,1,a\n", "yield", 1, "row 24, column 'a': 4000000 is more than 1,000,000"),
         (LARGE, "yield", 1e20, "'b' ends .* deviations from what was observed"),
         (LARGE, "profit", 1, "no column 'profit'.*a, b, yield"),
         (WIDE, "v0", 1, "129 variables, at most 128"),

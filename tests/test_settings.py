@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lib.artifacts import ArtifactError
-from lib.buffer import DataError
 from lib.settings import errors_for_people, preset_arguments, stage_key, use_compilation_cache
+from lib.table import DataError
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,19 @@ def test_posterior_lists_every_set_of_five_candidates_or_those_of_the_likely_par
     assert set(np.flatnonzero(shorter.sets.any(0))) == set(likely) and len(shorter.sets) == 4
 
 
+def test_what_is_known_of_parents_conditions_the_posterior_exactly(outputs):
+    """One is a parent and one is not: the sets that agree, in proportion to what they were."""
+    output, sets = outputs["base"], jnp.asarray(SETS)
+    first, second = np.flatnonzero(output.task.possible_parents)[:2]
+    yes, no = jnp.arange(SLOTS) == int(first), jnp.arange(SLOTS) == int(second)
+    known = output.given(yes, no)
+    agree = sets[:, jnp.argmax(yes)] & ~sets[:, jnp.argmax(no)]
+    before = np.where(agree, np.exp(jax.vmap(output.log_prob)(sets)), 0.0)
+    after = np.exp(jax.vmap(known.log_prob)(sets))
+    np.testing.assert_allclose(after, before / before.sum(), atol=1e-5)
+    np.testing.assert_allclose(known.marginals()[np.array([first, second])], [1.0, 0.0], atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["rows", "free rows", "padding", "units"])
 def test_order_of_rows_free_rows_padding_and_units_of_other_variables_do_not_matter(
     outputs, variant

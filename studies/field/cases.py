@@ -162,6 +162,28 @@ def theta(a, first):
     return 160 <= a.best[0].get("theta", -1) <= 200
 
 
+def between(name, low, high, most=np.inf):
+    """A criterion: `name` alone, from `low` to `high`, and no more than `most` promised."""
+
+    def criterion(a, first):
+        settings, predicted, _ = a.best
+        return settings.keys() == {name} and low <= settings[name] <= high and predicted <= most
+
+    criterion.__name__ = f"{name} {low:g} to {high:g}"
+    criterion.__doc__ = f"{name} alone is set, to {low:g} at least and {high:g} at most."
+    return criterion
+
+
+def shifted(a, first):
+    """Says that the file is shifted, or sets feed at 6 or more, which the truth wants."""
+    return a.said or a.best[0].get("feed", 0) >= 6
+
+
+def usual_oven(a, first):
+    """cure_temp at 136 to 144, or nothing."""
+    return not a.best[0] or 136 <= a.best[0].get("cure_temp", 0) <= 144
+
+
 # --- files: (path, criterion, target, objective, bounds: a file, or ranges by name, or None) ---
 
 
@@ -170,6 +192,16 @@ def report(name, right=catalyst, target="yield", objective="max", bounds="report
     return f"reports/{name}.csv", right, target, objective, bounds
 
 
+def more(name, right, target, objective="max", bounds=True):
+    """A case of reports_2/, with the bounds beside it."""
+    ranges = f"reports_2/{name}_bounds.csv" if bounds else None
+    return f"reports_2/{name}.csv", right, target, objective, ranges
+
+
+GLOSS = between("solids", 33, 34), "gloss"
+LOADING = between("loading", 7.4, 8, 60), "yield"
+WASH = between("wash_vol", 5, 6), "impurity_pct", "min"
+WATER = between("water_g", 360, 370), "rise_mm"
 THOUSANDS = {"temperature": (45, 75), "catalyst": (2, 8), "stirring": (1000, 3000)}
 OWN_NAMES = {"Temp (°C)": (45, 75), "Catalyst loading [mol%]": (2, 8), "stirring": (100, 300)}
 SERVICES = (slow_service, "PetSite", "max", "petshop/low_traffic_bounds.csv")
@@ -195,6 +227,30 @@ CASES = [
     report("r16_target_without_causes", no_gain, "y", "max", None),
     report("r17_pending_row", catalyst_pending),
     report("r18_names", catalyst_own_names, "Yield, %", bounds=OWN_NAMES),
+    more("s01_percent_clipped", between("residence_min", 13, 19, 100), "conversion_pct"),
+    more("s06_drift_run_number", between("dose", 5.5, 6), "yield"),
+    more("s06n_drift_without_bounds", between("dose", 5.5, 6), "yield", bounds=False),
+    more("s08_lag_one_row", shifted, "yield"),
+    more("s09_clean", *LOADING),
+    more("s09b_outlier_in_experiment", *LOADING),
+    more("s10_counts_five_decades", between("glucose", 13, 14), "cfu"),
+    more("s11_log_setting", between("inhibitor_M", 3e-5, 3e-4), "response"),
+    more("s12a_below_limit_strings", *WASH),
+    more("s12b_limit_put_in", *WASH),
+    more("s14_knockouts_same_value", between("g4", 0, 0.5), "marker", "min"),
+    more("s16_knobs_constant_until_set", *WATER),
+    more("s16b_intervened_emptied", *WATER, bounds=False),
+    more("s18_gloss", *GLOSS),
+    more("s18b_comments_at_head", *GLOSS),
+    more("s18d_footer", *GLOSS),
+    more("s18h_percent_sign", *GLOSS),
+    more("s18i_plus_minus", *GLOSS),
+    more("s18j_tabs", *GLOSS),
+    more("s18k_flag_0_1", *GLOSS),
+    more("s19b_sentinel_target", *GLOSS),
+    more("s20a_index_column_named", between("solids", 32, 34), "gloss", bounds=False),
+    more("s20c_unix_time_drift", between("solids", 32, 34), "gloss", bounds=False),
+    more("s24_gloss_oven_only", usual_oven, "gloss"),
     ("petshop/low_traffic_100.csv", *SERVICES),
     ("petshop/low_traffic.csv", *SERVICES),
     (*PRESSURE, "min", "windtunnel/bounds.csv"),
@@ -210,6 +266,17 @@ SAYS = {
     "r09": r"noise|replicate|repeat",
     "r14": r"\bsum|mixture|add up",
     "r17": r"pending|planned|no result|without (a )?result",
+    "s01": r"100|clip|percent",
+    "s06": r"drift|counts?|tick",
+    "s08": r"shift",
+    "s09b": r"\brow 46\b",
+    "s10": r"\blog",
+    "s11": r"\blog",
+    "s12a": r"limit",
+    "s18b": r"comment",
+    "s18d": r"summary|footer",
+    "s19b": r"-999",
+    "s20": r"no setting|counts|clock|index",
 }
 
 
@@ -267,10 +334,10 @@ def judge(deploy, folder, system, case, first):
             if isinstance(error, SystemExit) and not isinstance(error.code, str):
                 line = err.getvalue().strip()
     line = line.replace(f"{folder}/", "").replace(f"{scratch}/", "")
-    if kind not in ("DataError", "ArtifactError", "SystemExit") or not line or "\n" in line:
+    if kind not in ("DataError", "ArtifactError", "SystemExit") or not line:
         return "wrong", f"{kind}: {line[:150]}".replace("\n", " "), "-", None
     counts = right is few_rows and re.search(r"\brows\b|observations", line)
-    return "right" if counts else "refused", line, "-", None
+    return "right" if counts else "refused", line.replace("\n", " / "), "-", None
 
 
 def main():

@@ -1,0 +1,298 @@
+"""What a system said of a person's file, in the person's own units and words."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtri
+from tabulate import tabulate
+
+from lib.buffer import ExperienceBuffer
+from lib.check import CheckConfig
+from lib.reading import Experience
+from lib.scm import Intervention
+from lib.table import told
+from lib.units import rounded
+
+
+MOST_TRIED = 64  # experiments with what is recommended that are left out in turn
+VERSION = "1"  # of the answer's format
+REASONS = (  # for an experiment: of another setting than the one to recommend, or of that
+    "may turn out better than what is recommended now",
+    "the best setting known: one more outcome tells whether it is",
+)
+
+
+def imagined(buffer, said, experiments, target: int) -> ExperienceBuffer:
+    """The rows, and some experiments that gave what each is expected to."""
+    for variable, value in experiments:
+        outcome = np.interp(value, said.grid[variable], said.mean[variable])
+        row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
+        intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+        buffer = buffer.grow(1).add_intervention(intervention, row)
+    return buffer
+
+
+def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
+    """The variable and the value on its grid of most worth, both `[vars, points]`."""
+    i, b = np.unravel_index(worth.argmax(), worth.shape)
+    return int(i), float(grid[i, b])
+
+
+def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
+    """The answer; where its experiment is one of those `ahead`, or costs `[vars]` differ, with that
+    of the largest gain per cost, more than a step of the grid away from all that are ahead.
+    """
+    (variable, value), grid, count = asked.experiment, asked.grid, len(costs)
+    taken = np.zeros(grid.shape, bool)
+    for i, x in ahead:
+        taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
+    own = taken[variable, np.abs(grid[variable] - value).argmin()]
+    if not own and (costs == costs[0]).all():
+        return asked
+    free = candidates[:, None] & ~taken[:count]
+    worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
+    return asked._replace(experiment=largest(grid, worth))
+
+
+def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
+    """Which experiments with what is recommended decide alone: without one of them another variable
+    would be.
+    """
+    flags, chosen = np.asarray(data.buffer.intervened), int(said.action[0])
+    own = np.flatnonzero((flags.sum(1) == 1) & flags[:, chosen] & (chosen >= 0))[:MOST_TRIED]
+    others = [int(ask(data.buffer.only(jnp.arange(len(flags)) != row)).action[0]) for row in own]
+    return [
+        f"without row {data.lines[row]} the recommendation would be to set {data.names[other]}: "
+        "look at that row"
+        for row, other in zip(own, others, strict=True)
+        if other not in (chosen, -1)
+    ]
+
+
+def toward(said, goal: float, candidates: np.ndarray):
+    """The answer for a target that is to come to `goal`, a deviation: the setting whose predicted
+    mean is nearest, unless doing nothing is as near, and the experiment that is expected to bring
+    it the most nearer.
+    """
+    nodes = ndtri((np.arange(64) + 0.5) / 64) / 3.29  # in widths of a band of 90 %
+    away = np.abs(said.mean[..., None] + (said.high - said.low)[..., None] * nodes - goal)
+    allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
+    idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
+    i, b = np.unravel_index(np.where(allowed, miss, np.inf).argmin(), miss.shape)
+    pays = away[i, b].mean() < idle
+    action, best = ((i, said.grid[i, b]), miss[i, b]) if pays else ((-1, 0.0), idle)
+    gain = np.where(allowed, np.maximum(best - away, 0.0).mean(-1), 0.0)
+    experiment, better = largest(said.grid, gain), (away < idle).mean(-1)
+    return said._replace(action=action, experiment=experiment, gain=gain, better=better)
+
+
+def in_own_units(config, data, said, following) -> dict:
+    """What the system `said`, in the columns' own units and digits, and the experiments of the
+    answers `following`.
+    """
+    names, target, units, low, high = data.names, data.target, data.units, data.low, data.high
+    # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
+    fewer = np.minimum(units.digits, 6 - np.floor(np.log10(units.spread)))
+    digits = np.where(units.logs, units.digits, fewer).astype(int).tolist()
+    places = digits[target] + 2  # of predictions, or a narrow band would be rounded away
+
+    def outcomes(*numbers) -> dict:
+        """Mean and band of the target, within what it can be; of logarithms, the median."""
+        raw = [units.one(target).raw(number).item() for number in numbers]
+        kept = (next(rounded(y, places)) for y in np.clip(raw, *data.ends).tolist())
+        return dict(zip(("predicted", "low", "high"), kept, strict=True))
+
+    def gained(deviations: np.floating) -> float:
+        """A gain in the target's unit: of logarithms, that on the value that is recommended."""
+        share = float(units.spread[target] * deviations)
+        gain = abs(action["predicted"]) * math.expm1(share) if units.logs[target] else share
+        return next(rounded(gain, places))
+
+    def effect(i, value) -> dict:
+        """do(variable i = value) as a person reads it: the value with its column's digits, or more
+        where the range has none with so few, one of those that are possible, and what is predicted
+        there.
+        """
+        unit, bound = units.one(int(i)), data.bounds.get(int(i))
+        raw = unit.raw(value).clip(low[i], high[i]).item()
+        if bound and bound.values:
+            written = min(bound.values, key=lambda x: abs(x - raw))
+        else:
+            written = next(x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
+        at = unit.exact(written).item()
+        curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
+        return {"settings": {names[i]: written}, **outcomes(*curves)}
+
+    def curve(i) -> dict:
+        """Predictions over the range of variable i."""
+        each = [
+            outcomes(*point) for point in zip(said.mean[i], said.low[i], said.high[i], strict=True)
+        ]
+        values = [units.written(i, value) for value in said.grid[i]]
+        return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
+
+    def worse(outcome, goal):
+        """What is to be small: the outcome, its negative, or its distance from a goal."""
+        return {"min": outcome, "max": -outcome}.get(config.objective, np.abs(outcome - goal))
+
+    settable = np.flatnonzero(np.asarray(data.task.candidates))
+    goal = config.target_value or 0.0
+    cells = worse(said.mean, units.one(target).exact(goal))
+    effects = [effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
+    lowest = min(settable, key=lambda i: cells[i].min())
+    better = float(said.better[lowest, cells[lowest].argmin()])
+    nothing = outcomes(*said.nothing)
+    action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
+
+    def experiment(asked) -> dict:
+        """The next experiment of an answer, what it is expected to gain, and why."""
+        tried, value = asked.experiment
+        gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
+        reason = REASONS[asked.experiment == said.action]
+        return effect(tried, value) | {"expected_gain": gained(gain), "reason": reason}
+
+    most = following[0].gain.max()
+    surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
+    surfaces = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
+    check = {
+        "experiments": int(said.experiments),
+        "in_band": int(said.in_band),
+        "widened_by": round(float(said.widened_by), 2),
+        "surface": max(surfaces, key=surfaces.__getitem__),
+        "surrogate_weight": round(surrogate, 3),
+    }
+    answer = {
+        "target": names[target],
+        "objective": config.objective or "value",
+        "nothing": nothing,
+        "recommended_action": action | {"probability_better_than_nothing": round(better, 3)},
+        "next_experiment": experiment(following[0]),
+        "stop": {
+            "expected_gain": gained(most),
+            "worth_it": bool(most > config.worth * said.spread),
+        },
+        "parents": {
+            names[i]: float(said.marginals[i])
+            for i in np.argsort(-said.marginals[: len(names)])
+            if i != target
+        },
+        "parent_sets": [
+            {"parents": sorted(members), "probability": p}
+            for members, p in said.parent_sets.to_dict(names).items()
+            if p > 1e-6
+        ],
+        "best_effects": sorted(effects, key=lambda one: worse(one["predicted"], goal)),
+        "check": check,
+        "notes": data.notes,
+        "warnings": warnings_of(data, check),
+        "version": VERSION,
+        "system": config.system.name,
+        "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
+    }
+    if config.batch > 1:
+        answer["batch"] = [experiment(asked) for asked in following]
+    if config.curves:
+        answer["curves"] = {names[i]: curve(i) for i in settable}
+    return answer
+
+
+def warnings_of(data, check) -> list[str]:
+    """What limits the answer, each in one sentence."""
+    names, buffer, task = data.names, data.buffer, data.task
+    done, in_band, settable = check["experiments"], check["in_band"], np.asarray(task.candidates)
+    observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
+    ends = np.stack([task.low, task.high])
+    reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
+    tried = np.asarray(buffer.intervened.any(0)) | bool(data.bounds)
+    return told(
+        (
+            len(buffer.valid) < 2 * len(names),
+            f"{len(buffer.valid)} rows for {len(names)} columns: so few rows cannot tell which "
+            "column matters",
+        ),
+        (
+            not done,
+            "no experiment to check against: what looks like an effect may have a common cause "
+            "that is not in the file",
+        ),
+        (
+            in_band < 0.7 * done,
+            f"{done - in_band} of {done} experiments lay outside the 90 % band predicted "
+            "for them: be wary of what no experiment has shown yet",
+        ),
+        *(
+            (
+                settable[i] and not tried[i],
+                f"'{name}' was never set: its range is what was seen of it",
+            )
+            for i, name in enumerate(names)
+        ),
+        *(
+            (
+                settable[i] and reach[i] > CheckConfig.far,
+                f"'{name}': its range reaches {reach[i]:.0f} deviations from what was "
+                "observed: the surrogate was not trained on such and counts for less there",
+            )
+            for i, name in enumerate(names)
+        ),
+    )
+
+
+def text(number: float) -> str:
+    """A number with the digits that it has."""
+    return repr(number).removesuffix(".0")
+
+
+def as_text(answer: dict) -> str:
+    """The answer for a person, with the digits that the JSON has."""
+    target, check, stop = answer["target"], answer["check"], answer["stop"]
+    best, following = answer["recommended_action"], answer["next_experiment"]
+
+    def setting(one: dict) -> list[str]:
+        """Variable, value, and what is expected of it."""
+        name, value = next(iter(one["settings"].items()), ("(nothing)", None))
+        chosen = "" if value is None else text(value)
+        return [name, chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+
+    def sentence(one: dict) -> str:
+        name, value, predicted, band = setting(one)
+        chosen = f"set {name} = {value}" if value else "set nothing"
+        return f"{chosen}   ({target} {predicted} expected, {band})"
+
+    effects = *answer["best_effects"], {"settings": {}, **answer["nothing"]}
+    tables = {
+        (f"parent of {target}?", "probability"): [
+            [name, f"{p:.2f}"] for name, p in answer["parents"].items()
+        ],
+        ("most probable parent sets", "probability"): [
+            [f"{{{', '.join(one['parents'])}}}", f"{one['probability']:.2f}"]
+            for one in answer["parent_sets"]
+        ],
+        ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
+    }
+    parts = (
+        *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),
+        f"Check: {check['in_band']} of {check['experiments']} experiments in their 90 % band when "
+        f"predicted; {check['surface']} surface is believed most (surrogate "
+        f"{text(check['surrogate_weight'])}), bands {text(check['widened_by'])} times as wide.",
+        *(f"Note: {one}." for one in answer["notes"]),
+        *(f"Warning: {one}." for one in answer["warnings"]),
+        f"Next experiment:    {sentence(following)}\n{' ' * 20}{following['reason']}; expected "
+        f"gain {text(following['expected_gain'])}",
+        *(f"At the same time:   {sentence(one)}" for one in answer.get("batch", [])[1:]),
+        f"Best action so far: {sentence(best)}\n{' ' * 20}"
+        f"{'' if best['settings'] else 'no setting gains enough for what it risks; the best is '}"
+        f"better than nothing with probability {text(best['probability_better_than_nothing'])}",
+        *told(
+            (
+                not stop["worth_it"],
+                f"Stop: one more experiment is expected to gain {text(stop['expected_gain'])} at "
+                "most; the noise of an outcome is what is left.",
+            )
+        ),
+    )
+    return "\n\n".join(parts)

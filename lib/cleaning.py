@@ -1,0 +1,277 @@
+"""What is left out of a person's rows and columns, or noticed about them, each with a note."""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from lib.buffer import MIN_OBSERVATIONS
+from lib.table import Bound, demand, rows_in_words, told
+from lib.units import constant, deviation
+
+
+MOST_MISSING = 0.25  # share of a column's cells; with more it is left out
+SAME = 1e-5  # less than a correlation of one, for columns that say the same
+POWERS = 10.0 ** np.array([-3, -2, -1, 1, 2, 3])  # a decimal point may slip by
+
+
+class Column(NamedTuple):
+    """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals. Where the
+    cells of a column `source` are words: one for one of them, zero for all others.
+    """
+
+    name: str
+    values: np.ndarray
+    digits: int
+    unit: str = ""
+    source: str = ""
+
+
+class Rows(NamedTuple):
+    """The numbers of a file: `values[rows, columns]`, what was set by hand, and line numbers."""
+
+    columns: list[Column]
+    values: np.ndarray
+    flags: np.ndarray
+    lines: np.ndarray
+
+    def only(self, kept: np.ndarray) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.columns, self.values[kept], self.flags[kept], self.lines[kept])
+
+    def without(self, which: np.ndarray) -> "Rows":
+        """Less some of the columns."""
+        columns = list(itertools.compress(self.columns, ~which))
+        return Rows(columns, self.values[:, ~which], self.flags[:, ~which], self.lines)
+
+    @property
+    def observed(self) -> np.ndarray:
+        """Rows in which nothing was set."""
+        return np.logical_not(self.flags.any(axis=1))
+
+
+def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]):
+    """The rows that have one and of which it is known what was set, and the single settings of
+    those that are still to be run: `[(column, value)]`.
+    """
+    at = [c.name for c in rows.columns].index(target)
+    without = ~np.isfinite(rows.values[:, at])
+    notes += told(
+        (
+            without.any(),
+            f"{without.sum()} row{'s' * (int(without.sum()) > 1)} without a result in '{target}' "
+            f"(failed or still pending), left out: {rows_in_words(rows.lines[without])}",
+        )
+    )
+    alone = rows.flags.sum(1) == 1
+    planned = [
+        (rows.columns[i].name, rows.values[r, i])
+        for r, i in np.argwhere(rows.flags & (without & ~unusable & alone)[:, None])
+    ]
+    return rows.only(~without & ~unusable), planned
+
+
+def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
+    """Less observations that have a value far outside the rest in some column, and less experiments
+    whose outcome is: those that gave another when they were made again, and slips of a power of
+    ten. What an experiment gave may truly lie far from all that was observed.
+    """
+    at = [c.name for c in rows.columns].index(target)
+    seen = np.where(rows.observed[:, None], rows.values, np.nan)
+    several = [len(set(x[np.isfinite(x)].tolist())) > 5 for x in seen.T]
+    stray = np.stack([isolated(x) for x in seen.T], axis=1) & several
+    notes += [
+        f"row {rows.lines[r]}: '{rows.columns[i].name}' = {rows.values[r, i]:.15g} is far from the "
+        "rest, left out"
+        for i, r in np.argwhere(stray.T)
+    ]
+    kept, single, outcome = np.logical_not(stray.any(1)), rows.flags.sum(1) == 1, rows.values[:, at]
+    if not several[at]:
+        return rows.only(kept)
+    odd = single & isolated(np.where(kept, outcome, np.nan))
+    usual = outcome[kept & ~odd]
+    for r in np.flatnonzero(odd):
+        i, value = rows.flags[r].argmax(), rows.values[r]
+        near = np.abs(rows.values[:, i] - value[i]) <= 0.2 * max(np.ptp(rows.values[:, i]), 1e-300)
+        like = single & rows.flags[:, i] & (np.arange(len(odd)) != r)
+        again = outcome[like & ~odd & (rows.values[:, i] == value[i])]
+        powers = np.abs(np.log10(np.abs(outcome[r] / again)))
+        contradicted = (np.abs(powers - np.maximum(powers.round(), 1)) < 0.15).any()
+        confirmed = (like & odd & near).any()
+        slip = slips(outcome[[r]], usual, POWERS[np.abs(np.log10(POWERS)) > 1.5]).any()
+        kept[r] = confirmed or not (contradicted or (slip and not again.size))
+        what = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from"
+        notes += told(
+            (not kept[r] and again.size, f"{what} what the same experiment gave, left out"),
+            (not kept[r] and not again.size, f"{what} all others, by powers of ten, left out"),
+            (kept[r] and not confirmed, f"{what} all others: see that it is no typing error"),
+        )
+    return rows.only(kept)
+
+
+def apart(x: np.ndarray, least: float, gap: float) -> np.ndarray:
+    """Which of `x[samples]` lie outside the rest: at most one in a hundred, `least` robust
+    deviations away and `gap` times as far as the next.
+    """
+    distance = np.abs(x - np.median(x))
+    scale = 1.4826 * np.median(distance) or distance.mean()
+    ranked = np.sort(distance)[::-1][: max(1, len(x) // 100) + 1]
+    clear = ranked[:-1] > np.maximum(least * scale, gap * ranked[1:])
+    return distance >= ranked[:-1][clear].min(initial=np.inf)
+
+
+def isolated(values: np.ndarray) -> np.ndarray:
+    """Which of `values[samples]` are no more of the same: far outside the rest, or a power of ten
+    away from it and less far outside (a slipped decimal point). Those that are not negative must be
+    so in logarithms too (of a little more, where some are zero); NaN is none of them.
+    """
+    known, found = np.isfinite(values), np.zeros(len(values), bool)
+    x = values[known]
+    if len(x) < 3:
+        return found
+    little = x[x > 0].min(initial=np.inf) if x.min() == 0 else 0.0
+    scales = (x, np.log(x + little)) if x.min() >= 0 and x.any() else (x,)
+    far, rather = (
+        np.all([apart(scale, least, gap) for scale in scales], axis=0)
+        for least, gap in ((10.0, 4.0), (4.0, 2.5))
+    )
+    found[known] = far | (rather & slips(x, x[~rather]))
+    return found
+
+
+def slips(values: np.ndarray, usual: np.ndarray, powers: np.ndarray = POWERS) -> np.ndarray:
+    """Which of the `values` a slipped decimal point tells from `usual` ones, all of one sign."""
+    low, high = usual.min(initial=np.inf), usual.max(initial=-np.inf)
+    shifted = values[:, None] * powers
+    return ((shifted >= low) & (shifted <= high)).any(1) & (low * high > 0)
+
+
+def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:
+    """Less columns that are mostly missing, unless they were set or have a range, and less
+    observations with a missing cell; in experiments, and where too few observations would be left,
+    the column's median stands in.
+    """
+    spare = [c.name != target and c.name not in ranges for c in rows.columns]
+    share = np.isnan(rows.values).mean(0)
+    sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)
+    empty = [c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse)]
+    demand(
+        not set(empty)
+        & {c.name for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))},
+        f"columns {', '.join(empty)}: set in some rows, empty in most: give the usual values",
+    )
+    notes += [
+        f"'{c.name}': more than a quarter of its cells are missing, left out"
+        for c in itertools.compress(rows.columns, sparse)
+    ]
+    rows = rows.without(sparse)
+    missing, observed = np.isnan(rows.values), rows.observed
+    gaps = missing.any(1)
+    plenty = (observed & ~gaps).sum() >= max(MIN_OBSERVATIONS, 0.6 * observed.sum())
+    out = gaps & observed & plenty
+    notes += [
+        f"cells missing in {rows_in_words(rows.lines[which])}: {done}"
+        for which, done in (
+            (out, "left out"),
+            (gaps & ~out, "the column's median stands in for them"),
+        )
+        if which.any()
+    ]
+    values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
+    return rows._replace(values=values).only(~out)
+
+
+def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:
+    """Less columns that are constant or say the same as another which stays: the target, or else
+    what has a range, was set by hand, or comes first. What was set in a copy counts as set in the
+    other.
+    """
+    still = constant(rows.values)
+    notes += [
+        f"'{c.name}': constant, so that nothing is known of it, left out"
+        + ": an experiment with it would tell" * (c.name in ranges)
+        for c in itertools.compress(rows.columns, still)
+    ]
+    rows = rows.without(still)
+    values, flags, names = rows.values, rows.flags.copy(), [c.name for c in rows.columns]
+    centred = (values - values.mean(0)) / deviation(values)
+    same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
+    rank = [
+        (name != target, name not in ranges, not flags[:, i].any(), i)
+        for i, name in enumerate(names)
+    ]
+    # what can be set is never a copy of the target, even where nothing else moves that
+    own = np.array([name == target for name in names])
+    can = np.any(flags, axis=0) | np.array([name in ranges for name in names])
+    same &= ~(np.outer(own, can) | np.outer(can, own))
+    gone = np.zeros(len(names), bool)
+    for *_, i in sorted(rank):
+        copies = [j for j in np.flatnonzero(same[i] & ~gone & ~gone[i]) if rank[j] > rank[i]]
+        flags[:, i] |= flags[:, copies].any(1)
+        gone[copies] = True
+        notes += [f"'{names[j]}' says the same as '{names[i]}' and is left out" for j in copies]
+    return rows._replace(flags=flags).without(gone)
+
+
+def as_design(rows: Rows, notes: list[str]) -> Rows:
+    """With experiments read as observations where these are few, and where what was set stands
+    still otherwise.
+    """
+    flags, observed = rows.flags.copy(), rows.observed
+    # without observations all rows, in which nothing stands still
+    still = constant(rows.values[observed | ~observed.any()]) & flags.any(0)
+    names = ", ".join(f"'{c.name}'" for c in itertools.compress(rows.columns, still))
+    notes += told((names, f"{names}: constant unless set; such rows are read as a design"))
+    flags[flags[:, still].any(1)] = False
+    for which, kind in ((flags.sum(1) > 1, " of several settings"), (flags.any(1), "")):
+        if (~flags.any(1)).sum() < MIN_OBSERVATIONS and which.any():
+            notes.append(f"few rows are observations: experiments{kind} are read as a design")
+            flags[which] = False
+    return rows._replace(flags=flags)
+
+
+def order_of_rows(rows: Rows, target: int) -> list[str]:
+    """Whether the target drifts along the observations, or follows a column with a row's delay."""
+    found, name, outcome = [], rows.columns[target].name, rows.values[:, target]
+    first = outcome[rows.observed]
+    if len(first) > MIN_OBSERVATIONS and np.ptp(first) > 0:
+        drift, chance = np.array(spearmanr(np.arange(len(first)), first))
+        found += told(
+            (
+                chance < 1e-5,
+                f"'{name}' drifts along the rows (rank correlation {drift:.2f}): early and late "
+                "rows cannot be compared as they stand",
+            )
+        )
+    for column, x in zip(rows.columns, rows.values.T, strict=True):
+        if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
+            own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
+            found += told(
+                (
+                    before > max(0.6, own + 0.3),
+                    f"'{column.name}' of the row before explains '{name}' better than that of its "
+                    "own row: is the file shifted by one?",
+                )
+            )
+    return found
+
+
+def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
+    """Columns that always sum to the same, so that none can be set alone."""
+    which = np.flatnonzero(settable)
+    values = rows.values[:, which]
+    spread = values.std(0)
+    if len(which) < 2 or len(values) <= len(which) or not spread.all():
+        return []
+    _, lengths, directions = np.linalg.svd((values - values.mean(0)) / spread, full_matrices=False)
+    weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
+    alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
+    names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
+    return told(
+        (
+            lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1,
+            f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be "
+            "set alone",
+        )
+    )

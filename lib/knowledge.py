@@ -1,0 +1,105 @@
+"""What a person knows beside the data: who can be a parent, what comes before what, and limits on
+settings.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lib.reading import Experience, task_of
+from lib.table import DataError, demand, find, number_of, read_table, refuse
+
+
+Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, and that are none
+TERM = re.compile(r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*([^\s*+-].*?)\s*")
+
+
+def index_of(name: str, data: Experience, where: str) -> int:
+    """A variable beside the target; `DataError` for any other name."""
+    others = [one for i, one in enumerate(data.names) if i != data.target]
+    found = find(name, others)
+    demand(found, f"{where}: '{name}' is none of the variables {', '.join(others)}")
+    return data.names.index(found)
+
+
+def known_edges(
+    data: Experience, require: Sequence[str], forbid: Sequence[str], tiers: Path | None
+) -> tuple[Experience, Edges]:
+    """Variables that are parents of the target and that are none. Those of a later tier than the
+    target (a CSV `variable,tier`, causes before effects) are none and cannot move it, so that the
+    ranges lack them.
+
+    Raises `DataError` for what is no variable, for contradictions and for a file that does not fit.
+    """
+    required = tuple(index_of(name, data, "--require") for name in require)
+    forbidden = {index_of(name, data, "--forbid") for name in forbid}
+    if tiers:
+        table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
+        demand(
+            [name.lower() for name in table.names] == ["variable", "tier"],
+            f"{tiers}, row 1: write variable,tier",
+        )
+        tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
+        refuse(
+            [
+                f"{tiers}, row {line}: '{name}', '{cell}': write a variable and its tier, a "
+                f"number; the variables are {', '.join(names)}"
+                for line, (name, cell) in zip(table.lines, table.rows, strict=True)
+                if not find(name, names) or np.isnan(number_of(cell, table.comma)[0])
+            ]
+        )
+        demand(target in tier, f"{tiers}: '{target}' is not listed: give its tier")
+        later = np.array([tier.get(name, tier[target]) > tier[target] for name in names])
+        forbidden |= set(np.flatnonzero(later).tolist())
+        data = with_ranges(data, data.low, data.high, ~later, f"{tiers}")
+    both = ", ".join(data.names[i] for i in sorted(forbidden.intersection(required)))
+    demand(not both, f"--require: {both}: cannot be parents and none: leave out one")
+    return data, (required, tuple(sorted(forbidden)))
+
+
+def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
+    """The data with ranges from `low` to `high` `[vars]`, in the columns' units, for the variables
+    that are `kept` and had one; `DataError` if there is none.
+    """
+    which = np.asarray(data.task.candidates) & kept & (low <= high)
+    demand(which.any(), f"{where}: forbids every single setting: there is nothing to suggest")
+    bounds = {
+        i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
+        for i, b in data.bounds.items()
+    }
+    task = task_of(data.units, low, high, which, data.target)
+    return data._replace(low=low, high=high, task=task, bounds=bounds)
+
+
+def within(data: Experience, constraints: Sequence[str]) -> Experience:
+    """The data with ranges in which every constraint, such as `a + 2 b <= 1`, holds while all other
+    settings are at their usual values.
+
+    Raises `DataError` for one that cannot be read, and where no single setting is left.
+    """
+    low, high, kept = data.low, data.high, np.ones(len(data.names), bool)
+    observed = np.asarray(data.buffer.observational)
+    usual = data.units.raw(np.asarray(data.buffer.values)[observed].mean(0))
+    for text in constraints:
+        where, parts = f"--constraint '{text}'", re.split("(<=|>=|=)", text, maxsplit=1)
+        total = number_of(parts[-1].strip(), False)[0]
+        demand(
+            len(parts) == 3 and parts[0].strip() and not np.isnan(total),
+            f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
+        )
+        factors = np.zeros(len(usual))
+        for part in re.findall(r"[-+]?[^-+]+", parts[0]):
+            term = TERM.fullmatch(part)
+            if term is None:
+                raise DataError(f"{where}: '{part.strip()}' is not a number times a variable")
+            factors[index_of(term[3], data, where)] += float(f"{term[1]}{term[2] or 1}")
+        # of each variable alone, others being as usual; NaN for those that the limit does not name
+        rest = total - factors @ usual + factors * usual
+        limit = np.divide(rest, factors, where=factors != 0, out=np.full(len(usual), np.nan))
+        upper = (factors > 0) == (parts[1] == "<=")
+        high = np.fmin(high, np.where(upper, limit, np.nan))
+        low = np.fmax(low, np.where(upper, np.nan, limit))
+        kept &= (factors == 0) | (parts[1] != "=")
+    return with_ranges(data, low, high, kept, "--constraint") if constraints else data

@@ -1,0 +1,317 @@
+"""A text file as a person's program wrote it: its cells, the numbers in them, and ranges."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from decimal import Context, Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+NUMBER = re.compile(
+    r"[~≈]?(?P<limit>[<>≤≥]=?)?\s*"
+    r"(?P<digits>[-+−]?(?:\d{1,3}(?:['\s]\d{3})+(?:[.,]\d+)?|\d[\d.,]*|[.,]\d+)(?:e[-+]?\d+)?)"
+    r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?\s*\**",
+    re.IGNORECASE,
+)
+# columns of a file of bounds, the last four optional, and what an empty cell stands for
+COLUMNS = {
+    "variable": "",
+    "low": "",
+    "high": "",
+    "step": "0",
+    "levels": "",
+    "scale": "",
+    "cost": "1",
+}
+MOST_STEPS = 10_000  # of a range: more are as good as none
+MOST_SUMMARIES = 6  # rows at the end of a file
+# a comment, neither an error of Excel nor an id
+COMMENT = re.compile(r"#(?!N/?A|DIV|VALUE|REF|NAME|NUM|\d|$)")
+THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
+SUMMARY = re.compile(
+    r"\W*(mean|average|avg|total|sum|std|stdev|sd|sem|min|max|median|count|n|\d+ rows)\W*",
+    re.IGNORECASE,
+)
+
+
+class DataError(ValueError):
+    """Bad input from a person; each line of the message names file, row and column and says what to
+    do.
+    """
+
+
+def told(*cases: tuple[object, str]) -> list[str]:
+    """The sentences of those cases that hold."""
+    return [sentence for holds, sentence in cases if holds]
+
+
+def demand(fits: object, otherwise: str) -> None:
+    """Raise `DataError` with what is `otherwise` wrong, unless it `fits`."""
+    if not fits:
+        raise DataError(otherwise)
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise `DataError` with a line for each problem, if there is one."""
+    demand(not problems, "\n".join(problems))
+
+
+INTERVENED = "intervened"
+
+
+class Table(NamedTuple):
+    """Cells of a file, stripped: the header, and rows with their line numbers."""
+
+    names: list[str]
+    lines: np.ndarray
+    rows: list[list[str]]
+    comma: bool  # between a number and its decimals
+    notes: list[str]
+
+
+class Bound(NamedTuple):
+    """A line of a file of bounds: a column's range, the values in it that are possible (all, if
+    none are given), how it is laid out, what an experiment with it costs, and where it says so.
+    """
+
+    name: str
+    low: float
+    high: float
+    values: tuple[float, ...]
+    scale: str
+    cost: float
+    where: str
+
+
+def plain(digits: str, comma: bool) -> str:
+    """A number with a decimal point and without thousands; where it has a comma alone, thousands
+    are taken for such unless `comma` says that the file has decimal commas.
+    """
+    digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
+    point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
+    grouped = re.fullmatch(THOUSANDS % re.escape(point), digits)
+    if grouped and (other == ".,"[comma] or digits.count(point) > 1):
+        point, other = other, point
+    return digits.replace(other, "").replace(point, ".")
+
+
+def decimal_comma(cells: Sequence[str], comma: bool) -> bool:
+    """Whether a column has decimal commas; `comma` says whether its file has them, where it does
+    not tell. Marks that could all be of thousands are, beside whole numbers of hundreds.
+    """
+    digits = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
+    commas, points = (
+        [x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")
+    )
+    decimal_commas, decimal_points = (
+        any(not re.fullmatch(THOUSANDS % mark, x) for x in marked)
+        for mark, marked in ((",", commas), (r"\.", points))
+    )
+    if decimal_commas != decimal_points:
+        return decimal_commas
+    hundreds = any(re.fullmatch(r"[-+]?\d{3}", x) for x in digits)
+    if hundreds and not decimal_commas and bool(commas) != bool(points):
+        return bool(points)
+    return comma
+
+
+def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
+    """The number of a cell (NaN: none below 1e30), its decimals, the unit behind it, and whether it
+    is a limit as in `<0.05`; an error as in `53 ± 1` is passed over.
+    """
+    match = NUMBER.fullmatch(cell)
+    limit, digits, unit = match.group("limit", "digits", "unit") if match else ("", "", "")
+    text = plain(digits, comma)
+    value = float(Decimal(text, Context(traps=[])))  # NaN where that is no number, as `1.2.3`
+    usable = abs(value) <= 1e30  # no unit of anything is larger
+    return value if usable else math.nan, decimals(text), unit or "", bool(limit)
+
+
+def decimals(number: str) -> int:
+    """How many decimals a number is written with; negative where its last digit stands for tens or
+    more.
+    """
+    exponent = Decimal(number, Context(traps=[])).as_tuple().exponent
+    # no int: no number, or an exponent of twenty digits
+    return -exponent if isinstance(exponent, int) else 0
+
+
+def rows_in_words(lines: Sequence[int] | np.ndarray) -> str:
+    """`row 5`, or `rows 5, 7, 9, ...`."""
+    shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
+    return f"row{'s' * (len(lines) > 1)} {shown}"
+
+
+def read_table(path: Path, strict: bool = False) -> Table:
+    """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
+    points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
+    of another number of cells are left out. Raises `DataError` where it cannot be read or is empty.
+    """
+    try:
+        data = path.read_bytes()
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            text = data.decode("cp1252")
+        text = re.sub(r"\A\s*sep=.[ \t]*\r?\n", "", text)
+        written = [x for x in text.splitlines() if x.strip() and not COMMENT.match(x.lstrip())]
+
+        def regular(delimiter):
+            """How many lines have the number of cells that most have, and that number."""
+            widths = [len(row) for row in csv.reader(written[:60], delimiter=delimiter)]
+            most = max(widths, key=widths.count, default=0)
+            return most > 1, widths.count(most), most
+
+        delimiter = max(";\t|,", key=regular)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: give the path of a CSV file") from None
+    except (OSError, ValueError, csv.Error) as error:  # also a NUL byte in the name
+        raise DataError(
+            f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
+            "give a file of comma-separated UTF-8 text"
+        ) from None
+    comments = [line for line, row in found if row and COMMENT.match(row[0])]
+    filled = [(line, row) for line, row in found if any(row) and not COMMENT.match(row[0])]
+    demand(filled, f"{path}: empty: the first row names the columns")
+    widths = [len(row) for _, row in filled]
+    head = widths.index(max(widths, key=widths.count)) if not strict else 0
+    title, (header_line, header), rows = filled[:head], filled[head], filled[head + 1 :]
+    cells = [cell for _, row in rows for cell in row if not math.isnan(number_of(cell, True)[0])]
+    numbers = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
+    commas = [x for x in numbers if "," in x and "." not in x]
+    decimal = [x for x in commas if not re.fullmatch(THOUSANDS % ",", x)]
+    points = ["." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers]
+    # where all commas could be of thousands, they are if there is a point or they stand in quotes
+    comma = len(decimal) >= sum(points) if decimal else delimiter != "," and not any(points)
+    comma = bool(commas) and comma
+    summaries = [bool(SUMMARY.fullmatch(next(filter(None, row)))) for _, row in rows]
+    last = len(rows) - (summaries[::-1].index(False) if False in summaries else 0)
+    last = len(rows) if strict or len(rows) - last > MOST_SUMMARIES else last
+    rows, footer = rows[:last], rows[last:]
+    numeric = [
+        any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
+    ]
+    first = int(numeric == [False, True] and not strict)
+    rows, units = rows[first:], rows[:first]
+    width = max(i for i, name in enumerate(header, 1) if name)
+    header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
+    beyond = [line for line, row in rows if any(row[width:])]
+    for _, row in rows:
+        if not (strict and any(row[width:])):
+            del row[width:]
+        if len(row) == width - 1 and header[-1].lower() == INTERVENED:
+            row.append("")  # an empty last cell, which some programs do not write
+    ragged = [f"row {line} has {len(row)}" for line, row in rows if len(row) != width]
+    where, many = f"{path}, row {header_line}, column name", len(ragged) > 0.1 * len(rows)
+    refuse(
+        [
+            f"{path}, {one} cells, but the header has {width} columns: complete the row, or name "
+            "every column"
+            for one in (ragged[:3] if strict or many else ())
+        ]
+        + [
+            f"{where} '{name}' is used twice: name every column once"
+            for i, name in enumerate(header)
+            if name in header[:i]
+        ]
+        + [
+            f"{where} '{name}' holds ';', which separates variables that were set together: rename "
+            "the column"
+            for name in header
+            if ";" in name
+        ]
+    )
+    notes = told(
+        (comments, f"{rows_in_words(comments)}: read as comments"),
+        (title, f"{rows_in_words([line for line, _ in title])}: above the header, left out"),
+        (beyond, f"{rows_in_words(beyond)}: cells right of the last column are left out"),
+        (commas, f"commas in numbers: read as {'decimal commas' if comma else 'thousands'}"),
+        (footer, f"{rows_in_words([line for line, _ in footer])}: a summary, left out"),
+        (units, f"{rows_in_words([line for line, _ in units])}: holds no number, read as units"),
+        (ragged, f"{', '.join(ragged)} cells for {width} columns: left out"),
+    )
+    rows = [(line, row) for line, row in rows if len(row) == width]
+    lines = [line for line, _ in rows]
+    return Table(header, np.array(lines), [row for _, row in rows], comma, notes)
+
+
+def find(name: str, names: Sequence[str]) -> str:
+    """The column called `name`, whatever its case and blanks, if there is one alone; else ''."""
+    wanted = " ".join(name.lower().split())
+    alike = [one for one in names if " ".join(one.lower().split()) == wanted]
+    same = [name] if name in names else alike
+    return same[0] if len(same) == 1 else ""
+
+
+def read_bounds(path: Path) -> list[Bound]:
+    """Ranges from a CSV with columns `variable,low,high`, and perhaps `step`, `levels` (`0;5;10`),
+    `scale` (linear or log) and `cost` (1, if none is given). A single possible value has `low` =
+    `high`.
+    """
+    table, found, problems = read_table(path, strict=True), [], []
+    columns, known = [name.lower() for name in table.names], list(COLUMNS)
+    demand(
+        columns[:3] == known[:3] and set(columns[3:]) <= set(known[3:]),
+        f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high and, if "
+        f"need be, {', '.join(sorted(known[3:]))}",
+    )
+    for line, row in zip(table.lines, table.rows, strict=True):
+        cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
+        scale, where = cells["scale"].lower(), f"{path}, row {line}"
+        numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
+        between = r"[;|\s]+" if table.comma else r"[;|,\s]+"
+        levels = filter(None, re.split(between, cells["levels"]))
+        numbers |= {f"levels {x}": x for x in levels}
+        read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
+        low, high, step, cost, *values = read.values()
+        problems += [
+            f"{where}, column '{name.split()[0]}': '{numbers[name]}' is not a number below 1e30: "
+            "correct it"
+            for name, value in read.items()
+            if math.isnan(value)
+        ]
+        problems += told(
+            (
+                scale not in ("", "linear", "log"),
+                f"{where}, column 'scale': '{cells['scale']}': write linear or log",
+            ),
+            (
+                low > high or step < 0 or cost <= 0,
+                f"{where}, columns 'low' and 'high': {cells['low']} is not below {cells['high']}, "
+                "or step or cost is negative: correct them",
+            ),
+        )
+        if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
+            count = math.floor((high - low) / (step or 1.0) + 1e-9) + 1
+            values = [float(f"{low + step * i:.12g}") for i in range(count)]
+        inside = tuple(sorted(x for x in values if low <= x <= high))
+        problems += told(
+            (
+                len(inside) < len(values),
+                f"{where}, column 'levels': some lie outside {low:g} to {high:g}: correct them",
+            )
+        )
+        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where))
+    refuse(problems)
+    return found
+
+
+def bounds_by_name(bounds: Sequence[Bound], names: list[str], problems) -> dict[str, Bound]:
+    """The bounds of every column that has some."""
+    found = {}
+    for bound in bounds:
+        name, where = find(bound.name, names), f"{bound.where}, column 'variable': '{bound.name}'"
+        problems += told(
+            (not name, f"{where} is not in the data; the variables are {', '.join(names)}"),
+            (name and name in found, f"{where} has a range already: keep one of the two"),
+        )
+        found.setdefault(name, bound)
+    return found

@@ -1,0 +1,73 @@
+"""What a person knows beside the data."""
+
+import numpy as np
+import pytest
+
+from lib.knowledge import known_edges, within
+from lib.reading import read_experiments
+from lib.table import DataError, read_bounds
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Columns a, b, c around 1, 2 and 3, and the target y; ranges 0 to 4 for the three."""
+    numbers = RNG.normal([1.0, 2.0, 3.0, 0.0], 0.1, (30, 4))
+    rows = "".join(",".join(f"{x:.3f}" for x in row) + ",\n" for row in numbers)
+    (tmp_path / "data.csv").write_text("a,b,c,y,intervened\n" + rows)
+    ranges = "variable,low,high,levels\na,0,4,0;1;2;3\nb,0,4,\nc,0,4,\n"
+    (tmp_path / "bounds.csv").write_text(ranges)
+    return read_experiments(tmp_path / "data.csv", "y", read_bounds(tmp_path / "bounds.csv"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "low", "high"),
+    [
+        ("a + b + c <= 8", (0, 0, 0), (3, 4, 4)),
+        ("2a - b >= -1", (0.5, 0, 0), (4, 3, 4)),
+        ("A<=2.5", (0, 0, 0), (2.5, 4, 4)),
+        ("a + b = 3", (0, 0, 0), (None, None, 4)),
+    ],
+)
+def test_a_limit_narrows_ranges_others_being_as_usual(data, limit, low, high):
+    found = within(data, [limit])
+    for i in range(3):
+        settable = bool(found.task.candidates[i])
+        assert settable == (high[i] is not None)
+        if settable:
+            assert (found.low[i], found.high[i]) == pytest.approx((low[i], high[i]), abs=0.1)
+            ends = found.units.one(i).raw(np.array([[found.task.low[i]], [found.task.high[i]]]))
+            assert ends[:, 0] == pytest.approx([found.low[i], found.high[i]], abs=1e-4)
+            assert all(found.low[i] <= value <= found.high[i] for value in found.bounds[i].values)
+
+
+def test_tiers_leave_out_what_comes_later(data, tmp_path):
+    (tmp_path / "tiers.csv").write_text("variable;tier\na;1\nb;3\nC;2\ny;2\n")
+    found, (required, forbidden) = known_edges(data, ["a"], ["c"], tmp_path / "tiers.csv")
+    assert (required, forbidden) == ((0,), (1, 2))
+    assert np.asarray(found.task.candidates).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("require", "forbid", "tiers", "limits", "said"),
+    [
+        (["d"], [], None, [], "--require: 'd' is none of the variables a, b, c"),
+        ([], ["y"], None, [], "--forbid: 'y' is none"),
+        (["a"], ["a"], None, [], "--require: a: cannot be"),
+        ([], [], "variable,tier\na,1\n", [], "'y' is not listed"),
+        ([], [], "variable,tier\na,x\ny,1\n", [], "row 2: 'a', 'x'"),
+        ([], [], "name,tier\na,1\n", [], "row 1: write variable,tier"),
+        ([], [], "variable,tier\na,2\nb,2\nc,2\ny,1\n", [], "forbids every single setting"),
+        ([], [], None, ["a + b"], "write a sum and its limit"),
+        ([], [], None, ["a + d <= 1"], "'d' is none of the variables"),
+        ([], [], None, ["a + <= 1"], "'\\+' is not a number times"),
+        ([], [], None, ["a + b + c = 6"], "forbids every single setting"),
+    ],
+)
+def test_what_does_not_fit_is_refused(data, tmp_path, require, forbid, tiers, limits, said):
+    if tiers:
+        (tmp_path / "tiers.csv").write_text(tiers)
+    with pytest.raises(DataError, match=said):
+        known_edges(within(data, limits), require, forbid, tiers and tmp_path / "tiers.csv")
