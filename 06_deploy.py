@@ -33,7 +33,7 @@ from lib.problems import initial_buffer
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import DataError, read_bounds, refuse, told
+from lib.table import DataError, demand, read_bounds, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
@@ -141,6 +141,11 @@ def suggest(config: Suggest) -> dict:
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
+    goal = data.units.one(data.target).exact(config.target_value or 0.0).item()
+    demand(
+        config.target_value is None or math.isfinite(goal),
+        f"--target-value {config.target_value}: give a number that '{config.target}' can have",
+    )
     candidates = np.asarray(data.task.candidates)
     costs = np.array(
         [data.bounds[i].cost if i in data.bounds else 1.0 for i in range(len(candidates))]
@@ -151,23 +156,19 @@ def suggest(config: Suggest) -> dict:
 
     def ask(buffer: ExperienceBuffer):
         asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))
-        if config.target_value is not None:
-            goal = data.units.one(data.target).exact(config.target_value)
-            asked = toward(asked, goal.item(), candidates)
-        return asked
+        return asked if config.target_value is None else toward(asked, goal, candidates)
 
     said = ask(data.buffer)
-    following = []
-    for _ in range(config.batch):
-        ahead = [*data.planned, *(asked.experiment for asked in following)]
-        asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
-        following.append(elsewhere(asked, ahead, candidates, costs))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
         raise DataError(
             f"{config.data}: the answer is not finite: look for cells far from the others, and for "
             "columns in different units"
         )
-
+    following = []
+    for _ in range(config.batch):
+        ahead = [*data.planned, *(asked.experiment for asked in following)]
+        asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
+        following.append(elsewhere(asked, ahead, candidates, costs))
     answer = in_own_units(config, data, said, following)
     answer["warnings"] += resting_on_one(data, said, ask)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))

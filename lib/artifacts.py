@@ -300,6 +300,7 @@ def deserialise(path: Path, leaves: bytes, like: Any, stage: str | None) -> Any:
 
 
 def refuse_nan(path: Path, tree: Any) -> None:
+    """Raise `ArtifactError` where a number of the tree is NaN: nothing is written then."""
     for where, leaf in jax.tree.leaves_with_path(tree):
         if eqx.is_inexact_array_like(leaf) and np.isnan(leaf).any():
             raise ArtifactError(
@@ -329,6 +330,7 @@ def read_artifact(path: Path, stage: str) -> tuple[dict[str, Any], Any]:
 
 
 def read_bytes(path: Path, stage: str | None) -> bytes:
+    """The bytes of a file; `ArtifactError` where it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

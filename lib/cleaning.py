@@ -96,7 +96,8 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
         near = np.abs(rows.values[:, i] - value[i]) <= 0.2 * max(np.ptp(rows.values[:, i]), 1e-300)
         like = single & rows.flags[:, i] & (np.arange(len(odd)) != r)
         again = outcome[like & ~odd & (rows.values[:, i] == value[i])]
-        powers = np.abs(np.log10(np.abs(outcome[r] / again)))
+        with np.errstate(divide="ignore", invalid="ignore"):  # of zero nothing is a power of ten
+            powers = np.abs(np.log10(np.abs(outcome[r] / again)))
         contradicted = (np.abs(powers - np.maximum(powers.round(), 1)) < 0.15).any()
         confirmed = (like & odd & near).any()
         slip = slips(outcome[[r]], usual, POWERS[np.abs(np.log10(POWERS)) > 1.5]).any()
@@ -152,6 +153,8 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
+    if not len(rows.lines):
+        return rows
     spare = [c.name != target and c.name not in ranges for c in rows.columns]
     share = np.isnan(rows.values).mean(0)
     sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)

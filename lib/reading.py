@@ -44,17 +44,10 @@ from lib.units import FARTHEST_VALUE, Units, ends_of, in_logarithms
 Scale = Literal["auto", "linear", "log"]
 MOST_LEVELS = 8  # different words of a column that are levels, not names
 ONE_VALUE = 0.25  # deviations around a value that is the only one possible
-MISSING = {
-    "",
-    "-",
-    "--",
-    ".",
-    "?",
-    *["na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "failed", "fail"],
-}
-NOT_SET = {"", "0", "-", *["no", "none", "false", "n", "na", "n/a", "nan"]}
-SET = {"1", *["yes", "true", "y", "x"]}
-EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # of a column of words, where none is a level
+EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
+MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
+NOT_SET = {"", "0", "-", "no", "none", "false", "n", "na", "n/a", "nan"}
+SET = {"1", "yes", "true", "y", "x"}
 SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
 COUNTER = re.compile(
     r"unnamed.*|#|id|no\.?|nr\.?|idx|index|run.?(no|number|order)?|std.?order|order|time|date|day"
@@ -269,6 +262,8 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
     marks = bool({cell.lower() for cell in cells} <= NOT_SET | SET) and not named.any()
     stars = np.array([cell == "*" for cell in cells]) | (marks and not usual.any())
     settable = np.array([c.name != target and (not ranges or c.name in ranges) for c in columns])
+    # a column without a usual value cannot have left it
+    settable &= [not usual.any() or np.isfinite(c.values[usual]).any() for c in columns]
     flags = np.outer(stars, settable)
     if marks and usual.any() and not usual.all() and settable.any():
         settings = np.stack([c.values for c in itertools.compress(columns, settable)], axis=1)
@@ -281,21 +276,12 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
         parts = re.split(";" if several else r"[+|,]", cells[r])
         for name in filter(None, map(str.strip, parts)):
             acted = find(name.removesuffix("?").strip(), names)
+            where = f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is"
             problems += told(
-                (
-                    not acted,
-                    f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is not a "
-                    f"column; the variables are {', '.join(names)}",
-                )
+                (not acted, f"{where} not a column; the variables are {', '.join(names)}"),
+                (acted == target, f"{where} the target, which cannot be set: correct the row"),
             )
             unusable[r] |= name.endswith("?") and name != acted
-            problems += told(
-                (
-                    acted == target,
-                    f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is the target, "
-                    "which cannot be set: correct the row",
-                )
-            )
             flags[r] |= [
                 acted == c.name or (acted == c.source and (c.values[r] == 1 or one))
                 for c, one in zip(columns, alone, strict=True)

@@ -70,6 +70,7 @@ def run_campaign(
     start, fits = buffer.size, buffer.has_room(num_steps)
 
     def step(buffer, t):
+        """Experiment t and what was recommended before it; after the last, only the latter."""
         (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
 
         def experiment():
@@ -193,6 +194,7 @@ class TrainedACBOSystem(eqx.Module):
         most = buffer.valid.shape[0] if most is None else most
 
         def decide(key, buffer, step):
+            """The next experiment and the action to recommend, with what is left to do."""
             left = num_steps - step
             if beliefs is None:
                 state = make_state(self.surrogate, buffer, scm.task, step, left)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Context, Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,8 @@ NUMBER = re.compile(
     r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?\s*\**",
     re.IGNORECASE,
 )
+DIRECT = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)  # nothing to change: most cells
+INTERVENED = "intervened"  # the column of what was set by hand
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
 COLUMNS = {
     "variable": "",
@@ -61,9 +63,6 @@ def refuse(problems: list[str]) -> None:
     demand(not problems, "\n".join(problems))
 
 
-INTERVENED = "intervened"
-
-
 class Table(NamedTuple):
     """Cells of a file, stripped: the header, and rows with their line numbers."""
 
@@ -92,6 +91,8 @@ def plain(digits: str, comma: bool) -> str:
     """A number with a decimal point and without thousands; where it has a comma alone, thousands
     are taken for such unless `comma` says that the file has decimal commas.
     """
+    if not comma and DIRECT.fullmatch(digits):
+        return digits
     digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
     point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
     grouped = re.fullmatch(THOUSANDS % re.escape(point), digits)
@@ -100,21 +101,25 @@ def plain(digits: str, comma: bool) -> str:
     return digits.replace(other, "").replace(point, ".")
 
 
+def marked(cells: Iterable[str]) -> list[list[str]]:
+    """The numbers of some cells that have one comma and no point, and those of one point alone."""
+    likely = (cell for cell in cells if cell.count(",") == 1 or cell.count(".") == 1)
+    digits = [match["digits"] for cell in likely if (match := NUMBER.fullmatch(cell))]
+    return [[x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")]
+
+
 def decimal_comma(cells: Sequence[str], comma: bool) -> bool:
     """Whether a column has decimal commas; `comma` says whether its file has them, where it does
     not tell. Marks that could all be of thousands are, beside whole numbers of hundreds.
     """
-    digits = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
-    commas, points = (
-        [x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")
-    )
+    commas, points = marked(cells)
     decimal_commas, decimal_points = (
         any(not re.fullmatch(THOUSANDS % mark, x) for x in marked)
         for mark, marked in ((",", commas), (r"\.", points))
     )
     if decimal_commas != decimal_points:
         return decimal_commas
-    hundreds = any(re.fullmatch(r"[-+]?\d{3}", x) for x in digits)
+    hundreds = any(re.fullmatch(r"[-+]?\d{3}", cell) for cell in cells)
     if hundreds and not decimal_commas and bool(commas) != bool(points):
         return bool(points)
     return comma
@@ -147,10 +152,9 @@ def rows_in_words(lines: Sequence[int] | np.ndarray) -> str:
     return f"row{'s' * (len(lines) > 1)} {shown}"
 
 
-def read_table(path: Path, strict: bool = False) -> Table:
-    """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
-    points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
-    of another number of cells are left out. Raises `DataError` where it cannot be read or is empty.
+def written_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    """What separates the cells of a text file, and its rows with their line numbers, cells
+    stripped. Raises `DataError` where it cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -170,7 +174,7 @@ def read_table(path: Path, strict: bool = False) -> Table:
 
         delimiter = max(";\t|,", key=regular)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        return delimiter, [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give the path of a CSV file") from None
     except (OSError, ValueError, csv.Error) as error:  # also a NUL byte in the name
@@ -178,19 +182,27 @@ def read_table(path: Path, strict: bool = False) -> Table:
             f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
             "give a file of comma-separated UTF-8 text"
         ) from None
+
+
+def read_table(path: Path, strict: bool = False) -> Table:
+    """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
+    points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
+    of another number of cells are left out. Raises `DataError` where it cannot be read or is empty.
+    """
+    delimiter, found = written_rows(path)
     comments = [line for line, row in found if row and COMMENT.match(row[0])]
     filled = [(line, row) for line, row in found if any(row) and not COMMENT.match(row[0])]
     demand(filled, f"{path}: empty: the first row names the columns")
     widths = [len(row) for _, row in filled]
     head = widths.index(max(widths, key=widths.count)) if not strict else 0
     title, (header_line, header), rows = filled[:head], filled[head], filled[head + 1 :]
-    cells = [cell for _, row in rows for cell in row if not math.isnan(number_of(cell, True)[0])]
-    numbers = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
-    commas = [x for x in numbers if "," in x and "." not in x]
+    cells = [cell for _, row in rows for cell in row]
+    # without a comma nothing is to be decided
+    commas, points = marked(cells if any("," in cell for cell in cells) else ())
     decimal = [x for x in commas if not re.fullmatch(THOUSANDS % ",", x)]
-    points = ["." in x and not re.fullmatch(THOUSANDS % r"\.", x) for x in numbers]
+    points = [x for x in points if not re.fullmatch(THOUSANDS % r"\.", x)]
     # where all commas could be of thousands, they are if there is a point or they stand in quotes
-    comma = len(decimal) >= sum(points) if decimal else delimiter != "," and not any(points)
+    comma = len(decimal) >= len(points) if decimal else delimiter != "," and not points
     comma = bool(commas) and comma
     summaries = [bool(SUMMARY.fullmatch(next(filter(None, row)))) for _, row in rows]
     last = len(rows) - (summaries[::-1].index(False) if False in summaries else 0)
