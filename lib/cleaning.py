@@ -239,24 +239,25 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
 
 def drift_of(rows: Rows, outcomes: np.ndarray, others: np.ndarray, notes: list[str]):
     """How much the `outcomes[rows]` drifted until the last row `[rows]`: a straight line along the
-    observations beside all `others` of the columns; zero where there is no drift, where rows are
-    sorted, or where another column goes along with them.
+    observations beside all `others` of the columns and their squares; zero where there is no drift,
+    where rows are sorted, or where another column goes along with them.
     """
     order, first, none = rows.lines.astype(float), rows.observed, np.zeros(len(outcomes))
     x, y = order[first], outcomes[first]
     columns = rows.values[np.ix_(first, others)]
     columns = columns[:, ~constant(columns)]
-    if len(x) < MIN_OBSERVATIONS + columns.shape[1] or np.ptp(y) == 0:
+    if len(x) < MIN_OBSERVATIONS + 2 * columns.shape[1] or np.ptp(y) == 0:
         return none
-    drift, chance = spearmanr(x, y)
+    drift, chance = np.array(spearmanr(x, y))
     if chance > 1e-5 or (np.diff(y) >= 0).all() or (np.diff(y) <= 0).all():
         return none
     scaled = (columns - columns.mean(0)) / deviation(columns)
-    design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled])
+    design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
     slopes, *_ = np.linalg.lstsq(design, y, rcond=None)
     noise = np.sum((y - design @ slopes) ** 2) / (len(x) - design.shape[1])
     straight = slopes[0] ** 2 > 25 * noise * np.linalg.pinv(design.T @ design)[0, 0]
-    alone = straight and all(abs(spearmanr(x, other).statistic) < 0.8 for other in columns.T)
+    along = [np.array(spearmanr(x, other))[0] for other in columns.T]
+    alone = straight and np.all(np.abs(along) < 0.8)
     notes.append(
         f"the target drifts along the rows (rank correlation {drift:.2f}): "
         + ("taken out, to what it is in the last row" if alone else "early and late rows differ")

@@ -142,7 +142,9 @@ def read_experiments(
         + ("; ".join(notes) or "add observations"),
     )
     rows = varied(rows, wanted, ranges, notes)
-    worded = {c.source for c in itertools.compress(rows.columns, rows.flags.any(0))} | set(ranges)
+    worded = {c.source for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))} | set(
+        ranges
+    )
     rows = as_design(rows, notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
     demand(
