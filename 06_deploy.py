@@ -25,7 +25,15 @@ import tyro
 from tabulate import tabulate
 
 from lib import settings
-from lib.answer import as_text, elsewhere, imagined, in_own_units, resting_on_one, toward
+from lib.answer import (
+    as_text,
+    elsewhere,
+    imagined,
+    in_own_units,
+    resting_on_one,
+    toward,
+    within_lots,
+)
 from lib.buffer import ExperienceBuffer
 from lib.knowledge import known_edges, within
 from lib.literature import Benchmark
@@ -146,17 +154,13 @@ def suggest(config: Suggest) -> dict:
         config.target_value is None or math.isfinite(goal),
         f"--target-value {config.target_value}: give a number that '{config.target}' can have",
     )
-    candidates = np.asarray(data.task.candidates)
-    costs = np.array(
-        [data.bounds[i].cost if i in data.bounds else 1.0 for i in range(len(candidates))]
-    )
     deployed = deploy_trained_system(
         TrainedACBOSystem.load(config.system), DeploymentConfig(config.objective or "min")
     )
 
     def ask(buffer: ExperienceBuffer):
         asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))
-        return asked if config.target_value is None else toward(asked, goal, candidates)
+        return asked if config.target_value is None else toward(asked, goal, data.task)
 
     said = ask(data.buffer)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
@@ -168,9 +172,10 @@ def suggest(config: Suggest) -> dict:
     for _ in range(config.batch):
         ahead = [*data.planned, *(asked.experiment for asked in following)]
         asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
-        following.append(elsewhere(asked, ahead, candidates, costs))
+        following.append(elsewhere(data, asked, ahead))
     answer = in_own_units(config, data, said, following)
-    answer["warnings"] += resting_on_one(data, said, ask)
+    answer["warnings"] += [] if data.blocked else resting_on_one(data, said, ask)
+    answer["warnings"] += [] if data.blocked else within_lots(data, ask)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from lib.buffer import ExperienceBuffer
 from lib.check import CheckConfig
 from lib.reading import Experience
-from lib.scm import Intervention
+from lib.scm import Intervention, Task
 from lib.table import told
 from lib.units import rounded
 
@@ -42,20 +42,42 @@ def largest(grid: np.ndarray, worth: np.ndarray) -> tuple[int, float]:
     return int(i), float(grid[i, b])
 
 
-def elsewhere(asked, ahead: list, candidates: np.ndarray, costs: np.ndarray):
-    """The answer; where its experiment is one of those `ahead`, or costs `[vars]` differ, with that
-    of the largest gain per cost, more than a step of the grid away from all that are ahead.
+def elsewhere(data: Experience, asked, ahead: list):
+    """The answer; where its experiment is one of those `ahead`, or costs differ, with that of the
+    largest gain per cost, more than a step of the grid away from all that are ahead.
     """
-    (variable, value), grid, count = asked.experiment, asked.grid, len(costs)
-    taken = np.zeros(grid.shape, bool)
+    (variable, value), grid, count = asked.experiment, asked.grid, len(data.names)
+    costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
+    candidates, taken = np.asarray(data.task.candidates), np.zeros(grid.shape, bool)
     for i, x in ahead:
         taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
+        taken[i] |= [data.value(int(i), v) == data.value(int(i), x) for v in grid[i]]
     own = taken[variable, np.abs(grid[variable] - value).argmin()]
     if not own and (costs == costs[0]).all():
         return asked
     free = candidates[:, None] & ~taken[:count]
     worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
     return asked._replace(experiment=largest(grid, worth))
+
+
+def within_lots(data: Experience, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
+    """What would be recommended within each column that looks like lots."""
+    found, target = [], data.target
+    for name, lot in data.lots:
+        outcome = data.buffer.values[:, target]
+        mean = (np.bincount(lot, outcome) / np.bincount(lot))[lot]
+        values = data.buffer.values.at[:, target].set(outcome - mean + outcome.mean())
+        buffer = ExperienceBuffer(values, data.buffer.intervened, data.buffer.valid)
+        action = ask(buffer).action
+        variable = int(action[0])
+        value = data.value(variable, action[1])
+        setting = data.setting(variable, value) if variable >= 0 else {}
+        found.append(
+            f"'{name}' looks like a lot or a batch, between which '{data.names[target]}' differs "
+            "more than within; within it the recommendation would be to set "
+            + (" ".join(f"{name} = {text(to)}" for name, to in setting.items()) or "nothing")
+        )
+    return found
 
 
 def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any]) -> list[str]:
@@ -73,13 +95,14 @@ def resting_on_one(data: Experience, said, ask: Callable[[ExperienceBuffer], Any
     ]
 
 
-def toward(said, goal: float, candidates: np.ndarray):
+def toward(said, goal: float, task: Task):
     """The answer for a target that is to come to `goal`, a deviation: the setting whose predicted
     mean is nearest, unless doing nothing is as near, and the experiment that is expected to bring
     it the most nearer.
     """
     nodes = ndtri((np.arange(64) + 0.5) / 64) / 3.29  # in widths of a band of 90 %
     away = np.abs(said.mean[..., None] + (said.high - said.low)[..., None] * nodes - goal)
+    candidates = np.asarray(task.candidates)
     allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
     idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
     i, b = np.unravel_index(np.where(allowed, miss, np.inf).argmin(), miss.shape)
@@ -94,11 +117,8 @@ def in_own_units(config, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
     """
-    names, target, units, low, high = data.names, data.target, data.units, data.low, data.high
-    # the columns', but not the sixteen of a computed number: float32 has a millionth of a deviation
-    fewer = np.minimum(units.digits, 6 - np.floor(np.log10(units.spread)))
-    digits = np.where(units.logs, units.digits, fewer).astype(int).tolist()
-    places = digits[target] + 2  # of predictions, or a narrow band would be rounded away
+    names, target, units = data.names, data.target, data.units
+    places = units.shown[target] + 2  # of predictions, or a narrow band would be rounded away
 
     def outcomes(*numbers) -> dict:
         """Mean and band of the target, within what it can be; of logarithms, the median."""
@@ -113,19 +133,11 @@ def in_own_units(config, data, said, following) -> dict:
         return next(rounded(gain, places))
 
     def effect(i, value) -> dict:
-        """do(variable i = value) as a person reads it: the value with its column's digits, or more
-        where the range has none with so few, one of those that are possible, and what is predicted
-        there.
-        """
-        unit, bound = units.one(int(i)), data.bounds.get(int(i))
-        raw = unit.raw(value).clip(low[i], high[i]).item()
-        if bound and bound.values:
-            written = min(bound.values, key=lambda x: abs(x - raw))
-        else:
-            written = next(x for x in rounded(raw, digits[i]) if low[i] <= x <= high[i])
-        at = unit.exact(written).item()
+        """do(variable i = value) as a person reads it, and what is predicted there."""
+        written = data.value(int(i), value)
+        at = units.one(int(i)).exact(written).item()
         curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
-        return {"settings": {names[i]: written}, **outcomes(*curves)}
+        return {"settings": data.setting(int(i), written), **outcomes(*curves)}
 
     def curve(i) -> dict:
         """Predictions over the range of variable i."""
@@ -193,7 +205,14 @@ def in_own_units(config, data, said, following) -> dict:
         "system": config.system.name,
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
-    if config.batch > 1:
+    if data.blocked:
+        nothing |= {"settings": {}}
+        idle = nothing | {"expected_gain": 0.0, "reason": data.blocked}
+        answer["recommended_action"] = nothing | {"probability_better_than_nothing": 0.0}
+        answer["next_experiment"], answer["best_effects"] = idle, []
+        answer["stop"] = {"expected_gain": 0.0, "worth_it": False}
+        answer["warnings"].append(f"{data.blocked}: none is suggested")
+    elif config.batch > 1:
         answer["batch"] = [experiment(asked) for asked in following]
     if config.curves:
         answer["curves"] = {names[i]: curve(i) for i in settable}
@@ -207,7 +226,7 @@ def warnings_of(data, check) -> list[str]:
     observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
     ends = np.stack([task.low, task.high])
     reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
-    tried = np.asarray(buffer.intervened.any(0)) | bool(data.bounds)
+    tried = np.asarray(buffer.intervened.any(0)) | [i in data.bounds for i in range(len(names))]
     return told(
         (
             len(buffer.valid) < 2 * len(names),
@@ -242,9 +261,9 @@ def warnings_of(data, check) -> list[str]:
     )
 
 
-def text(number: float) -> str:
-    """A number with the digits that it has."""
-    return repr(number).removesuffix(".0")
+def text(value: float | str) -> str:
+    """A number with the digits that it has, or a word."""
+    return value if isinstance(value, str) else repr(value).removesuffix(".0")
 
 
 def as_text(answer: dict) -> str:

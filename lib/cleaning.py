@@ -4,7 +4,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import f_oneway, spearmanr
 
 from lib.buffer import MIN_OBSERVATIONS
 from lib.table import Bound, demand, rows_in_words, told
@@ -13,12 +13,14 @@ from lib.units import constant, deviation
 
 MOST_MISSING = 0.25  # share of a column's cells; with more it is left out
 SAME = 1e-5  # less than a correlation of one, for columns that say the same
+MOST_LOTS = 12  # different values of a column that looks like lots
 POWERS = 10.0 ** np.array([-3, -2, -1, 1, 2, 3])  # a decimal point may slip by
 
 
 class Column(NamedTuple):
     """A column as numbers `[rows]`, NaN where a cell has none; `digits` are its decimals. Where the
-    cells of a column `source` are words: one for one of them, zero for all others.
+    cells of a column `source` are words: one for the second of `words`, zero for all others (the
+    first, if there are two).
     """
 
     name: str
@@ -26,6 +28,7 @@ class Column(NamedTuple):
     digits: int
     unit: str = ""
     source: str = ""
+    words: tuple[str, str] = ("", "")
 
 
 class Rows(NamedTuple):
@@ -234,19 +237,76 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
     return rows._replace(flags=flags)
 
 
+def drift_of(rows: Rows, outcomes: np.ndarray, others: np.ndarray, notes: list[str]):
+    """How much the `outcomes[rows]` drifted until the last row `[rows]`: a straight line along the
+    observations beside all `others` of the columns and their squares; zero where there is no drift,
+    where rows are sorted, or where another column goes along with them.
+    """
+    order, first, none = rows.lines.astype(float), rows.observed, np.zeros(len(outcomes))
+    x, y = order[first], outcomes[first]
+    columns = rows.values[np.ix_(first, others)]
+    columns = columns[:, ~constant(columns)]
+    if len(x) < MIN_OBSERVATIONS + 2 * columns.shape[1] or np.ptp(y) == 0:
+        return none
+    drift, chance = np.array(spearmanr(x, y))
+    if chance > 1e-5 or (np.diff(y) >= 0).all() or (np.diff(y) <= 0).all():
+        return none
+    scaled = (columns - columns.mean(0)) / deviation(columns)
+    design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
+    slopes, *_ = np.linalg.lstsq(design, y, rcond=None)
+    noise = np.sum((y - design @ slopes) ** 2) / (len(x) - design.shape[1])
+    straight = slopes[0] ** 2 > 25 * noise * np.linalg.pinv(design.T @ design)[0, 0]
+    along = [np.array(spearmanr(x, other))[0] for other in columns.T]
+    alone = straight and np.all(np.abs(along) < 0.8)
+    notes.append(
+        f"the target drifts along the rows (rank correlation {drift:.2f}): "
+        + ("taken out, to what it is in the last row" if alone else "early and late rows differ")
+    )
+    return slopes[0] * (order[-1] - order) if alone else none
+
+
+def lots_of(rows: Rows, target: int, fixed: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Columns of those that are `fixed` with few values, in runs, between which the observed
+    target differs more than within them, as it does between lots: name and each row's lot.
+    """
+    found, outcome = [], np.where(rows.observed, rows.values[:, target], np.nan)
+    for name in dict.fromkeys(c.source or c.name for c in itertools.compress(rows.columns, fixed)):
+        own = [name in (c.source, c.name) for c in rows.columns]
+        levels, lot = np.unique(rows.values[:, own], axis=0, return_inverse=True)
+        lot, few = lot.ravel(), len(levels) <= MOST_LOTS
+        runs = 1 + np.count_nonzero(np.diff(lot))
+        groups = [outcome[(lot == k) & rows.observed] for k in range(few * len(levels))]
+        groups = [one for one in groups if len(one) > 2 and np.ptp(one) > 0]
+        if len(groups) > 1 and runs <= 2 * len(levels) and f_oneway(*groups).pvalue < 1e-4:
+            found.append((name, lot))
+    return found
+
+
+def repeats_of(rows: Rows, target: int, settable: np.ndarray) -> list[str]:
+    """How far rows with one setting lie apart, of what was set or can be, and rows that are there
+    twice.
+    """
+    outcome, own = rows.values[:, target], np.where(rows.observed[:, None], settable, rows.flags)
+    settings = np.column_stack([own, np.where(own, rows.values, 0.0)])
+    _, which, times = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
+    which = which.ravel()
+    means, freedom = np.bincount(which, outcome) / times, len(outcome) - len(times)
+    noise = np.sqrt(np.sum((outcome - means[which]) ** 2) / max(freedom, 1))
+    _, first = np.unique(np.column_stack([rows.flags, rows.values]), axis=0, return_index=True)
+    again = np.delete(rows.lines, first)
+    return told(
+        (
+            freedom,
+            f"{freedom} rows are replicates of others: outcomes of one setting have a standard "
+            f"deviation of {noise:.3g}, which is noise",
+        ),
+        (len(again), f"{rows_in_words(again)}: the same in every column as a row before"),
+    )
+
+
 def order_of_rows(rows: Rows, target: int) -> list[str]:
-    """Whether the target drifts along the observations, or follows a column with a row's delay."""
+    """Whether the target follows a column with a row's delay."""
     found, name, outcome = [], rows.columns[target].name, rows.values[:, target]
-    first = outcome[rows.observed]
-    if len(first) > MIN_OBSERVATIONS and np.ptp(first) > 0:
-        drift, chance = np.array(spearmanr(np.arange(len(first)), first))
-        found += told(
-            (
-                chance < 1e-5,
-                f"'{name}' drifts along the rows (rank correlation {drift:.2f}): early and late "
-                "rows cannot be compared as they stand",
-            )
-        )
     for column, x in zip(rows.columns, rows.values.T, strict=True):
         if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
             own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from lib.reading import Experience, task_of
-from lib.table import DataError, demand, find, number_of, read_table, refuse
+from lib.table import demand, find, number_of, read_table, refuse
 
 
 Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, and that are none
-TERM = re.compile(r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*([^\s*+-].*?)\s*")
+TERM = r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*(%s)\s*"
 
 
 def index_of(name: str, data: Experience, where: str) -> int:
@@ -61,10 +61,11 @@ def known_edges(
 
 def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
     """The data with ranges from `low` to `high` `[vars]`, in the columns' units, for the variables
-    that are `kept` and had one; `DataError` if there is none.
+    that are `kept` and had one; where there is none, all stay and the data are `blocked`.
     """
     which = np.asarray(data.task.candidates) & kept & (low <= high)
-    demand(which.any(), f"{where}: forbids every single setting: there is nothing to suggest")
+    if not which.any():
+        return data._replace(blocked=f"{where} forbids every setting of one variable alone")
     bounds = {
         i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
         for i, b in data.bounds.items()
@@ -77,28 +78,33 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
     """The data with ranges in which every constraint, such as `a + 2 b <= 1`, holds while all other
     settings are at their usual values.
 
-    Raises `DataError` for one that cannot be read, and where no single setting is left.
+    Raises `DataError` for one that cannot be read.
     """
     low, high, kept = data.low, data.high, np.ones(len(data.names), bool)
     observed = np.asarray(data.buffer.observational)
     usual = data.units.raw(np.asarray(data.buffer.values)[observed].mean(0))
+    others = sorted((x for x in data.names if x != data.names[data.target]), key=len, reverse=True)
+    one = TERM % "|".join(r"\s+".join(map(re.escape, name.split())) for name in others)
     for text in constraints:
-        where, parts = f"--constraint '{text}'", re.split("(<=|>=|=)", text, maxsplit=1)
+        where, parts = f"--constraint '{text}'", re.split("(<=|>=|[≤≥<>=])", text, maxsplit=1)
         total = number_of(parts[-1].strip(), False)[0]
         demand(
             len(parts) == 3 and parts[0].strip() and not np.isnan(total),
             f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
         )
+        terms = list(re.finditer(one, parts[0], re.IGNORECASE))
+        demand(
+            "".join(term[0] for term in terms) == parts[0] and all(term[1] for term in terms[1:]),
+            f"{where}: '{parts[0].strip()}' is no sum of numbers times variables; these are "
+            f"{', '.join(others)}",
+        )
         factors = np.zeros(len(usual))
-        for part in re.findall(r"[-+]?[^-+]+", parts[0]):
-            term = TERM.fullmatch(part)
-            if term is None:
-                raise DataError(f"{where}: '{part.strip()}' is not a number times a variable")
+        for term in terms:
             factors[index_of(term[3], data, where)] += float(f"{term[1]}{term[2] or 1}")
         # of each variable alone, others being as usual; NaN for those that the limit does not name
         rest = total - factors @ usual + factors * usual
         limit = np.divide(rest, factors, where=factors != 0, out=np.full(len(usual), np.nan))
-        upper = (factors > 0) == (parts[1] == "<=")
+        upper = (factors > 0) == (parts[1][0] in "<≤")
         high = np.fmin(high, np.where(upper, limit, np.nan))
         low = np.fmax(low, np.where(upper, np.nan, limit))
         kept &= (factors == 0) | (parts[1] != "=")

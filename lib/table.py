@@ -19,7 +19,8 @@ NUMBER = re.compile(
     re.IGNORECASE,
 )
 DIRECT = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)  # nothing to change: most cells
-INTERVENED = "intervened"  # the column of what was set by hand
+INTERVENED = "intervened"  # the column of what was set by hand, however it is called
+ACTED = re.compile(r"interven\w*( on)?|manipulated|perturbed|set by hand", re.IGNORECASE)
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
 COLUMNS = {
     "variable": "",
@@ -85,6 +86,7 @@ class Bound(NamedTuple):
     scale: str
     cost: float
     where: str
+    words: tuple[str, ...] | None = None  # instead of a range: its levels, all if empty
 
 
 def plain(digits: str, comma: bool) -> str:
@@ -215,6 +217,7 @@ def read_table(path: Path, strict: bool = False) -> Table:
     rows, units = rows[first:], rows[:first]
     width = max(i for i, name in enumerate(header, 1) if name)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
+    header = [INTERVENED if ACTED.fullmatch(name) else name for name in header]
     beyond = [line for line, row in rows if any(row[width:])]
     for _, row in rows:
         if not (strict and any(row[width:])):
@@ -266,7 +269,7 @@ def find(name: str, names: Sequence[str]) -> str:
 def read_bounds(path: Path) -> list[Bound]:
     """Ranges from a CSV with columns `variable,low,high`, and perhaps `step`, `levels` (`0;5;10`),
     `scale` (linear or log) and `cost` (1, if none is given). A single possible value has `low` =
-    `high`.
+    `high`; a column of words has neither, and perhaps `levels` (`ethanol;water`).
     """
     table, found, problems = read_table(path, strict=True), [], []
     columns, known = [name.lower() for name in table.names], list(COLUMNS)
@@ -278,6 +281,9 @@ def read_bounds(path: Path) -> list[Bound]:
     for line, row in zip(table.lines, table.rows, strict=True):
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
         scale, where = cells["scale"].lower(), f"{path}, row {line}"
+        words = tuple(filter(None, map(str.strip, re.split("[;|]", cells["levels"]))))
+        worded = not (cells["low"] or cells["high"] or cells["step"] != "0")
+        cells |= {"low": "0", "high": "1", "levels": ""} if worded else {}
         numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
         between = r"[;|\s]+" if table.comma else r"[;|,\s]+"
         levels = filter(None, re.split(between, cells["levels"]))
@@ -311,7 +317,8 @@ def read_bounds(path: Path) -> list[Bound]:
                 f"{where}, column 'levels': some lie outside {low:g} to {high:g}: correct them",
             )
         )
-        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where))
+        known_words = words if worded else None
+        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where, known_words))
     refuse(problems)
     return found
 

@@ -58,6 +58,14 @@ class Units(NamedTuple):
         """Which of `values[..., vars]`, in the columns' own units, are too far out for float32."""
         return ~(np.abs(self.exact(values)) <= FARTHEST_VALUE)
 
+    @property
+    def shown(self) -> list[int]:
+        """Decimals `[vars]` of a new value: the column's, but not the sixteen of a computed number:
+        float32 has a millionth of a deviation.
+        """
+        fewer = np.minimum(self.digits, 6 - np.floor(np.log10(self.spread)))
+        return np.where(self.logs, self.digits, fewer).astype(int).tolist()
+
     def one(self, variable: int | np.integer) -> "Units":
         """Of one of the columns, alone: for a number, or numbers `[..., 1]`."""
         return Units(*(part[variable, None] for part in self))

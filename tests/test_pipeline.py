@@ -397,12 +397,34 @@ def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
     dear = ask(rows)
     assert dear["recommended_action"]["settings"] == {"catalyst": 6.5}
     assert "temperature" in dear["next_experiment"]["settings"]
+    mixed = ask(constraint=("catalyst + temperature + stirring = 300",), batch=2)
+    for one in (mixed["recommended_action"], mixed["next_experiment"]):
+        assert one["settings"] == {} and one["predicted"] == mixed["nothing"]["predicted"]
+    assert not mixed["stop"]["worth_it"] and mixed["best_effects"] == []
     several = ask(batch=3, curves=True)
     chosen = [tuple(one["settings"].items()) for one in several["batch"]]
     assert len(set(chosen)) == 3 and several["batch"][0] == several["next_experiment"]
     curve = several["curves"]["catalyst"]
     assert curve["values"] == sorted(curve["values"]) and len(curve["low"]) == 16
     assert "At the same time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lots", [False, True])
+def test_words_are_set_and_lots_looked_within(tmp_path, capsys, lots):
+    """Of three salts, of which one is set in every row, kcl is best by 8; the second half of the
+    rows, or the second lot, is lower by 30.
+    """
+    rng, rows = np.random.default_rng(0), ["salt,heat,yield,intervened" + ",charge" * lots]
+    for i in range(48):
+        salt, heat = ("kcl", "nabr", "nacl")[i % 3], rng.normal(60, 5)
+        outcome = 40 + 8 * (salt == "kcl") - 30 * lots * (i > 23) + rng.normal()
+        acted = "salt" if i % 24 > 18 else ""
+        rows.append(f"{salt},{heat:.1f},{outcome:.1f},{acted}" + f",{'ab'[i > 23]}" * lots)
+    (tmp_path / "data.csv").write_text("\n".join(rows) + "\n")
+    found = suggest(tmp_path / "data.csv", objective="max")
+    assert found["recommended_action"]["settings"] == {"salt": "kcl"} or lots
+    assert "salt = kcl" in capsys.readouterr().out
+    assert lots == any("'charge' looks like a lot" in one for one in found["warnings"])
 
 
 @pytest.mark.parametrize("as_json", [True, False])

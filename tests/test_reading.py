@@ -8,6 +8,7 @@ import pytest
 
 from lib.buffer import MIN_OBSERVATIONS
 from lib.cleaning import apart, isolated
+from lib.knowledge import within
 from lib.reading import read_experiments
 from lib.table import (
     DataError,
@@ -212,7 +213,7 @@ SAID = {  # rows, rows and names that are kept, words of the note
         changed({(i, 2): f"{40 + i + i % 3:.1f}" for i in range(30)}),
         30,
         HEADER[:3],
-        "'yield' drifts along the rows",
+        "drifts along the rows .*: taken out, to what it is in the last row",
     ),
     "shifted by one row": (
         changed({(i + 1, 2): row[1] for i, row in enumerate(ROWS[:-1])} | {(0, 2): "4.1"}),
@@ -220,6 +221,22 @@ SAID = {  # rows, rows and names that are kept, words of the note
         HEADER[:3],
         "'dose' of the row before explains",
     ),
+    "below a limit": (changed({(3, 0): "<LOD", (8, 0): "BDL"}), 30, HEADER[:3], "'<LOD' is below"),
+    "a unit here and there": (changed({(3, 0): "61 C"}), 30, HEADER[:3], "has no unit, read as C"),
+    "units that clash": (
+        [["x", *HEADER], *([f"{i % 7} {'m' if i % 2 else 'cm'}", *r] for i, r in enumerate(ROWS))],
+        30,
+        HEADER[:3],
+        "'x': numbers with several units",
+    ),
+    "replicates": (
+        [["x", *HEADER], *([str(i % 3), "60", "4", *row[2:]] for i, row in enumerate(ROWS))],
+        30,
+        ["x", "yield"],
+        "27 rows are replicates of others: outcomes of one setting have a standard deviation of",
+    ),
+    "twice the same": ([*changed({}), ROWS[3]], 31, HEADER[:3], "row 32: the same in every column"),
+    "another name for it": (changed({}, [*HEADER[:3], "Interventions"]), 30, HEADER[:3], None),
     "a sum": (
         changed({(i, 1): f"{100 - float(row[0]):.2f}" for i, row in enumerate(ROWS)}),
         30,
@@ -235,6 +252,50 @@ def test_what_is_left_out_or_assumed_is_said(tmp_path, lines, count, names, said
     assert found.names == tuple(names) and found.buffer.size == count == len(found.lines)
     assert np.isfinite(found.buffer.values).all()
     assert said is None or any(re.search(said, note) for note in found.notes)
+
+
+def test_a_drift_is_taken_out(tmp_path):
+    """Rows fall by 2 each: all are brought to the last."""
+    lines = changed({(i, 2): f"{y - 2 * i:.1f}" for i, y in enumerate(OUTCOMES)})
+    drifted, still = read(tmp_path, lines), read(tmp_path, changed({}))
+    found, known = (d.units.raw(np.asarray(d.buffer.values))[:, 2] for d in (drifted, still))
+    assert np.abs(found - known + 2 * 29).max() < 2
+    ordered = sorted(changed({})[1:], key=lambda row: float(row[2]))
+    assert not any("drift" in note for note in read(tmp_path, [HEADER, *ordered]).notes)
+
+
+def test_lots_are_noticed(tmp_path):
+    """Runs of ten rows, of which the second is higher by 30."""
+    rows = [["L1", *row] if i < 10 else ["L2", *row] for i, row in enumerate(changed({})[1:], 0)]
+    rows = [[lot, a, b, f"{float(y) + 30 * (lot == 'L2'):.1f}", s] for lot, a, b, y, s in rows]
+    ((name, lot),) = read(tmp_path, [["charge", *HEADER], *rows]).lots
+    assert name == "charge" and lot.tolist() == [0] * 10 + [1] * 20
+    assert not read(tmp_path, [["charge", *HEADER], *rows[::3], *rows[1::3], *rows[2::3]]).lots
+
+
+@pytest.mark.parametrize("words", ["ab", "abc"])
+def test_words_can_be_set(tmp_path, words):
+    rows = [[words[i % len(words)], *row] for i, row in enumerate(changed({})[1:])]
+    table = [["salt", *HEADER], *rows]
+    assert "salt" not in {name for name, _ in settable(read(tmp_path, table))}
+    rows[-1][-1] = "salt"
+    found = settable(read(tmp_path, table))
+    assert {value for name, value in found if name == "salt"} == set(words)
+    listed = bounds_of(tmp_path, "variable,low,high,levels", "salt,,,b", "dose,1,2,")
+    found = settable(read(tmp_path, table, bounds=listed))
+    assert {value for name, value in found if name == "salt"} == {"b"}
+    with pytest.raises(DataError, match="row 2, columns 'low' and 'high': give the range of 'dos"):
+        read(tmp_path, table, bounds=bounds_of(tmp_path, "variable,low,high", "dose,,"))
+
+
+def settable(data):
+    """Settings at the ends of all ranges."""
+    return {
+        setting
+        for i in np.flatnonzero(data.task.candidates)
+        for end in (data.task.low[i], data.task.high[i])
+        for setting in data.setting(int(i), data.value(int(i), float(end))).items()
+    }
 
 
 def test_three_parts_that_sum_to_one(tmp_path):
@@ -527,13 +588,14 @@ PIECES += [
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_spoilt_file_is_read_or_refused(tmp_path, seed):
-    """Cells, lines and bytes of the file and of its bounds changed at random: finite numbers, or
-    lines that say what is wrong.
+    """Cells, lines and bytes of the file, its bounds and a limit changed at random: finite
+    numbers, or lines that say what is wrong.
     """
     rng, texts = np.random.default_rng(seed), {}
+    limit = "heat + 2 dose <= 90"
     ranges = "variable,low,high,step\nheat,40,80,\ndose,1,7,0.5\n"
     plainly = "\n".join(",".join(row) for row in changed({})) + "\n"
-    for name, text in (("data.csv", plainly), ("bounds.csv", ranges)):
+    for name, text in (("data.csv", plainly), ("bounds.csv", ranges), ("limit", limit)):
         for _ in range(rng.integers(0, 4 if name == "data.csv" else 2)):
             at, length = rng.integers(0, len(text)), rng.integers(0, (2, 2, 12, 200)[seed % 4])
             piece = PIECES[rng.integers(0, len(PIECES))] if rng.random() < 0.8 else text[at:][:40]
@@ -546,11 +608,13 @@ def test_a_spoilt_file_is_read_or_refused(tmp_path, seed):
         found = read_experiments(
             tmp_path / "data.csv", "yield", read_bounds(tmp_path / "bounds.csv")
         )
+        found = within(found, [texts["limit"]])
     except DataError as error:
         assert all(line.strip() for line in str(error).splitlines())
     else:
         numbers = found.buffer.values, found.task.low, found.task.high, found.low, found.high
-        assert all(np.isfinite(x).all() for x in numbers) and (found.low <= found.high).all()
+        ordered = (found.low <= found.high)[np.asarray(found.task.candidates)]
+        assert all(np.isfinite(x).all() for x in numbers) and ordered.all()
 
 
 @pytest.mark.parametrize(
