@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import tyro
 from tabulate import tabulate
+from tyro.conf import UseAppendAction
 
 from lib import settings
 from lib.answer import (
@@ -74,14 +75,14 @@ class Suggest:
     """Whether the target is worked in logarithms; auto: where it is positive and spans decades."""
     target_value: float | None = None
     """Bring the target to this value instead."""
-    require: tuple[str, ...] = ()
-    """Variables that are known to be parents of the target."""
-    forbid: tuple[str, ...] = ()
-    """Variables that are known to be none."""
+    require: UseAppendAction[tuple[str, ...]] = ()
+    """A variable that is known to be a parent of the target; may be repeated."""
+    forbid: UseAppendAction[tuple[str, ...]] = ()
+    """A variable that is known to be none; may be repeated."""
     tiers: Path | None = None
     """CSV of tiers (variable,tier): causes before effects."""
-    constraint: tuple[str, ...] = ()
-    """Limits such as "a + 2 b <= 1", the other settings being at their usual values."""
+    constraint: UseAppendAction[tuple[str, ...]] = ()
+    """A limit such as "a + 2 b <= 1", others being at their usual values; may be repeated."""
     batch: int = 1
     """Experiments to run side by side."""
     curves: bool = False

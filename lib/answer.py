@@ -56,6 +56,8 @@ def elsewhere(data: Experience, asked, ahead: list):
     if not own and (costs == costs[0]).all():
         return asked
     free = candidates[:, None] & ~taken[:count]
+    if not free.any():
+        return asked
     worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
     return asked._replace(experiment=largest(grid, worth))
 
@@ -74,7 +76,7 @@ def within_lots(data: Experience, ask: Callable[[ExperienceBuffer], Any]) -> lis
         setting = data.setting(variable, value) if variable >= 0 else {}
         found.append(
             f"'{name}' looks like a lot or a batch, between which '{data.names[target]}' differs "
-            "more than within; within it the recommendation would be to set "
+            "more than within: if it is one, within it the recommendation would be to set "
             + (" ".join(f"{name} = {text(to)}" for name, to in setting.items()) or "nothing")
         )
     return found
@@ -213,7 +215,10 @@ def in_own_units(config, data, said, following) -> dict:
         answer["stop"] = {"expected_gain": 0.0, "worth_it": False}
         answer["warnings"].append(f"{data.blocked}: none is suggested")
     elif config.batch > 1:
-        answer["batch"] = [experiment(asked) for asked in following]
+        each = {}
+        for one in map(experiment, following):
+            each.setdefault(str(one["settings"]), one)  # where all have been chosen, no more
+        answer["batch"] = list(each.values())
     if config.curves:
         answer["curves"] = {names[i]: curve(i) for i in settable}
     return answer

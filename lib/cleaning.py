@@ -158,7 +158,7 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     """
     if not len(rows.lines):
         return rows
-    spare = [c.name != target and c.name not in ranges for c in rows.columns]
+    spare = [c.name != target and (c.source or c.name) not in ranges for c in rows.columns]
     share = np.isnan(rows.values).mean(0)
     sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)
     empty = [c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse)]
@@ -201,15 +201,15 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
     ]
     rows = rows.without(still)
     values, flags, names = rows.values, rows.flags.copy(), [c.name for c in rows.columns]
+    listed = [(c.source or c.name) in ranges for c in rows.columns]
     centred = (values - values.mean(0)) / deviation(values)
     same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
     rank = [
-        (name != target, name not in ranges, not flags[:, i].any(), i)
-        for i, name in enumerate(names)
+        (name != target, not listed[i], not flags[:, i].any(), i) for i, name in enumerate(names)
     ]
     # what can be set is never a copy of the target, even where nothing else moves that
     own = np.array([name == target for name in names])
-    can = np.any(flags, axis=0) | np.array([name in ranges for name in names])
+    can = np.any(flags, axis=0) | np.array(listed)
     same &= ~(np.outer(own, can) | np.outer(can, own))
     gone = np.zeros(len(names), bool)
     for *_, i in sorted(rank):
@@ -237,27 +237,32 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
     return rows._replace(flags=flags)
 
 
-def drift_of(rows: Rows, outcomes: np.ndarray, others: np.ndarray, notes: list[str]):
+def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     """How much the `outcomes[rows]` drifted until the last row `[rows]`: a straight line along the
-    observations beside all `others` of the columns and their squares; zero where there is no drift,
-    where rows are sorted, or where another column goes along with them.
+    observations beside all other columns but counts of rows, and their squares. Zero where there
+    is no drift, where rows are sorted or depend on the rows before, and where another column, or
+    its distance from where it ends, goes along with the rows: such rows are of a search.
     """
     order, first, none = rows.lines.astype(float), rows.observed, np.zeros(len(outcomes))
     x, y = order[first], outcomes[first]
-    columns = rows.values[np.ix_(first, others)]
+    columns = np.delete(rows.values, target, 1)[first]
     columns = columns[:, ~constant(columns)]
-    if len(x) < MIN_OBSERVATIONS + 2 * columns.shape[1] or np.ptp(y) == 0:
+    scaled = (columns - columns.mean(0)) / deviation(columns)
+    scaled = scaled[:, np.abs((x - x.mean()) @ scaled) < (1 - 1e-9) * x.std() * len(x)]
+    if len(x) < MIN_OBSERVATIONS + 2 * scaled.shape[1] or np.ptp(y) == 0:
         return none
     drift, chance = np.array(spearmanr(x, y))
-    if chance > 1e-5 or (np.diff(y) >= 0).all() or (np.diff(y) <= 0).all():
+    if chance > 1e-5 or abs(np.sign(np.diff(y)).mean()) > 0.5:
         return none
-    scaled = (columns - columns.mean(0)) / deviation(columns)
     design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
     slopes, *_ = np.linalg.lstsq(design, y, rcond=None)
-    noise = np.sum((y - design @ slopes) ** 2) / (len(x) - design.shape[1])
+    rest = y - design @ slopes
+    lag = np.clip(np.corrcoef(rest[1:], rest[:-1])[0, 1], 0.0, 0.9) if np.ptp(rest) else 0.0
+    noise = np.sum(rest**2) / (len(x) - design.shape[1]) * (1 + lag) / (1 - lag)
     straight = slopes[0] ** 2 > 25 * noise * np.linalg.pinv(design.T @ design)[0, 0]
-    along = [np.array(spearmanr(x, other))[0] for other in columns.T]
-    alone = straight and np.all(np.abs(along) < 0.8)
+    moving = np.hstack([scaled, np.abs(scaled - scaled[-len(x) // 5 :].mean(0))])
+    along = [np.array(spearmanr(x, other))[0] for other in moving[:, ~constant(moving)].T]
+    alone = straight and lag < 0.5 and np.all(np.abs(along) < 0.5)
     notes.append(
         f"the target drifts along the rows (rank correlation {drift:.2f}): "
         + ("taken out, to what it is in the last row" if alone else "early and late rows differ")
@@ -310,9 +315,10 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
     for column, x in zip(rows.columns, rows.values.T, strict=True):
         if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
             own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
+            in_turn = abs(np.corrcoef(x[1:], x[:-1])[0, 1]) > 0.4  # as designs in cycles are
             found += told(
                 (
-                    before > max(0.6, own + 0.3),
+                    before > max(0.6, own + 0.3) and not in_turn,
                     f"'{column.name}' of the row before explains '{name}' better than that of its "
                     "own row: is the file shifted by one?",
                 )

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,19 @@ MOST_LEVELS = 8  # different words of a column that are levels, not names
 EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
 MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
 NOT_SET = {"", "0", "-", "no", "none", "false", "n", "na", "n/a", "nan"}
+NOT_SET |= {"control", "ctrl", "baseline", "observed", "observation"}
+THOUSAND = {"k": 1e3, "M": 1e6}  # behind numbers of which some have the k
 SET = {"1", "yes", "true", "y", "x"}
 SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
-BELOW = re.compile(r"<\s*(LO[DQ]|M?DL)|LO[DQ]|BDL|BLO?Q|below .*|not detected", re.IGNORECASE)
+BELOW = re.compile(
+    r"<?\s*(L?LO[DQ]|M?DL|RL|BDL|BQL|BLL?O?Q)( \(.*\))?|below .*|not detected", re.IGNORECASE
+)
 COUNTER = re.compile(
-    r"unnamed.*|#|id|no\.?|nr\.?|idx|index|run.?(no|number|order)?|std.?order|order|time|date|day"
-    r"|timestamp|unix.*|clock|seq(uence)?|trial|sample|batch|lot|block",
+    r"unnamed.*|#|id|no\.?|nr\.?|idx|index|run.?(no|number|order)?|std.?order|order|trial|sample"
+    r"|batch|lot|block",
     re.IGNORECASE,
 )
+CLOCK = re.compile(r"time|date|day|timestamp|unix.*|clock|seq(uence)?", re.IGNORECASE)
 
 
 def is_counter(name: str, values: np.ndarray) -> bool:
@@ -31,7 +37,13 @@ def is_counter(name: str, values: np.ndarray) -> bool:
     even = whole and np.ptp(steps) == 0
     monotone = (steps > 0).all() or (steps < 0).all()
     named = bool(COUNTER.fullmatch(name.strip())) and (whole or monotone)
+    named |= bool(CLOCK.fullmatch(name.strip())) and bool((steps >= 0).all())
     return bool(even or named or (whole and (sorted_steps == 1).all()))
+
+
+def unit_key(unit: str) -> str:
+    """A unit however it is spelled: `mL` and `ml`, `h` and `hrs`, both signs of micro."""
+    return re.sub("r?s?$", "", unicodedata.normalize("NFKC", unit).casefold().removeprefix("°"))
 
 
 def columns_of(table: Table, path: Path, target: str, notes: list[str], problems: list[str]):
@@ -44,9 +56,17 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
         there = np.array([cell.lower() not in MISSING for cell in cells])
         words, known = list(itertools.compress(cells, there)), np.isfinite(values) & there
         below = np.array([bool(BELOW.fullmatch(cell)) for cell in cells]) & known.any()
-        numeric, kinds = 2 * (known | below).sum() >= len(words), sorted(set(units[known]) - {""})
+        numeric = 2 * (known | below).sum() >= len(words)
+        spelled = {unit_key(unit): unit for unit in units[known] if unit}
+        if "k" in units[known] and set(units[known]) <= {"", *THOUSAND}:
+            values, spelled = values * [THOUSAND.get(unit, 1.0) for unit in units], {}
+        if len(spelled) > 1 and all(re.fullmatch("[a-g]{1,3}", unit) for unit in spelled.values()):
+            spelled = {}  # letters of significance
+        kinds = sorted(spelled.values())
         if not numeric:
             there = np.array([cell.lower() not in EMPTY for cell in cells])
+            known_as = {}
+            cells = [known_as.setdefault(cell.casefold(), cell) for cell in cells]
             words = list(itertools.compress(cells, there))
         levels = sorted(set(words))
         if name.lower() == INTERVENED or not words:
@@ -71,7 +91,7 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
                     (limits & known, "is a limit, read as its end"),
                     (below, "is below all numbers, read as the least of them"),
                     (
-                        (units == "") & known & bool(kinds),
+                        (units == "") & known & (len(kinds) > 0),
                         f"has no unit, read as {''.join(kinds)} like the others",
                     ),
                 )
@@ -83,16 +103,16 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str], problems
             columns.append(Column(name, numbers, finest, next(iter(kinds), "")))
         elif name != target and 1 < len(levels) <= min(MOST_LEVELS, len(words) // 3):
             notes.append(f"'{name}': read as levels ({', '.join(levels)})")
-            first = levels[0] if len(levels) == 2 else ""
+            two = len(levels) == 2 and bool(there.all())  # where one word says both
             columns += [
                 Column(
                     f"{name} = {level}",
-                    np.where(there, [cell == level for cell in cells], np.nan),
+                    np.array([float(cell == level) for cell in cells]),
                     0,
                     source=name,
-                    words=(first, level),
+                    words=(levels[0] if two else "", level),
                 )
-                for level in levels[len(levels) == 2 :]  # of two, one says both
+                for level in levels[two:]
             ]
         else:
             notes.append(f"'{name}': text that is no number and no level, left out")

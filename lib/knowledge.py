@@ -63,13 +63,15 @@ def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
     """The data with ranges from `low` to `high` `[vars]`, in the columns' units, for the variables
     that are `kept` and had one; where there is none, all stay and the data are `blocked`.
     """
-    which = np.asarray(data.task.candidates) & kept & (low <= high)
-    if not which.any():
-        return data._replace(blocked=f"{where} forbids every setting of one variable alone")
     bounds = {
         i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
         for i, b in data.bounds.items()
     }
+    gone = [i for i, b in bounds.items() if data.bounds[i].values and not b.values]
+    which = np.asarray(data.task.candidates) & kept & (low <= high)
+    which[gone] = False
+    if not which.any():
+        return data._replace(blocked=f"{where} forbids every setting of one variable alone")
     task = task_of(data.units, low, high, which, data.target)
     return data._replace(low=low, high=high, task=task, bounds=bounds)
 
@@ -86,10 +88,10 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
     others = sorted((x for x in data.names if x != data.names[data.target]), key=len, reverse=True)
     one = TERM % "|".join(r"\s+".join(map(re.escape, name.split())) for name in others)
     for text in constraints:
-        where, parts = f"--constraint '{text}'", re.split("(<=|>=|[≤≥<>=])", text, maxsplit=1)
-        total = number_of(parts[-1].strip(), False)[0]
+        where, parts = f"--constraint '{text}'", re.split("([<>]=|=[<>]|[≤≥<>=])", text, maxsplit=1)
+        total, _, _, limit = number_of(parts[-1].strip(), False)
         demand(
-            len(parts) == 3 and parts[0].strip() and not np.isnan(total),
+            len(parts) == 3 and parts[0].strip() and not np.isnan(total) and not limit,
             f"{where}: write a sum and its limit, such as 'a + 2 b <= 1'",
         )
         terms = list(re.finditer(one, parts[0], re.IGNORECASE))
@@ -104,7 +106,7 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
         # of each variable alone, others being as usual; NaN for those that the limit does not name
         rest = total - factors @ usual + factors * usual
         limit = np.divide(rest, factors, where=factors != 0, out=np.full(len(usual), np.nan))
-        upper = (factors > 0) == (parts[1][0] in "<≤")
+        upper = (factors > 0) == any(sign in parts[1] for sign in "<≤")
         high = np.fmin(high, np.where(upper, limit, np.nan))
         low = np.fmax(low, np.where(upper, np.nan, limit))
         kept &= (factors == 0) | (parts[1] != "=")

@@ -116,10 +116,20 @@ def read_experiments(
     flags, unusable = settings_of(table, path, columns, ranges, wanted, notes, problems)
     problems += told(
         (
-            wanted not in [c.name for c in columns],
+            not problems and wanted not in [c.name for c in columns],
             f"{path}, column '{wanted}': holds no numbers: give the outcomes",
         )
     )
+    for name, bound in ranges.items():
+        levels = {word for c in columns if c.source == name for word in c.words if word}
+        words = {word: find(word, sorted(levels)) for word in bound.words or ()}
+        problems += [
+            f"{bound.where}, column 'levels': '{word}' is none of {', '.join(sorted(levels))}"
+            for word, level in words.items()
+            if levels and not level
+        ]
+        if levels and bound.words:
+            ranges[name] = bound._replace(words=tuple(words.values()))
     problems += [
         f"{bound.where}, columns 'low' and 'high': give the range of '{name}'"
         for name, bound in ranges.items()
@@ -172,10 +182,14 @@ def read_experiments(
         for i in np.flatnonzero(counts)
     ]
     number = np.array([not c.source for c in rows.columns])
-    notes += repeats_of(rows, at, free & ~counts) + order_of_rows(rows, at)
+    repeated = [len(np.unique(x)) < len(x) for x in values.T]
+    notes += repeats_of(rows, at, ~number | (free & ~counts) | (counts & repeated))
+    notes += order_of_rows(rows, at)
     notes += sums_of_settings(rows, free & ~counts & number)
     deviations = units.exact(values)
-    deviations[:, at] += drift_of(rows, deviations[:, at], free & ~counts, notes)
+    deviations[:, at] += drift_of(rows, at, deviations[:, at], notes)
+    still = {c.source for c in rows.columns if c.source} - worded
+    notes += [f"'{name}': nobody set it and it has no range, so it is no setting" for name in still]
     planned = [
         (found.index(name), units.one(found.index(name)).deviations(value).item())
         for name, value in pending
@@ -189,6 +203,11 @@ def read_experiments(
     kept = {c.source or c.name for c in rows.columns}
     notes += [f"'{name}' has a range, but is left out" for name in ranges if name not in kept]
     free = np.array([i in bounded for i in range(len(found))]) & free if ranges else free & ~counts
+    chosen = {c.source for c in itertools.compress(rows.columns, free)} - {""}
+    fixed = [
+        c.name != wanted and not can and c.source not in chosen
+        for c, can in zip(rows.columns, free, strict=True)
+    ]
     ends = ends_of(values[:, at], rows.columns[at])
     notes += told(
         (min(ends) == 0, f"'{wanted}': no prediction is outside {ends[0]:g} to {ends[1]:g}")
@@ -211,7 +230,7 @@ def read_experiments(
         planned=planned,
         lines=rows.lines,
         words={i: (c.source, c.words) for i, c in enumerate(rows.columns) if c.source},
-        lots=lots_of(rows, at, ~free | counts),
+        lots=lots_of(rows, at, np.array(fixed)),
         notes=notes,
     )
 

@@ -217,7 +217,6 @@ def read_table(path: Path, strict: bool = False) -> Table:
     rows, units = rows[first:], rows[:first]
     width = max(i for i, name in enumerate(header, 1) if name)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
-    header = [INTERVENED if ACTED.fullmatch(name) else name for name in header]
     beyond = [line for line, row in rows if any(row[width:])]
     for _, row in rows:
         if not (strict and any(row[width:])):
@@ -254,6 +253,12 @@ def read_table(path: Path, strict: bool = False) -> Table:
         (ragged, f"{', '.join(ragged)} cells for {width} columns: left out"),
     )
     rows = [(line, row) for line, row in rows if len(row) == width]
+    if INTERVENED not in map(str.lower, header):
+        acting = {i for _, row in rows for i, cell in enumerate(row) if find(cell, header)}
+        header = [
+            INTERVENED if i in acting and ACTED.fullmatch(name) else name
+            for i, name in enumerate(header)
+        ]
     lines = [line for line, _ in rows]
     return Table(header, np.array(lines), [row for _, row in rows], comma, notes)
 

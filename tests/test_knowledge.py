@@ -29,6 +29,7 @@ def data(tmp_path):
         ("2a - b >= -1", (0.5, 0, 0), (4, 3, 4)),
         ("A<=2.5", (0, 0, 0), (2.5, 4, 4)),
         ("a + b = 3", (0, 0, 0), (None, None, 4)),
+        ("a =< 2.5", (0, 0, 0), (2.5, 4, 4)),
         ("2 2-c + a ≤ 7 ml", (0, 0, 0), (1, 4, 3)),
     ],
 )
@@ -51,6 +52,11 @@ def test_tiers_leave_out_what_comes_later(data, tmp_path):
     assert np.asarray(found.task.candidates).tolist() == [True, False, True, False]
 
 
+def test_limits_between_the_levels_leave_none(data):
+    found = within(data, ["a >= 1.2", "a <= 1.8"])
+    assert np.asarray(found.task.candidates).tolist() == [False, True, True, False]
+
+
 @pytest.mark.parametrize("limits", [["a + b + 2-c = 6"], ["a <= 1", "a >= 2", "b + 2-c = 5"]])
 def test_where_no_setting_is_left_the_data_are_blocked(data, limits):
     assert "forbids every setting" in within(data, limits).blocked and not data.blocked
@@ -68,6 +74,7 @@ def test_where_no_setting_is_left_the_data_are_blocked(data, limits):
         ([], [], None, ["a + b"], "write a sum and its limit"),
         ([], [], None, ["a + d <= 1"], "'a \\+ d' is no sum of numbers times variables"),
         ([], [], None, ["a b <= 1"], "'a b' is no sum"),
+        ([], [], None, ["a <= <3"], "write a sum and its limit"),
     ],
 )
 def test_what_does_not_fit_is_refused(data, tmp_path, require, forbid, tiers, limits, said):

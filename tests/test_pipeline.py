@@ -401,6 +401,8 @@ def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
     for one in (mixed["recommended_action"], mixed["next_experiment"]):
         assert one["settings"] == {} and one["predicted"] == mixed["nothing"]["predicted"]
     assert not mixed["stop"]["worth_it"] and mixed["best_effects"] == []
+    few = ask(["variable,low,high,levels", "catalyst,2,8,3;5"], batch=4)["batch"]
+    assert sorted(one["settings"]["catalyst"] for one in few) == [3, 5]
     several = ask(batch=3, curves=True)
     chosen = [tuple(one["settings"].items()) for one in several["batch"]]
     assert len(set(chosen)) == 3 and several["batch"][0] == several["next_experiment"]

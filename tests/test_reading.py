@@ -236,6 +236,39 @@ SAID = {  # rows, rows and names that are kept, words of the note
         "27 rows are replicates of others: outcomes of one setting have a standard deviation of",
     ),
     "twice the same": ([*changed({}), ROWS[3]], 31, HEADER[:3], "row 32: the same in every column"),
+    "units however spelled": (
+        changed({(i, 0): f"61.{i} {'mL' if i % 2 else 'ml'}" for i in range(9)}),
+        30,
+        HEADER[:3],
+        None,
+    ),
+    "letters of significance": (
+        changed({(i, 2): f"4{i}.5{'abc'[i % 3]}" for i in range(9)}),
+        30,
+        HEADER[:3],
+        None,
+    ),
+    "thousands with a k": (
+        changed({(i, 1): f"{i % 5 + 1}.{i % 7}k" if i % 2 else f"{900 + i}" for i in range(30)}),
+        30,
+        HEADER[:3],
+        None,
+    ),
+    "an arm called intervention": (
+        [
+            ["Intervention", "age", "yield"],
+            *([str(i % 2), *row[1:3]] for i, row in enumerate(ROWS)),
+        ],
+        30,
+        ["Intervention", "age", "yield"],
+        "no column 'intervened'",
+    ),
+    "blanks in words": (
+        [["note", *HEADER], *([("ok", "late", "")[i % 3], *r] for i, r in enumerate(ROWS))],
+        30,
+        ["note = late", "note = ok", *HEADER[:3]],
+        "'note': nobody set it",
+    ),
     "another name for it": (changed({}, [*HEADER[:3], "Interventions"]), 30, HEADER[:3], None),
     "a sum": (
         changed({(i, 1): f"{100 - float(row[0]):.2f}" for i, row in enumerate(ROWS)}),
@@ -264,6 +297,29 @@ def test_a_drift_is_taken_out(tmp_path):
     assert not any("drift" in note for note in read(tmp_path, [HEADER, *ordered]).notes)
 
 
+@pytest.mark.parametrize("kind", ["cycle", "search", "walk", "arms"])
+def test_what_is_no_drift_stays(tmp_path, kind):
+    """A design in cycles, a search that comes nearer to its peak, a random walk, arms in turn."""
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        x, z = rng.normal(size=(2, 60))
+        if kind == "search":
+            x, z = (6 + np.exp(-np.arange(60) / 15) * one for one in (3 * x, 5 + z))
+        y = -((x - 6) ** 2) - (z - 6) ** 2 + rng.normal(size=60)
+        if kind == "cycle":
+            x = np.tile([0.0, 10.0, 20.0], 20)
+            y = 30 - (x - 10) ** 2 / 10 + rng.normal(size=60)
+        elif kind == "walk":
+            y = np.cumsum(rng.normal(size=60))
+        elif kind == "arms":
+            y = np.repeat([0, 5, 10], 20) + rng.normal(size=60)
+        arms = np.repeat(["a", "b", "c"], 20) if kind == "arms" else ["a", "b"] * 30
+        columns = (x.round(2), z.round(2), arms, y.round(2))
+        rows = np.column_stack([np.asarray(column, str) for column in columns]).tolist()
+        notes = " ".join(read(tmp_path, [["x", "z", "arm", "yield"], *rows]).notes)
+        assert "taken out" not in notes and "shifted" not in notes
+
+
 def test_lots_are_noticed(tmp_path):
     """Runs of ten rows, of which the second is higher by 30."""
     rows = [["L1", *row] if i < 10 else ["L2", *row] for i, row in enumerate(changed({})[1:], 0)]
@@ -284,6 +340,12 @@ def test_words_can_be_set(tmp_path, words):
     listed = bounds_of(tmp_path, "variable,low,high,levels", "salt,,,b", "dose,1,2,")
     found = settable(read(tmp_path, table, bounds=listed))
     assert {value for name, value in found if name == "salt"} == {"b"}
+    for levels in ("ZNCL;b", "d"):
+        with pytest.raises(DataError, match="row 2, column 'levels': '(ZNCL|d)' is none of a, b"):
+            bounds = bounds_of(tmp_path, "variable,low,high,levels", f"salt,,,{levels}")
+            read(tmp_path, table, bounds=bounds)
+    listed = bounds_of(tmp_path, "variable,low,high,levels", "Salt,,,B", "dose,1,2,")
+    assert ("salt", "b") in settable(read(tmp_path, table, bounds=listed))
     with pytest.raises(DataError, match="row 2, columns 'low' and 'high': give the range of 'dos"):
         read(tmp_path, table, bounds=bounds_of(tmp_path, "variable,low,high", "dose,,"))
 
