@@ -159,7 +159,7 @@ def test_altered_figures_and_comments_that_are_gone_are_reported(page):
     text = page.read_text()
     for table in tables_of(text):
         if table.comment.startswith("stored:"):
-            pattern = r"^([-+.\d]*)(\d)(?=$| \[)"
+            pattern = r"^([-+.\d]*)(\d)(?=$| \[| ±)"
             rows = [
                 [r[0], *(re.sub(pattern, lambda m: m[1] + other[m[2]], c) for c in r[1:])]
                 for r in table.rows
@@ -199,12 +199,12 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
     assert len(snippet.split("\n")) <= 7  # five, a blank one after the imports, an empty end
     exec(snippet, given)
-    answer, (names, units) = given["answer"], (given["data"].names, given["data"].units)
+    answer, data = given["answer"], given["data"]
     deploy = importlib.import_module("06_deploy")
     wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity", "min"))
     chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
-    written = float(units.written(chosen, np.float32(value)))
-    assert wanted["next_experiment"]["settings"] == {names[chosen]: pytest.approx(written)}
+    written = data.value(chosen, np.float32(value))
+    assert wanted["next_experiment"]["settings"] == {data.names[chosen]: pytest.approx(written)}
     for name in ("acbo", "acbo_small"):
         system = TrainedACBOSystem.load(ROOT / "pretrained" / f"{name}.eqx")
         learned = eqx.tree_at(lambda policy: policy.span, system.policy, None)
