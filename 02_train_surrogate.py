@@ -3,8 +3,7 @@ effect from any data set.
 
 - Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 11 minutes on 2 busy CPU cores; `hour` 61 on 2 idle ones
-          (7,501 s and 1,725 s, reference/surrogate/hour/training.jsonl)
+- Time    `small` about 11 minutes on 2 busy CPU cores; `hour` about 61 on 2 idle ones
 
     python 02_train_surrogate.py small --steps 2000
 
