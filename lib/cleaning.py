@@ -13,6 +13,7 @@ from lib.units import constant, deviation
 
 MOST_MISSING = 0.25  # share of a column's cells; with more it is left out
 SAME = 1e-5  # less than a correlation of one, for columns that say the same
+ALIKE = 0.95  # correlation of settings that moved together
 MOST_LOTS = 12  # different values of a column that looks like lots
 POWERS = 10.0 ** np.array([-3, -2, -1, 1, 2, 3])  # a decimal point may slip by
 
@@ -324,6 +325,19 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
                 )
             )
     return found
+
+
+def together(rows: Rows, settable: np.ndarray) -> list[str]:
+    """Pairs of settings that hardly ever moved apart, and of which none was set alone."""
+    which = np.flatnonzero(settable & ~rows.flags.any(0) & ~constant(rows.values))
+    values = rows.values[:, which]
+    centred = (values - values.mean(0)) / deviation(values)
+    alike = np.argwhere(np.triu(np.abs(centred.T @ centred) / len(values) > ALIKE, 1))
+    names = [" and ".join(f"'{rows.columns[which[i]].name}'" for i in pair) for pair in alike[:4]]
+    some = "; ".join(names) + "; ..." * (len(alike) > 4)
+    return told(
+        (names, f"{some} moved together: which of two matters cannot be told from these rows")
+    )
 
 
 def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:

@@ -21,6 +21,7 @@ from lib.cleaning import (
     order_of_rows,
     repeats_of,
     sums_of_settings,
+    together,
     varied,
     with_outcome,
     without_gaps,
@@ -183,7 +184,6 @@ def read_experiments(
     ]
     number = np.array([not c.source for c in rows.columns])
     repeated = [len(np.unique(x)) < len(x) for x in values.T]
-    notes += repeats_of(rows, at, ~number | (free & ~counts) | (counts & repeated))
     notes += order_of_rows(rows, at)
     notes += sums_of_settings(rows, free & ~counts & number)
     deviations = units.exact(values)
@@ -203,6 +203,8 @@ def read_experiments(
     kept = {c.source or c.name for c in rows.columns}
     notes += [f"'{name}' has a range, but is left out" for name in ranges if name not in kept]
     free = np.array([i in bounded for i in range(len(found))]) & free if ranges else free & ~counts
+    notes += repeats_of(rows, at, ~number | free | (counts & repeated))
+    notes += together(rows, free & number)
     chosen = {c.source for c in itertools.compress(rows.columns, free)} - {""}
     fixed = [
         c.name != wanted and not can and c.source not in chosen

@@ -235,6 +235,15 @@ SAID = {  # rows, rows and names that are kept, words of the note
         ["x", "yield"],
         "27 rows are replicates of others: outcomes of one setting have a standard deviation of",
     ),
+    "settings that moved together": (
+        [
+            HEADER[:3],
+            *([a, f"{float(a) / 10 + i % 3 / 9:.2f}", y] for i, (a, _, y, _) in enumerate(ROWS)),
+        ],
+        30,
+        HEADER[:3],
+        "'heat' and 'dose' moved together",
+    ),
     "twice the same": ([*changed({}), ROWS[3]], 31, HEADER[:3], "row 32: the same in every column"),
     "units however spelled": (
         changed({(i, 0): f"61.{i} {'mL' if i % 2 else 'ml'}" for i in range(9)}),
