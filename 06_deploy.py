@@ -10,10 +10,12 @@ set by hand in that row (empty for an observation); `lib/reading.py` says what e
 (`--bounds`): a CSV with columns variable,low,high and perhaps step, levels, scale or cost; a
 variable that it does not list is never intervened on. Without it, each variable within what it was
 set to, or seen at. Bad input ends with a line for each thing that is wrong, and exit status 2.
+The same question gets the same answer: nothing is drawn. `--version` says which system answers.
 """
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,7 @@ from tyro.conf import UseAppendAction
 
 from lib import settings
 from lib.answer import (
+    VERSION,
     as_text,
     elsewhere,
     imagined,
@@ -35,6 +38,7 @@ from lib.answer import (
     toward,
     within_lots,
 )
+from lib.artifacts import digest
 from lib.buffer import ExperienceBuffer
 from lib.knowledge import known_edges, within
 from lib.literature import Benchmark
@@ -223,6 +227,9 @@ def demo(config: Demo) -> list[float]:
 
 if __name__ == "__main__":
     with settings.errors_for_people():
+        if sys.argv[1:] == ["--version"]:
+            print(f"answers of format {VERSION} by {SHIPPED.name}, {digest(SHIPPED)[:12]}")
+            sys.exit()
         settings.use_compilation_cache(HERE / "artifacts" / "cache")
         commands = {"suggest": Suggest, "demo": Demo}
         chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

@@ -7,7 +7,9 @@ interrupted, resumed, and given bad input.
 import functools as ft
 import importlib
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -409,6 +411,13 @@ def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
     curve = several["curves"]["catalyst"]
     assert curve["values"] == sorted(curve["values"]) and len(curve["low"]) == 16
     assert "At the same time" in capsys.readouterr().out
+
+
+def test_version_says_which_system_answers(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["06_deploy.py", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "06_deploy.py"), run_name="__main__")
+    assert left.value.code is None and "format 1 by acbo.eqx, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lots", [False, True])
