@@ -133,7 +133,7 @@ PRESETS = {
     ),
     "small": ("about 6 minutes on 2 busy CPU cores", AcquisitionConfig()),
     "hour": (
-        "about half an hour on 2 CPU cores",
+        "about 16 minutes on 2 busy CPU cores",
         AcquisitionConfig(
             Path("artifacts/hour"),
             prior=SCMPrior(max_vars=10, max_size=10),

@@ -49,9 +49,10 @@ def elsewhere(data: Experience, asked, ahead: list):
     (variable, value), grid, count = asked.experiment, asked.grid, len(data.names)
     costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
     candidates, taken = np.asarray(data.task.candidates), np.zeros(grid.shape, bool)
-    for i, x in ahead:
+    for i, x in ((int(i), x) for i, x in ahead if candidates[i]):
         taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
-        taken[i] |= [data.value(int(i), v) == data.value(int(i), x) for v in grid[i]]
+        ran = data.value(i, x)
+        taken[i] |= [data.value(i, v) == ran for v in grid[i]]
     own = taken[variable, np.abs(grid[variable] - value).argmin()]
     if not own and (costs == costs[0]).all():
         return asked
@@ -71,9 +72,8 @@ def within_lots(data: Experience, ask: Callable[[ExperienceBuffer], Any]) -> lis
         values = data.buffer.values.at[:, target].set(outcome - mean + outcome.mean())
         buffer = ExperienceBuffer(values, data.buffer.intervened, data.buffer.valid)
         action = ask(buffer).action
-        variable = int(action[0])
-        value = data.value(variable, action[1])
-        setting = data.setting(variable, value) if variable >= 0 else {}
+        i = int(action[0])
+        setting = data.setting(i, data.value(i, action[1])) if i >= 0 else {}
         found.append(
             f"'{name}' looks like a lot or a batch, between which '{data.names[target]}' differs "
             "more than within: if it is one, within it the recommendation would be to set "
@@ -208,11 +208,13 @@ def in_own_units(config, data, said, following) -> dict:
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
     if data.blocked:
-        nothing |= {"settings": {}}
-        idle = nothing | {"expected_gain": 0.0, "reason": data.blocked}
-        answer["recommended_action"] = nothing | {"probability_better_than_nothing": 0.0}
-        answer["next_experiment"], answer["best_effects"] = idle, []
-        answer["stop"] = {"expected_gain": 0.0, "worth_it": False}
+        idle = {"settings": {}} | nothing
+        answer |= {
+            "recommended_action": idle | {"probability_better_than_nothing": 0.0},
+            "next_experiment": idle | {"expected_gain": 0.0, "reason": data.blocked},
+            "stop": {"expected_gain": 0.0, "worth_it": False},
+            "best_effects": [],
+        }
         answer["warnings"].append(f"{data.blocked}: none is suggested")
     elif config.batch > 1:
         each = {}

@@ -14,7 +14,7 @@ from lib.table import INTERVENED, Table, decimal_comma, find, number_of, rows_in
 MOST_LEVELS = 8  # different words of a column that are levels, not names
 EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
 MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
-NOT_SET = {"", "0", "-", "no", "none", "false", "n", "na", "n/a", "nan"}
+NOT_SET = EMPTY | {"0", "-", "no", "none", "false", "n"}
 NOT_SET |= {"control", "ctrl", "baseline", "observed", "observation"}
 THOUSAND = {"k": 1e3, "M": 1e6}  # behind numbers of which some have the k
 SET = {"1", "yes", "true", "y", "x"}

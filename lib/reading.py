@@ -121,21 +121,7 @@ def read_experiments(
             f"{path}, column '{wanted}': holds no numbers: give the outcomes",
         )
     )
-    for name, bound in ranges.items():
-        levels = {word for c in columns if c.source == name for word in c.words if word}
-        words = {word: find(word, sorted(levels)) for word in bound.words or ()}
-        problems += [
-            f"{bound.where}, column 'levels': '{word}' is none of {', '.join(sorted(levels))}"
-            for word, level in words.items()
-            if levels and not level
-        ]
-        if levels and bound.words:
-            ranges[name] = bound._replace(words=tuple(words.values()))
-    problems += [
-        f"{bound.where}, columns 'low' and 'high': give the range of '{name}'"
-        for name, bound in ranges.items()
-        if bound.words is not None and name in [c.name for c in columns]
-    ]
+    words_of_bounds(ranges, columns, problems)
     refuse(problems)
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, table.lines)
     lacking = (rows.flags & np.isnan(rows.values)).any(1)
@@ -153,9 +139,8 @@ def read_experiments(
         + ("; ".join(notes) or "add observations"),
     )
     rows = varied(rows, wanted, ranges, notes)
-    worded = {c.source for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))} | set(
-        ranges
-    )
+    acted = itertools.compress(rows.columns, np.any(rows.flags, axis=0))
+    worded = {c.source for c in acted} | set(ranges)
     rows = as_design(rows, notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
     demand(
@@ -188,7 +173,7 @@ def read_experiments(
     notes += sums_of_settings(rows, free & ~counts & number)
     deviations = units.exact(values)
     deviations[:, at] += drift_of(rows, at, deviations[:, at], notes)
-    still = {c.source for c in rows.columns if c.source} - worded
+    still = sorted({c.source for c in rows.columns if c.source} - worded)
     notes += [f"'{name}': nobody set it and it has no range, so it is no setting" for name in still]
     planned = [
         (found.index(name), units.one(found.index(name)).deviations(value).item())
@@ -235,6 +220,28 @@ def read_experiments(
         lots=lots_of(rows, at, np.array(fixed)),
         notes=notes,
     )
+
+
+def words_of_bounds(ranges: dict[str, Bound], columns: list[Column], problems: list[str]) -> None:
+    """Spell the words of bounds as the columns do; a problem for each that no cell has, and for a
+    column of numbers without a range.
+    """
+    for name, bound in ranges.items():
+        levels = sorted({w for c in columns if c.source == name for w in c.words if w})
+        words = {word: find(word, levels) for word in bound.words or ()}
+        numeric = bound.words is not None and name in [c.name for c in columns]
+        problems += told(
+            (numeric, f"{bound.where}, columns 'low' and 'high': give the range of '{name}'"),
+            *(
+                (
+                    levels and not level,
+                    f"{bound.where}, column 'levels': '{word}' is none of {', '.join(levels)}",
+                )
+                for word, level in words.items()
+            ),
+        )
+        if levels and words:
+            ranges[name] = bound._replace(words=tuple(words.values()))
 
 
 def allowed(column: Column, worded: set[str], ranges: dict[str, Bound]) -> bool:

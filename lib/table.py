@@ -254,11 +254,9 @@ def read_table(path: Path, strict: bool = False) -> Table:
     )
     rows = [(line, row) for line, row in rows if len(row) == width]
     if INTERVENED not in map(str.lower, header):
-        acting = {i for _, row in rows for i, cell in enumerate(row) if find(cell, header)}
-        header = [
-            INTERVENED if i in acting and ACTED.fullmatch(name) else name
-            for i, name in enumerate(header)
-        ]
+        likely = [i for i, name in enumerate(header) if ACTED.fullmatch(name)]
+        acting = [i for i in likely if any(find(row[i], header) for _, row in rows)]
+        header = [INTERVENED if i in acting else name for i, name in enumerate(header)]
     lines = [line for line, _ in rows]
     return Table(header, np.array(lines), [row for _, row in rows], comma, notes)
 
