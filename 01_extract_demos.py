@@ -27,9 +27,10 @@ from tyro.extras import overridable_config_cli
 from lib import settings
 from lib.artifacts import save_arrays
 from lib.expert_posterior import ParentScaleConfig
+from lib.graphs import FAMILIES
 from lib.problems import initial_buffer
 from lib.scm import MECHANISMS
-from lib.scm_prior import FAMILIES, SCMPrior, sample_scm_and_family
+from lib.scm_prior import SCMPrior, sample_scm_and_family
 from lib.table import DataError
 from lib.training import Progress, merged, train
 from lib.trajectories import (
@@ -101,34 +102,12 @@ class Config:
         return ParentScaleConfig(self.num_obs, self.num_steps, num_bins=self.num_bins)
 
 
-PRESETS = {
-    "smoke": (
-        "seconds, for CI",
-        Config(Path("artifacts/smoke"), num_models=8, num_obs=40, num_steps=5, batch=4),
-    ),
-    "small": ("about 2 minutes on 2 busy CPU cores", Config()),
-    "hour": (
-        "larger systems",
-        Config(
-            Path("artifacts/hour"),
-            prior=SCMPrior(max_vars=10, max_size=10),
-            num_models=1000,
-            num_obs=200,
-            num_steps=20,
-            batch=50,
-        ),
-    ),
-    "paper": (
-        "sizes of the design documents",
-        Config(
-            Path("artifacts/paper"),
-            prior=SCMPrior(max_vars=20, max_size=20),
-            num_models=1000,
-            num_obs=200,
-            num_steps=30,
-        ),
-    ),
-}
+PRESETS = settings.presets(
+    Config,
+    smoke=dict(num_models=8, num_obs=40, num_steps=5, batch=4),
+    hour=dict(num_models=1000, num_obs=200, num_steps=20, batch=50),
+    paper=dict(num_models=1000, num_obs=200, num_steps=30),
+)
 
 
 @eqx.filter_jit
@@ -178,8 +157,8 @@ def yields(
     """
     scm = trajectories.scm
     kinds = {
-        "family": np.array(FAMILIES)[np.asarray(families)],
-        "mechanism": np.array(MECHANISMS)[np.asarray(scm.mechanism)],
+        "family": np.array(list(FAMILIES))[np.asarray(families)],
+        "mechanism": np.array(list(MECHANISMS))[np.asarray(scm.mechanism)],
         "variables": np.asarray(scm.var_mask.sum(1)),
     }
     return {
@@ -213,16 +192,17 @@ def main(config: Config) -> Path:
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
 
-    def steps(runs, start):
-        for index in range(start, num_batches):
-            batch, _, consistent = run = run_batch(index)
-            runs = jax.tree.map(lambda whole, part, i=index: whole.at[i].set(part), runs, run)
-            counts = {"consistent": float(consistent.mean()), "failures": int(batch.failures.sum())}
-            yield index + 1, runs, counts | describe(batch)
+    def advance(runs, index, _):
+        batch, _, consistent = run = run_batch(index)
+        runs = jax.tree.map(lambda whole, part: whole.at[index].set(part), runs, run)
+        counts = {"consistent": consistent.mean(), "failures": batch.failures.sum()}
+        return runs, counts | describe(batch)
 
     progress = Progress(config.folder, "demos", __file__, config)
     shown = {"f1": "parent_f1", "true_set": "true_set_probability"}
-    runs, _ = train("expert", steps, nothing, num_batches, 1, shown, progress)
+    runs, _ = train(
+        "expert", advance, nothing, num_batches, checkpoint_every=1, shown=shown, progress=progress
+    )
 
     # --- filter, split, augment, write ---
     trajectories, families, consistent = jax.tree.map(

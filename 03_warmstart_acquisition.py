@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from tyro.extras import overridable_config_cli
 
 from lib import settings
@@ -53,7 +53,7 @@ from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
-from lib.training import Learner, Progress, drawn, moving_average, train
+from lib.training import Learner, Progress, moving_average, train
 from lib.trajectories import ExpertTrajectory, join, load_trajectories
 
 
@@ -117,70 +117,51 @@ class AcquisitionConfig:
             )
 
 
-PRESETS = {
-    "smoke": (
-        "seconds, for CI",
-        AcquisitionConfig(
-            Path("artifacts/smoke"),
-            campaign=CampaignDesign(num_steps=3),
-            imitation=ImitationConfig(imitation_epochs=2),
-            grpo=GRPOConfig(group_size=4),
-            iterations=4,
-            problems_per_iteration=4,
-            validation_problems=4,
-            checkpoint_every=2,
-        ),
+PRESETS = settings.presets(
+    AcquisitionConfig,
+    smoke=dict(
+        campaign=CampaignDesign(num_steps=3),
+        imitation=ImitationConfig(imitation_epochs=2),
+        grpo=GRPOConfig(group_size=4),
+        iterations=4,
+        problems_per_iteration=4,
+        validation_problems=4,
+        checkpoint_every=2,
     ),
-    "small": ("about 6 minutes on 2 busy CPU cores", AcquisitionConfig()),
-    "hour": (
-        "about 16 minutes on 2 busy CPU cores",
-        AcquisitionConfig(
-            Path("artifacts/hour"),
-            prior=SCMPrior(max_vars=10, max_size=10),
-            campaign=CampaignDesign(max_obs=200, num_steps=12),
-            imitation=ImitationConfig(imitation_epochs=6),
-            iterations=200,
-            problems_per_iteration=24,
-            average=0.98,
-        ),
+    hour=dict(  # 16 minutes on 2 CPU cores
+        campaign=CampaignDesign(max_obs=200, num_steps=12),
+        imitation=ImitationConfig(imitation_epochs=6),
+        iterations=200,
+        problems_per_iteration=24,
+        average=0.98,
     ),
-    "paper": (
-        "sizes of the design documents, for one GPU",
-        AcquisitionConfig(
-            Path("artifacts/paper"),
-            prior=SCMPrior(max_vars=20, max_size=20),
-            policy=PolicyConfig(policy_hidden_dim=128, policy_n_layers=4),
-            campaign=CampaignDesign(num_steps=30),
-            grpo=GRPOConfig(group_size=64, learning_rate=3e-4),
-            iterations=5000,
-            problems_per_iteration=64,
-        ),
+    paper=dict(
+        policy=PolicyConfig(policy_hidden_dim=128, policy_n_layers=4),
+        campaign=CampaignDesign(num_steps=30),
+        grpo=GRPOConfig(group_size=64, learning_rate=3e-4),
+        iterations=5000,
+        problems_per_iteration=64,
     ),
-}
+)
 
 
 class TrainState(NamedTuple):
-    """Everything that a checkpoint holds: the policy and its optimiser, its moving average, metrics
-    of training `[iterations]`, and what the average gains on the validation problems
-    `[checkpoints, steps]`, the first before GRPO.
-    """
+    """Everything that a checkpoint holds: the policy and its optimiser, and its moving average."""
 
     learner: Learner
     average: AcquisitionPolicyNetwork
-    curves: GRPOMetrics
-    validation: jax.Array
 
 
 class AcquisitionModelResult(NamedTuple):
     """What stage 3 learned: the trained and the cloned policy (without cloning, untrained), every
-    metric's curve `[iterations]`, gains on the validation problems `[checkpoints, steps]`, and the
-    clone's agreement with held-out choices of the expert.
+    metric's curve `[iterations]`, gains on the validation problems `[checkpoints, steps]`, the
+    first before GRPO, and the clone's agreement with held-out choices of the expert.
     """
 
     policy: AcquisitionPolicyNetwork
     cloned: AcquisitionPolicyNetwork
-    curves: dict[str, jax.Array]
-    validation: jax.Array
+    curves: dict[str, np.ndarray]
+    validation: np.ndarray
     validation_metrics: dict[str, float]
 
 
@@ -193,52 +174,44 @@ def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins:
 
 @eqx.filter_jit
 def iterate(
-    keys: list[jax.Array],
+    key: jax.Array,
     state: TrainState,
     reference: AcquisitionPolicyNetwork,
     surrogate: ParentSetPredictionModel,
     problems: Problem,
-    demos: AcquisitionTrainingExample | None,
-    index: jax.Array,
     config: AcquisitionConfig,
-) -> TrainState:
-    """One GRPO iteration; some of `demos` are imitated beside it, if that has a weight."""
-    play_key, demo_key = keys
+) -> tuple[TrainState, GRPOMetrics]:
+    """One GRPO iteration."""
     # a cold start has no clone to stay close to
-    grpo = replace(config.grpo, kl_weight=config.imitation.warm * config.grpo.kl_weight)
-
-    def imitate(policy):
-        chosen = drawn(demo_key, demos, config.imitation.imitation_batch)
-        return config.imitation.imitation_weight * clone_loss(policy, chosen)[0]
-
+    warm = config.imitation.use_behavioral_cloning
     learner, _, metrics = grpo_iteration(
-        play_key,
+        key,
         state.learner,
         reference,
         surrogate,
         problems,
         config.campaign.num_steps,
         config.rewards,
-        grpo,
+        replace(config.grpo, kl_weight=warm * config.grpo.kl_weight),
         config.iterations,
-        imitate if config.imitation.imitation_weight else None,
     )
     average = moving_average(state.average, learner.module, config.average)
-    curves = jax.tree.map(lambda curve, now: curve.at[index].set(now), state.curves, metrics)
-    return TrainState(learner, average, curves, state.validation)
+    return TrainState(learner, average), metrics
 
 
 def improve(
     config: AcquisitionConfig,
     surrogate: ParentSetPredictionModel,
     start: AcquisitionPolicyNetwork,
-    demos: AcquisitionTrainingExample | None,
     progress: Progress | None,
-) -> TrainState:
-    """GRPO from the policy `start`, or on from a checkpoint; `demos` are for `imitation_weight`."""
-    step_keys, (held_out_key, noise_key) = (
-        [settings.stage_key(config.seed, "policy", use) for use in uses]
-        for uses in (("problems", "play", "demonstrations"), ("validation", "validation noise"))
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """GRPO from the policy `start`, or on from a checkpoint; the curve of every metric
+    `[iterations]`, and `validation`, what the averaged policy gains on the validation problems
+    `[checkpoints, steps]`, the first before GRPO.
+    """
+    problem_key, play_key, held_out_key, noise_key = (
+        settings.stage_key(config.seed, "policy", use)
+        for use in ("problems", "play", "validation", "validation noise")
     )
     num_bins, every = surrogate.config.num_bins, config.checkpoint_every
     held_out = draw_batch(held_out_key, config, config.validation_problems, num_bins)
@@ -246,26 +219,32 @@ def improve(
     def validate(policy: AcquisitionPolicyNetwork) -> tuple[jax.Array, jax.Array]:
         return campaign_gains(noise_key, policy, surrogate, held_out, config.campaign.num_steps)
 
-    def steps(state, first):
-        for step in range(first, config.iterations):
-            problem_key, *keys = (jr.fold_in(key, step) for key in step_keys)
-            problems = draw_batch(problem_key, config, config.problems_per_iteration, num_bins)
-            state = iterate(keys, state, start, surrogate, problems, demos, jnp.array(step), config)
-            checkpoint, rest = divmod(step + 1, every)
-            if not rest:
-                gains, _ = validate(state.average)
-                state = state._replace(validation=state.validation.at[checkpoint].set(gains))
-            yield step + 1, state, {k: curve[step] for k, curve in state.curves._asdict().items()}
+    def advance(state, step, _):
+        draw_key = jr.fold_in(problem_key, step)
+        problems = draw_batch(draw_key, config, config.problems_per_iteration, num_bins)
+        key = jr.fold_in(play_key, step)
+        state, metrics = iterate(key, state, start, surrogate, problems, config)
+        record = metrics._asdict()
+        if (step + 1) % every == 0:
+            record["validation"] = validate(state.average)[0]
+        return state, record
 
     first_gains, span = validate(start)
     start = eqx.tree_at(lambda policy: policy.span, start, span)
-    curves = GRPOMetrics(*[jnp.zeros(config.iterations)] * len(GRPOMetrics._fields))
-    validation = jnp.zeros((1 + config.iterations // every, *first_gains.shape))
-    validation = validation.at[0].set(first_gains)
-    optimiser = grpo_optimiser(config.grpo, config.iterations)
-    state = TrainState(Learner.of(start, optimiser), start, curves, validation)
-    shown = {"gain": "optimization", "entropy": "entropy"}
-    return train("policy", steps, state, config.iterations, every, shown, progress)[0]
+    learner = Learner.of(start, grpo_optimiser(config.grpo, config.iterations))
+    state, records = train(
+        "policy",
+        advance,
+        TrainState(learner, start),
+        config.iterations,
+        checkpoint_every=every,
+        shown={"gain": "optimization", "entropy": "entropy"},
+        progress=progress,
+    )
+    names = GRPOMetrics._fields
+    curves = {name: np.array([one[name] for one in records], np.float32) for name in names}
+    gains = [first_gains, *(one["validation"] for one in records if "validation" in one)]
+    return state, curves | {"validation": np.array(gains, np.float32)}
 
 
 # --- the documents' functions ---
@@ -306,14 +285,11 @@ def train_acquisition_with_expert_warmstart(
             agreement = {name: float(value) for name, value in measured._asdict().items()}
             agreement |= {"validation_states": len(held_out.variable)}
             print("clone: " + "  ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
-    start = cloned if imitation_config.warm else build(key=cold_key)
-    state = improve(config, surrogate, start, training_examples, progress)
+    start = cloned if imitation_config.use_behavioral_cloning else build(key=cold_key)
+    state, curves = improve(config, surrogate, start, progress)
+    cloned = eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span)
     return AcquisitionModelResult(
-        state.average,
-        eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span),
-        state.curves._asdict(),
-        state.validation,
-        agreement,
+        state.average, cloned, curves, curves.pop("validation"), agreement
     )
 
 

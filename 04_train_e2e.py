@@ -103,39 +103,27 @@ class Config:
         settings.check(self)
 
 
-PRESETS = {
-    "smoke": (
-        "seconds, for CI",
-        Config(
-            Path("artifacts/smoke"),
-            campaign=CampaignDesign(num_steps=3),
-            grpo=GRPOConfig(group_size=4),
-            levels=1,
-            rounds=3,
-            problems_per_round=4,
-            surrogate_steps=2,
-            models_per_step=4,
-            checkpoint_every=2,
-        ),
+PRESETS = settings.presets(
+    Config,
+    smoke=dict(
+        campaign=CampaignDesign(num_steps=3),
+        grpo=GRPOConfig(group_size=4),
+        levels=1,
+        rounds=3,
+        problems_per_round=4,
+        surrogate_steps=2,
+        models_per_step=4,
+        checkpoint_every=2,
     ),
-    "small": ("about 3 minutes on 2 busy CPU cores", Config()),
-    "hour": (
-        "at most 60 minutes on 2 CPU cores",
-        Config(Path("artifacts/hour"), prior=SCMPrior(max_vars=12, max_size=12), rounds=600),
+    hour=dict(rounds=600),
+    paper=dict(
+        campaign=CampaignDesign(num_steps=30),
+        grpo=GRPOConfig(group_size=64, learning_rate=1e-4),
+        rounds=5000,
+        problems_per_round=64,
+        models_per_step=64,
     ),
-    "paper": (
-        "sizes of the design documents, for one GPU",
-        Config(
-            Path("artifacts/paper"),
-            prior=SCMPrior(max_vars=20, max_size=20),
-            campaign=CampaignDesign(num_steps=30),
-            grpo=GRPOConfig(group_size=64, learning_rate=1e-4),
-            rounds=5000,
-            problems_per_round=64,
-            models_per_step=64,
-        ),
-    ),
-}
+)
 
 
 class TrainState(NamedTuple):
@@ -219,38 +207,39 @@ def train_end_to_end(
     keys = [settings.stage_key(config.seed, "acbo", u) for u in ("problems", "play", "surrogate")]
     num_bins = surrogate_params.config.num_bins
 
-    def steps(state, start):
-        for step in range(start, num_steps):
-            problem_key, play_key, surrogate_key = (jr.fold_in(key, step) for key in keys)
-            prior, campaign = adjust_difficulty(step, config)
-            problems = draw_problems(
-                problem_key, config.problems_per_round, prior, campaign, num_bins
-            )
-            policy, buffers, metrics = improve_policy(
-                play_key,
-                state.policy,
-                acquisition_params,
-                state.surrogate.module,
-                problems,
-                config.campaign.num_steps,
-                config.rewards,
-                config.grpo,
-                num_steps,
-            )
-            surrogate, losses = improve_surrogate(
-                surrogate_key, state.surrogate, problems, buffers, config
-            )
-            state = TrainState(surrogate, policy)
-            record = {"largest": prior.max_size, **metrics._asdict(), **losses._asdict()}
-            yield step + 1, state, record
+    def advance(state, step, _):
+        problem_key, play_key, surrogate_key = (jr.fold_in(key, step) for key in keys)
+        prior, campaign = adjust_difficulty(step, config)
+        problems = draw_problems(problem_key, config.problems_per_round, prior, campaign, num_bins)
+        policy, buffers, metrics = improve_policy(
+            play_key,
+            state.policy,
+            acquisition_params,
+            state.surrogate.module,
+            problems,
+            config.campaign.num_steps,
+            config.rewards,
+            config.grpo,
+            num_steps,
+        )
+        surrogate, losses = improve_surrogate(
+            surrogate_key, state.surrogate, problems, buffers, config
+        )
+        record = {"largest": prior.max_size, **metrics._asdict(), **losses._asdict()}
+        return TrainState(surrogate, policy), record
 
     state = TrainState(
         Learner.of(surrogate_params, make_optimiser(config)),
         Learner.of(acquisition_params, grpo_optimiser(config.grpo, num_steps)),
     )
-    shown = {"reward": "reward", "nll": "parent_nll"}
     state, records = train(
-        "end to end", steps, state, num_steps, config.checkpoint_every, shown, progress
+        "end to end",
+        advance,
+        state,
+        num_steps,
+        checkpoint_every=config.checkpoint_every,
+        shown={"reward": "reward", "nll": "parent_nll"},
+        progress=progress,
     )
     return TrainedACBOSystem(state.surrogate.module, state.policy.module), records[-1]
 

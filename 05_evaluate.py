@@ -38,14 +38,19 @@ from lib.accuracy import Arrays, mean_f1, regret_records, structure_scores
 from lib.artifacts import fingerprint, load_arrays, read_header, stored
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
-from lib.methods import EXPERT_FAMILY, METHODS, UNCHECKED, OptimizationScenario, play
+from lib.methods import (
+    EXPERT_FAMILY,
+    METHODS,
+    UNCHECKED,
+    EvaluationReport,
+    OptimizationScenario,
+    play,
+)
 from lib.metrics import Estimate, Record, cells
-from lib.problems import Example, GroundTruth, Problem, initial_buffer
+from lib.problems import Problem, initial_buffer
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior, inherit
-from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
-from lib.trajectories import ExpertTrajectory
 
 
 ON_LITERATURE = ("random", "additive_ridge", "parent_scale", "acbo")
@@ -105,46 +110,29 @@ class Config:
             )
 
 
-PRESETS = {
-    "smoke": (
-        "seconds, for CI",
-        Config(
-            Path("artifacts/smoke"),
-            # one of each kind: the tests play them all
-            methods=(*ON_LITERATURE[:-1], "surrogate_ei", *UNCHECKED, "acbo"),
-            num_problems=16,
-            expert_problems=4,
-            num_steps=2,
-            literature=("toy",),
-            literature_seeds=2,
-            literature_steps=2,
-            sizes=(5,),
-            transfer_size=8,
-        ),
+PRESETS = settings.presets(
+    Config,
+    smoke=dict(
+        # one of each kind: the tests play them all
+        methods=(*ON_LITERATURE[:-1], "surrogate_ei", *UNCHECKED, "acbo"),
+        num_problems=16,
+        expert_problems=4,
+        num_steps=2,
+        literature=("toy",),
+        literature_seeds=2,
+        literature_steps=2,
+        sizes=(5,),
+        transfer_size=8,
     ),
-    "small": ("about 8 minutes on 2 busy CPU cores", Config()),
-    "hour": (
-        "larger systems and more problems",
-        Config(
-            Path("artifacts/hour"),
-            sizes=(5, 8, 12),
-            transfer_size=24,
-            num_problems=400,
-            expert_problems=64,
-        ),
+    hour=dict(sizes=(5, 8, 12), transfer_size=24, num_problems=400, expert_problems=64),
+    paper=dict(
+        sizes=(5, 10, 20),
+        transfer_size=40,
+        num_problems=1000,
+        expert_problems=200,
+        num_steps=30,
     ),
-    "paper": (
-        "for one GPU",
-        Config(
-            Path("artifacts/paper"),
-            sizes=(5, 10, 20),
-            transfer_size=40,
-            num_problems=1000,
-            expert_problems=200,
-            num_steps=30,
-        ),
-    ),
-}
+)
 
 
 class Run(NamedTuple):
@@ -175,59 +163,6 @@ class Run(NamedTuple):
         system = self.systems.get(name, self.systems["acbo"])
         program = "acbo_unchecked" if name in UNCHECKED else name
         return self.stored(f"{name}_{task}", play, program, system, *problem, num_obs, num_steps)
-
-
-class EvaluationReport(NamedTuple):
-    """What an evaluation found: rows of the tables, and simple regret by method
-    `[batch, steps + 1]` for each number of variables.
-    """
-
-    records: list[Record]
-    regret: dict[str, Arrays]
-
-
-# --- functions of data, as the documents name them ---
-
-
-def evaluate_system_performance(
-    system: TrainedACBOSystem,
-    test_scms: Problem,
-    baseline_method: str = "parent_scale",
-    *,
-    num_obs: int = 50,
-    num_steps: int = 10,
-    seed: int = 0,
-) -> EvaluationReport:
-    """The system beside one method on problems whose truth is known, with room for `num_steps`
-    experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
-    """
-    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(test_scms.scm)
-    task = f"d={test_scms.scm.low.shape[1]}"
-    scenario = OptimizationScenario(task, num_obs=num_obs, num_steps=num_steps)
-    key = settings.stage_key(seed, "evaluation", "play")
-    regret = {
-        name: scenario.regret(name, system, test_scms, optima, key)
-        for name in (baseline_method, "acbo")
-    }
-    records = regret_records(task, regret, test_scms.scm.mechanism)
-    return EvaluationReport(records, {task: regret})
-
-
-def evaluate_surrogate_accuracy(
-    surrogate: ParentSetPredictionModel, test_trajectories: ExpertTrajectory
-) -> dict[str, float]:
-    """Accuracy on all that held-out demonstrations ended with, against the truth about their
-    systems (phase4_training_infrastructure.md).
-    """
-
-    @eqx.filter_jit
-    @jax.vmap
-    def examples(scm, buffer):
-        truth = GroundTruth.of(scm, surrogate.config.num_bins)
-        return Example(buffer, scm.task, truth.parents, truth.effects)
-
-    held_out = examples(test_trajectories.scm, test_trajectories.buffer)
-    return accuracy.accuracy(surrogate, (held_out,))
 
 
 # --- what is played ---
@@ -397,8 +332,8 @@ def main(config: Config) -> Path:
     systems = {"acbo": TrainedACBOSystem.load(folder / "acbo.eqx")}
     for name, path in policies.items():
         systems[name] = TrainedACBOSystem(surrogate, load_policy(path)[0])
-    bucket, mark = header["config"]["prior"]["max_vars"], fingerprint(__file__, config, inputs)
-    report = evaluate(Run(config, systems, inputs, bucket, mark))
+    bucket = header["config"]["buckets"][-1]["max_size"]
+    report = evaluate(Run(config, systems, inputs, bucket, fingerprint(__file__, config, inputs)))
     metrics.write_results(results, report.records, config.seed)
     for task, regret in report.regret.items():
         size = task.removeprefix("d=")

@@ -11,9 +11,10 @@ import numpy as np
 from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
-from lib.problems import Example, Problem, in_batches
+from lib.problems import Example, GroundTruth, Problem, in_batches
 from lib.scm import MECHANISMS, AbstractSCM
 from lib.surrogate import ParentSetPredictionModel
+from lib.trajectories import ExpertTrajectory
 
 
 REGRET_STEPS = (1, 3, 5, 10, 20)
@@ -72,6 +73,23 @@ def accuracy(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -
         "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
         "validation_regret": float(regret.mean()),
     }
+
+
+def evaluate_surrogate_accuracy(
+    surrogate: ParentSetPredictionModel, test_trajectories: ExpertTrajectory
+) -> dict[str, float]:
+    """Accuracy on all that held-out demonstrations ended with, against the truth about their
+    systems (phase4_training_infrastructure.md).
+    """
+
+    @eqx.filter_jit
+    @jax.vmap
+    def examples(scm, buffer):
+        truth = GroundTruth.of(scm, surrogate.config.num_bins)
+        return Example(buffer, scm.task, truth.parents, truth.effects)
+
+    held_out = examples(test_trajectories.scm, test_trajectories.buffer)
+    return accuracy(surrogate, (held_out,))
 
 
 def posterior_seconds(

@@ -175,14 +175,16 @@ def load_checkpoint(path: Path, like: Any, fingerprint: str) -> tuple[Any, int] 
     return deserialise(path, leaves, like, None), header["step"]
 
 
-def cut_log(path: Path, resume_step: int) -> None:
+def cut_log(path: Path, resume_step: int) -> list[dict[str, Any]]:
     """Begin a training log, or go on with that of a run that was stopped: records of steps after
     `resume_step`, which the resumed checkpoint has done (0: a new run), are dropped, and so is a
-    line that a kill cut short. So the log ends with the records of a run that was not stopped.
+    line that a kill cut short. So the log ends with the records of a run that was not stopped;
+    returns those that there are, without their time.
     """
     kept = read_log(path) if resume_step > 0 and path.exists() else []
-    lines = [encode(record) + b"\n" for record in kept if record["step"] <= resume_step]
-    replace_file(path, b"".join(lines))
+    kept = [record for record in kept if record["step"] <= resume_step]
+    replace_file(path, b"".join(encode(record) + b"\n" for record in kept))
+    return [{key: value for key, value in record.items() if key != "time"} for record in kept]
 
 
 def write_log(path: Path, step: int, metrics: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbere
    estimate.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -263,19 +262,15 @@ def grpo_step(
     reference: AcquisitionPolicyNetwork,
     groups: Groups,
     config: GRPOConfig,
-    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""]] | None = None,
 ) -> tuple[Learner, GRPOMetrics]:
     """`grpo_epochs` gradient steps of a policy on one batch of groups; the metrics are those before
-    the last step. `extra_loss` is added to GRPO's.
+    the last step.
     """
 
-    def loss(policy):
-        loss, metrics = grpo_loss(policy, reference, groups, config)
-        return loss + extra_loss(policy) if extra_loss else loss, metrics
+    def step(learner, _):
+        return learner.descend(optimiser, lambda p: grpo_loss(p, reference, groups, config))
 
-    learner, metrics = jax.lax.scan(
-        lambda learner, _: learner.descend(optimiser, loss), learner, length=config.grpo_epochs
-    )
+    learner, metrics = jax.lax.scan(step, learner, length=config.grpo_epochs)
     return learner, jax.tree.map(lambda leaf: leaf[-1], metrics)
 
 
@@ -289,7 +284,6 @@ def grpo_iteration(
     rewards: RewardConfig,
     config: GRPOConfig,
     iterations: int,
-    extra_loss: Callable[[AcquisitionPolicyNetwork], Float[Array, ""]] | None = None,
 ) -> tuple[Learner, ExperienceBuffer, GRPOMetrics]:
     """One of `iterations`: the present policy plays a campaign on each of `problems` (leading
     axis), and takes GRPO's steps on all groups; the final buffers `[problems]` too.
@@ -302,5 +296,5 @@ def grpo_iteration(
     keys = jr.split(key, problems.truth.baseline.shape[0])
     groups, buffers = jax.vmap(play)(keys, problems)
     optimiser = grpo_optimiser(config, iterations)
-    learner, metrics = grpo_step(learner, optimiser, reference, merged(groups), config, extra_loss)
+    learner, metrics = grpo_step(learner, optimiser, reference, merged(groups), config)
     return learner, buffers, metrics

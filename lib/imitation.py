@@ -26,16 +26,8 @@ class ImitationConfig:
     """Learning from the expert (`ImitationConfig` of phase4_training_infrastructure.md)."""
 
     use_behavioral_cloning: bool = True
-    """Clone before GRPO; without it the policy starts from random weights and no demonstrations are
-    read.
-    """
-    grpo_warmstart: bool = True
-    """Start GRPO from the clone, and draw the policy to it; otherwise from random weights, with the
-    clone written but not used.
-    """
-    imitation_weight: float = 0.0
-    """Weight of the cloning loss beside GRPO's, on as many demonstrations as cloning takes in a
-    step.
+    """Clone before GRPO, and draw the policy to the clone; without it GRPO starts from random
+    weights and no demonstrations are read.
     """
     imitation_epochs: int = 20
     """Passes over the demonstrations while cloning."""
@@ -43,18 +35,6 @@ class ImitationConfig:
     """Expert states in a step."""
     learning_rate: float = 2e-3
     """Learning rate of Adam while cloning."""
-
-    def __post_init__(self):
-        if self.imitation_weight and not self.use_behavioral_cloning:
-            raise ValueError(
-                "imitation_weight needs demonstrations, and use_behavioral_cloning = "
-                "False reads none"
-            )
-
-    @property
-    def warm(self) -> bool:
-        """Whether GRPO starts from the clone, and is then drawn to it."""
-        return self.use_behavioral_cloning and self.grpo_warmstart
 
 
 class AcquisitionTrainingExample(NamedTuple):

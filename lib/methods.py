@@ -7,6 +7,7 @@ A method sees the data, the target and the ranges; only `cbo_known_graph` is tol
 import functools as ft
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,16 +17,17 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from lib import baselines
-from lib.accuracy import regret_records
+from lib.accuracy import Arrays, regret_records
 from lib.buffer import ExperienceBuffer
 from lib.check import BELIEFS, PROCESSES, check
 from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
-from lib.metrics import normalised_regret
+from lib.metrics import Record, normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
 from lib.problems import CampaignDesign, Problem, held_out_problems, in_batches
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior
+from lib.settings import stage_key
 from lib.system import TrainedACBOSystem, run_campaign
 
 
@@ -221,6 +223,39 @@ class OptimizationScenario:
         played = play(name, system, *problem, self.num_obs, self.num_steps)
         ends = optima[:, None], problems.truth.baseline[:, None]
         return normalised_regret(played["recommended"], *ends)
+
+
+class EvaluationReport(NamedTuple):
+    """What an evaluation found: rows of the tables, and simple regret by method
+    `[batch, steps + 1]` for each number of variables.
+    """
+
+    records: list[Record]
+    regret: dict[str, Arrays]
+
+
+def evaluate_system_performance(
+    system: TrainedACBOSystem,
+    test_scms: Problem,
+    baseline_method: str = "parent_scale",
+    *,
+    num_obs: int = 50,
+    num_steps: int = 10,
+    seed: int = 0,
+) -> EvaluationReport:
+    """The system beside one method on problems whose truth is known, with room for `num_steps`
+    experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
+    """
+    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(test_scms.scm)
+    task = f"d={test_scms.scm.low.shape[1]}"
+    scenario = OptimizationScenario(task, num_obs=num_obs, num_steps=num_steps)
+    key = stage_key(seed, "evaluation", "play")
+    regret = {
+        name: scenario.regret(name, system, test_scms, optima, key)
+        for name in (baseline_method, "acbo")
+    }
+    records = regret_records(task, regret, test_scms.scm.mechanism)
+    return EvaluationReport(records, {task: regret})
 
 
 def evaluate_acquisition_performance(

@@ -11,8 +11,9 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
+from lib.graphs import between, draw, log_between, pick, whole
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task, value_grid
-from lib.scm_prior import SCMPrior, between, draw, pick, sample_scm, whole
+from lib.scm_prior import SCMPrior, sample_scm
 
 
 def initial_buffer(
@@ -130,7 +131,7 @@ def varied_buffer(key: Key[Array, ""], scm: SyntheticSCM, design: DataDesign) ->
         **dict.fromkeys(("stray", "variable", "fraction"), (most,)),
     )
     observed = scm.sample(observation_key, Intervention.none(num_vars), design.max_obs)
-    num_obs = jnp.exp(between(u["obs"], jnp.log(design.min_obs), jnp.log(design.max_obs + 1)))
+    num_obs = log_between(u["obs"], design.min_obs, design.max_obs + 1)
     total, index = whole(u["total"], 0, most + 1), jnp.arange(most)
     spread_out = index < whole(u["wide"], 0, most + 1)
     number = jnp.maximum(candidates.sum(), 1)

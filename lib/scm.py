@@ -6,6 +6,7 @@ here sees one model; batch with `jax.vmap`.
 """
 
 import abc
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -243,22 +244,54 @@ def antithetic_normal(seed: int, num_samples: int, num_vars: int) -> Float[Array
     return jnp.asarray(np.concatenate([half, -half]))
 
 
-MECHANISMS = ("linear", "fourier", "mlp", "polynomial")
-NOISES = ("gaussian", "laplace", "uniform", "heteroscedastic")
-
-
-def select(
-    index: Int[Array, ""], names: tuple[str, ...], given: dict[str, Array], where: str
-) -> Array:
-    """The entry of `given` whose name is at `index` of `names`.
-
-    Raises `ValueError` unless there is one for each: JAX clamps an index that is too large, so a
-    kind that somebody added would silently be computed as another.
+class Mechanism(NamedTuple):
+    """How a variable follows from its parents x: one hidden layer h(x F + p) a, and x w beside it
+    where `linear`.
     """
-    if set(given) != set(names):
-        lacking = sorted(set(names) - set(given)) or sorted(set(given) - set(names))
-        raise ValueError(f"{where}: add or remove {', '.join(lacking)}: needs {', '.join(names)}")
-    return jax.lax.select_n(index, *(given[name] for name in names))
+
+    hidden: Callable[[Array], Array]
+    """h, elementwise."""
+    linear: bool = False
+    """Whether x w is added."""
+    phases: tuple[float, float] = (-np.pi, np.pi)
+    """What p is drawn from, uniformly."""
+    lengthscale: float = np.nan
+    """Of F, in deviations of a parent; NaN where it is drawn from the prior."""
+
+
+def tamed_square(z: Array) -> Array:
+    """z^2, beyond |z| = 1 along its tangent: squares of squares would explode."""
+    return jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0)
+
+
+# A kind of one's own is one more entry; `--prior.mechanisms` of stage 1 names it, and every later
+# stage draws from the prior of the stage before. Models hold its index.
+MECHANISMS = {
+    "linear": Mechanism(jnp.zeros_like, linear=True),
+    "fourier": Mechanism(jnp.cos, phases=(0.0, 2 * np.pi)),
+    "mlp": Mechanism(jnp.tanh),  # its steps lie on both sides of the mean
+    # so gentle that of ten variables 99 % of models keep |E[Y | do]| below 7 deviations
+    "polynomial": Mechanism(tamed_square, linear=True, phases=(0.0, 0.0), lengthscale=5.0),
+}
+
+
+def tails(noise: Array) -> Array:
+    """P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits."""
+    return jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))
+
+
+# standard normals mapped, quantile by quantile, to a distribution of unit variance
+NOISES: dict[str, Callable[[Array], Array]] = {
+    "gaussian": lambda noise: noise,
+    "laplace": lambda noise: -jnp.sign(noise) * jnp.log(tails(noise)) / jnp.sqrt(2.0),
+    "uniform": lambda noise: jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails(noise)),
+    "heteroscedastic": lambda noise: noise,  # and its deviation varies (`structural_equation`)
+}
+
+
+def index_of(name: str, kinds: Iterable[str]) -> Int[Array, ""]:
+    """The index of one of the names of `kinds`, as models hold it."""
+    return jnp.int32(list(kinds).index(name))
 
 
 class SyntheticSCM(AbstractSCM):
@@ -310,15 +343,7 @@ class SyntheticSCM(AbstractSCM):
         """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the
         model's noise has.
         """
-        # P(|N| > |noise|): 1 minus a probability near 1 would have lost its digits
-        tails = jax.lax.erfc(jnp.abs(noise) / jnp.sqrt(2.0))
-        kinds = {
-            "gaussian": noise,
-            "laplace": -jnp.sign(noise) * jnp.log(tails) / jnp.sqrt(2.0),
-            "uniform": jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails),
-            "heteroscedastic": noise,
-        }
-        return select(self.noise_kind, NOISES, kinds, "SyntheticSCM.disturbance (lib/scm.py)")
+        return jax.lax.select_n(self.noise_kind, *(kind(noise) for kind in NOISES.values()))
 
     def structural_equation(
         self,
@@ -329,30 +354,20 @@ class SyntheticSCM(AbstractSCM):
         """The k-th variable from those generated before it (`x`) and its disturbance, before
         standardisation.
 
-        Linear: x w. The others have one hidden layer z = x F + p, read out by a: cos(z) a, tanh(z)
-        a, x w + z^2 a. The square goes on along its tangent where |z| > 1: squares of squares would
-        explode. A variable without parents is its noise. Heteroscedastic noise has log-deviation
-        tanh(x w) (multiplicative, Harvey 1976, here bounded): it varies by a factor of e either
-        way.
+        What its parents give is as `MECHANISMS` says; a variable without parents is its noise.
+        Heteroscedastic noise has log-deviation tanh(x w) (multiplicative, Harvey 1976, here
+        bounded): it varies by a factor of e either way.
         """
         edges = self.adjacency[:, k]
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
-        units = {
-            "linear": jnp.zeros_like(z),
-            "fourier": jnp.cos(z),
-            "mlp": jnp.tanh(z),
-            "polynomial": jnp.where(jnp.abs(z) < 1.0, jnp.square(z), 2.0 * jnp.abs(z) - 1.0),
-        }
-        where = "SyntheticSCM.structural_equation (lib/scm.py)"
-        hidden = select(self.mechanism, MECHANISMS, units, where) @ self.amplitudes[k]
-        direct = (self.mechanism == MECHANISMS.index("linear")) | (
-            self.mechanism == MECHANISMS.index("polynomial")
-        )
-        effect = jnp.where(edges.any(), hidden + jnp.where(direct, linear, 0.0), 0.0)
-        scale = jnp.where(
-            self.noise_kind == NOISES.index("heteroscedastic"), jnp.exp(jnp.tanh(linear)), 1.0
-        )
+        kinds = MECHANISMS.values()
+        hidden = jax.lax.select_n(self.mechanism, *(kind.hidden(z) for kind in kinds))
+        direct = jnp.array([kind.linear for kind in kinds])[self.mechanism]
+        effect = hidden @ self.amplitudes[k] + jnp.where(direct, linear, 0.0)
+        effect = jnp.where(edges.any(), effect, 0.0)
+        varies = self.noise_kind == index_of("heteroscedastic", NOISES)
+        scale = jnp.where(varies, jnp.exp(jnp.tanh(linear)), 1.0)
         return effect + self.noise_scale[k] * scale * disturbance[:, k]
 
     def draw_noise(self, key, num_samples):

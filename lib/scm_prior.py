@@ -1,34 +1,25 @@
-"""The distribution of problems: random graphs, random mechanisms, a target worth optimising, and a
-first data set.
-"""
+"""The distribution of causal models: random graphs and mechanisms, a target worth optimising."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lib.graphs import FAMILIES, between, draw, log_between, one_of, pick, sample_graph, whole
 from lib.scm import (
     MECHANISMS,
     NOISES,
     Intervention,
     SyntheticSCM,
     antithetic_normal,
-    select,
     value_grid,
 )
 
 
-FAMILIES = ("erdos_renyi", "scale_free", "chain", "fork", "collider", "watts_strogatz", "layered")
 NUM_FEATURES = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
-REWIRING = 0.3  # chance of an edge of the ring lattice to get a new end (Watts & Strogatz 1998)
-# lengthscale of a polynomial's squared forms: of ten variables, 99 % of models then keep |E[Y |
-# do]| below 7 deviations
-GENTLE = 5.0
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
 
 
@@ -133,105 +124,6 @@ def multimodal(prior: SCMPrior) -> SCMPrior:
     )
 
 
-def draw(
-    sampler: Callable, key: Key[Array, ""], **shapes: tuple[int, ...]
-) -> dict[str, Float[Array, "..."]]:
-    """Named independent draws from one call of `sampler` (`jr.uniform` or `jr.normal`): every
-    further call costs half a second of compilation.
-    """
-    flat, unravel = ravel_pytree([jnp.zeros(shape) for shape in shapes.values()])
-    return dict(zip(shapes, unravel(sampler(key, flat.shape)), strict=True))
-
-
-def between(fraction: Float[Array, "..."], low, high) -> Float[Array, "..."]:
-    """Map the unit interval to [low, high)."""
-    return low + (high - low) * fraction
-
-
-def one_of(u: Float[Array, ""], names: tuple[str, ...], index: tuple[str, ...]) -> Int[Array, ""]:
-    """The place in `index` of one of `names`, by a uniform number."""
-    return jnp.array([index.index(name) for name in names])[whole(u, 0, len(names))]
-
-
-def whole(fraction: Float[Array, "..."], low, high) -> Int[Array, "..."]:
-    """Map the unit interval to the whole numbers low, ..., high - 1."""
-    return jnp.minimum(jnp.floor(between(fraction, low, high)).astype(int), high - 1)
-
-
-def pick(fraction: Float[Array, "..."], allowed: Bool[Array, " vars"]) -> Int[Array, "..."]:
-    """Map the unit interval to an index where `allowed`, uniformly (index 0 where none is)."""
-    rank = whole(fraction, 0, jnp.maximum(allowed.sum(), 1))
-    return jnp.argsort(~allowed, stable=True)[rank]
-
-
-def sample_graph(
-    key: Key[Array, ""], family: Int[Array, ""], prior: SCMPrior, size: Int[Array, ""]
-) -> Bool[Array, "vars vars"]:
-    """Adjacency `[parent, child]` over the first `size` places of a topological order; at least one
-    edge.
-
-    `family` indexes `FAMILIES`. Scale-free: each variable attaches to one or two earlier ones with
-    probability proportional to degree + 1 (Barabási–Albert). Chain: each variable causes the next.
-    Fork: the first causes all others. Collider: a random variable has all earlier ones (up to
-    three) as parents and there are no other edges except into a chain of its descendants.
-    Watts–Strogatz: on a ring of the variables in random order, each is joined to the nearest on
-    either side (or, from six variables on and every other time, the nearest two), edges are rewired
-    one after the other, and all point forward. Layered: two to four layers of like size, with
-    parents for each variable in the layer before only.
-    """
-    d = prior.max_vars
-    u = draw(jr.uniform, key, density=(), edge=(d, d), attach=(d, d), two=(d,), centre=())
-    index = jnp.arange(d)
-    earlier = index[:, None] < index[None]
-
-    dense = u["edge"] < between(u["density"], prior.min_density, prior.max_density)
-    gumbel, two = -jnp.log(-jnp.log(u["attach"] + 1e-7)), u["two"] < 0.5
-
-    def attach(adjacency, k):
-        degree = (adjacency.sum(0) + adjacency.sum(1) + 1.0).astype(float)
-        score = jnp.where(index < k, jnp.log(degree) + gumbel[k], -jnp.inf)
-        rank = (score[:, None] < score[None]).sum(1)  # Gumbel top-k: draws without replacement
-        return adjacency.at[:, k].set((rank < 1 + two[k]) & (index < k)), None
-
-    scale_free, _ = jax.lax.scan(attach, jnp.zeros((d, d), bool), index)
-    chain = index[:, None] + 1 == index[None]
-    centre = whole(u["centre"], 1, size)
-    parents = (index < centre) & (index >= centre - 3)
-
-    # a graph is of one family, so these two may use the others' numbers
-    reach = jnp.where((size > 5) & (u["centre"] < 0.5), 2, 1)
-    apart = index[:, None] - index[None]
-    distance = jnp.minimum(apart % size, -apart % size)
-    lattice = (distance > 0) & (distance <= reach) & (index < size)[:, None] & (index < size)[None]
-
-    def rewire(ring, edge):
-        step, i = edge // d, edge % d
-        old, free = (i + 1 + step) % size, (index < size) & (index != i) & ~ring[i]
-        new = pick(u["attach"][step, i], free)
-        moved = (u["edge"][step, i] < REWIRING) & (step < reach) & (i < size) & free.any()
-        row = jnp.where(moved, (ring[i] & (index != old)) | (index == new), ring[i])
-        return ring.at[i].set(row).at[:, i].set(row), None
-
-    ring, _ = jax.lax.scan(rewire, lattice, jnp.arange(2 * d))
-    seat = jnp.argsort(jnp.where(index < size, u["two"], 2.0 + index))
-    layer = index * whole(u["centre"], 2, jnp.minimum(size, 4) + 1) // size
-    before = layer[:, None] + 1 == layer[None]
-    one = index[:, None] == jnp.argmax(jnp.where(before, u["attach"], -1.0), axis=0)[None]
-
-    graphs = {
-        "erdos_renyi": dense & earlier,
-        "scale_free": scale_free,
-        "chain": chain,
-        "fork": (index[:, None] == 0) & (index[None] > 0),
-        "collider": (parents[:, None] & (index[None] == centre)) | (chain & (index[None] > centre)),
-        "watts_strogatz": ring[seat][:, seat] & earlier,
-        "layered": before & (dense | one),
-    }
-    graph = select(family, FAMILIES, graphs, "sample_graph (lib/scm_prior.py)")
-    graph &= (index < size)[:, None] & (index < size)[None]
-    return graph.at[0, 1].set(graph[0, 1] | ~graph.any())
-
-
 def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
     """A random model whose target has an ancestor that can lower it by at least `min_effect`
     standard deviations (redrawn until it does).
@@ -278,31 +170,24 @@ def _sample_once(
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = one_of(u["family"], prior.families, FAMILIES)
     mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
-    length = between(u["length"], jnp.log(prior.min_lengthscale), jnp.log(prior.max_lengthscale))
-    lengthscale = jnp.exp(
-        jnp.where(mechanism == MECHANISMS.index("polynomial"), jnp.log(GENTLE), length)
+    phases, fixed = (
+        jnp.array([getattr(kind, name) for kind in MECHANISMS.values()])[mechanism]
+        for name in ("phases", "lengthscale")
     )
+    length = log_between(u["length"], prior.min_lengthscale, prior.max_lengthscale)
+    lengthscale = jnp.where(jnp.isnan(fixed), length, fixed)
     low, high = between(u["range"], prior.min_range, prior.max_range)
-    phase = 2 * jnp.pi * u["phase"]
-    phases = {  # an MLP's steps lie on both sides of the mean
-        "linear": phase,
-        "fourier": phase,
-        "mlp": phase - jnp.pi,
-        "polynomial": jnp.zeros_like(phase),
-    }
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
-        adjacency=sample_graph(graph_key, family, prior, size),
+        adjacency=sample_graph(graph_key, family, size, d, (prior.min_density, prior.max_density)),
         mechanism=mechanism,
         noise_kind=one_of(jr.uniform(noise_key), prior.noises, NOISES),
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
-        phases=select(mechanism, MECHANISMS, phases, "phases in _sample_once (lib/scm_prior.py)"),
+        phases=between(u["phase"], *phases),
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
-        noise_scale=jnp.exp(
-            between(u["noise"], jnp.log(prior.min_noise), jnp.log(prior.max_noise))
-        ),
+        noise_scale=log_between(u["noise"], prior.min_noise, prior.max_noise),
         shift=jnp.zeros(d),
         spread=jnp.ones(d),
         target=jnp.array(0),

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.random as jr
 
 from lib.artifacts import ArtifactError
+from lib.scm_prior import SCMPrior
 from lib.table import DataError
 
 
@@ -65,6 +66,32 @@ def check(config: Any) -> None:
                 fits, needed = 0 <= one < math.inf, "a finite number, not negative"
             if not fits:
                 raise ValueError(f"{field.name} = {one} must be {needed}")
+
+
+# what each preset is for, and the most variables of its systems
+PRESETS = {
+    "smoke": ("seconds, for CI", 8),
+    "small": ("the default: what `make run` runs, on 2 CPU cores", 8),
+    "hour": ("larger systems, more steps: hours on 2 CPU cores", 10),
+    "paper": ("sizes of the design documents, for one GPU; never run whole", 20),
+}
+
+
+def presets(config: Callable[..., Any], **changes: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """A script's `config` for every preset, as tyro's `overridable_config_cli` takes them: its
+    folder and the sizes of its prior follow from the preset, the rest are the script's `changes`.
+    """
+    return {
+        name: (
+            about,
+            config(
+                Path("artifacts") / name,
+                prior=SCMPrior(max_vars=size, max_size=size),
+                **changes.get(name, {}),
+            ),
+        )
+        for name, (about, size) in PRESETS.items()
+    }
 
 
 def preset_arguments() -> list[str]:

@@ -2,13 +2,14 @@
 may be stopped and goes on.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.random as jr
+import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -71,19 +72,12 @@ class Progress:
         self.fingerprint = fingerprint(script, config, parents)
         self.header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, parents=parents)
 
-    def resume(self, state: Any) -> tuple[Any, int]:
-        """The state of the checkpoint and its step, or `state` and 0; the log goes on there."""
-        state, start = load_checkpoint(self.checkpoint, state, self.fingerprint) or (state, 0)
-        cut_log(self.log_path, start)
-        return state, start
-
-    def keep(self, step: int, metrics: dict[str, Any], state: Any = None) -> None:
-        """A line of the log, then a checkpoint if there is a `state`: a kill in between leaves a
-        line too many, which `resume` drops, and not one too few.
+    def resume(self, state: Any) -> tuple[Any, int, list[dict[str, Any]]]:
+        """The state of the checkpoint, its step and what was logged up to it, or `state`, 0 and
+        nothing; the log goes on there.
         """
-        write_log(self.log_path, step, metrics)
-        if state is not None:
-            save_checkpoint(self.checkpoint, state, fingerprint=self.fingerprint, step=step)
+        state, start = load_checkpoint(self.checkpoint, state, self.fingerprint) or (state, 0)
+        return state, start, cut_log(self.log_path, start)
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes."""
@@ -92,30 +86,39 @@ class Progress:
 
 def train(
     name: str,
-    steps: Callable[[Any, int], Iterable[tuple[int, Any, dict[str, Any]]]],
+    advance: Callable[[Any, int, int], tuple[Any, dict[str, Any]]],
     state: Any,
     total: int,
-    every: int,
+    *,
+    chunk: int = 1,
+    checkpoint_every: int,
     shown: Mapping[str, str],
     progress: Progress | None = None,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The state after at most `total` steps, and what was logged.
+    """The state after `total` steps, and all records of the run; where `progress` has a checkpoint,
+    on from there.
 
-    `steps(state, start)` goes on from a state in which `start` steps are done, which is that of a
-    checkpoint of `progress` if there is one; it yields, now and then, how many steps are done, the
-    state and a record. Every record is logged; the state is kept when a multiple of `every` has
-    passed, but at the end. `shown` gives names of records by their labels on the bar.
+    `advance(state, step, count)` does `count` steps, at most `chunk`, from a state in which `step`
+    are done, and returns the next state and a record of numbers or arrays, which is logged. The
+    state is kept whenever a multiple of `checkpoint_every` has passed, but at the end. `shown`
+    gives names of records by their labels on the progress bar.
     """
-    begun, before = progress.resume(state) if progress else (state, 0)
-    records = []
-    with tqdm(desc=name, initial=before, total=total) as bar:
-        for done, state, record in steps(begun, before):
+    start, records = 0, []
+    if progress:
+        state, start, records = progress.resume(state)
+    with tqdm(desc=name, initial=start, total=total) as bar:
+        for step in range(start, total, chunk):
+            done = min(step + chunk, total)
+            state, record = advance(state, step, done - step)
+            record = {key: np.asarray(value).tolist() for key, value in record.items()}
             records.append({"step": done, **record})
-            bar.update(done - before)
+            bar.update(done - step)
             if set(shown.values()) <= record.keys():
-                bar.set_postfix({label: float(record[key]) for label, key in shown.items()})
+                bar.set_postfix({label: record[key] for label, key in shown.items()})
             if progress:
-                due = done // every > before // every and done < total
-                progress.keep(done, record, state if due else None)
-            before = done
+                write_log(progress.log_path, done, record)
+                if done // checkpoint_every > step // checkpoint_every and done < total:
+                    # after the log: a kill in between leaves a line too many, which `resume` drops
+                    mark = progress.fingerprint
+                    save_checkpoint(progress.checkpoint, state, fingerprint=mark, step=done)
     return state, records

@@ -22,9 +22,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
+from lib.graphs import FAMILIES, sample_graph
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
-from lib.scm_prior import FAMILIES, SCMPrior, sample_graph
+from lib.scm_prior import SCMPrior
 from lib.sums import Frame
 
 
@@ -70,8 +71,10 @@ def log_graph_prior(num_vars: int, prior: SCMPrior) -> Float[np.ndarray, " dags"
 
     def one(key):
         family_key, graph_key, order_key = jr.split(key, 3)
-        family = jr.choice(family_key, jnp.array([FAMILIES.index(name) for name in prior.families]))
-        graph = sample_graph(graph_key, family, prior, jnp.array(num_vars))[:num_vars, :num_vars]
+        kinds = jnp.array([list(FAMILIES).index(name) for name in prior.families])
+        family, density = jr.choice(family_key, kinds), (prior.min_density, prior.max_density)
+        graph = sample_graph(graph_key, family, jnp.array(num_vars), prior.max_vars, density)
+        graph = graph[:num_vars, :num_vars]
         order = jr.permutation(order_key, num_vars)
         return (graph[order][:, order].reshape(-1) * 2 ** jnp.arange(num_vars**2)).sum()
 

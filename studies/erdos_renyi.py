@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
-from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM
+from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, index_of
 
 
 ERDOS_RENYI_SIZES = (10, 15, 20, 50, 100)  # as published
@@ -51,8 +51,8 @@ def erdos_renyi(
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         order=jnp.asarray(order),
         adjacency=jnp.asarray(graph[order][:, order]),
-        mechanism=jnp.int32(MECHANISMS.index("linear" if linear else "mlp")),
-        noise_kind=jnp.int32(NOISES.index("gaussian")),
+        mechanism=index_of("linear" if linear else "mlp", MECHANISMS),
+        noise_kind=index_of("gaussian", NOISES),
         weights=jnp.asarray(rng.normal(2.0, 1.0, (num_vars, num_vars))),
         frequencies=jnp.asarray(rng.standard_normal((num_vars, num_vars, NUM_HIDDEN))),
         phases=jnp.asarray(rng.standard_normal((num_vars, NUM_HIDDEN))),

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from lib import baselines, metrics, settings
 from lib.accuracy import STRUCTURE_BASELINES, Arrays, structure_scores, surrogate_records
+from lib.graphs import FAMILIES
 from lib.methods import OptimizationScenario
 from lib.problems import Problem, in_batches
 from lib.scm import MECHANISMS, NOISES
-from lib.scm_prior import FAMILIES, SCMPrior
+from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib.scm import MECHANISMS, NOISES, SyntheticSCM
+from lib.scm import MECHANISMS, NOISES, SyntheticSCM, index_of
 
 
 FOLDER = Path(os.environ.get("PARENT_SCALE_CASES") or Path(__file__).parent / "cases")
@@ -58,8 +58,8 @@ def linear_system(case) -> SyntheticSCM:
     return SyntheticSCM(
         order=jnp.asarray(topo, jnp.int32),
         adjacency=jnp.asarray(case["adjacency"][topo][:, topo] != 0),
-        mechanism=jnp.array(MECHANISMS.index("linear")),
-        noise_kind=jnp.array(NOISES.index("gaussian")),
+        mechanism=index_of("linear", MECHANISMS),
+        noise_kind=index_of("gaussian", NOISES),
         weights=jnp.asarray(case["weights"][topo][:, topo], jnp.float32),
         frequencies=jnp.zeros((d, d, 1)),
         phases=jnp.zeros((d, 1)),

@@ -163,7 +163,7 @@ NAMES = {
     "03_warmstart_acquisition": "AcquisitionConfig AcquisitionModelResult train_acquisition"
     " train_acquisition_component train_acquisition_with_expert_warmstart",
     "04_train_e2e": "adjust_difficulty train_complete_acbo_system train_end_to_end",
-    "05_evaluate": "EvaluationReport evaluate_surrogate_accuracy evaluate_system_performance",
+    "lib.accuracy": "evaluate_surrogate_accuracy",
     "lib.buffer": "ExperienceBuffer",
     "lib.grpo": "GRPOConfig",
     "lib.imitation": "AcquisitionTrainingExample ImitationConfig extract_acquisition_training_data",
@@ -172,7 +172,8 @@ NAMES = {
     " initialize_acquisition initialize_models initialize_surrogate intervention_step"
     " sample_from_scm sample_problem select_intervention train update_acquisition"
     " update_acquisition_grpo update_surrogate",
-    "lib.methods": "ACBOPipeline OptimizationScenario evaluate_acquisition_performance"
+    "lib.methods": "ACBOPipeline EvaluationReport OptimizationScenario"
+    " evaluate_acquisition_performance evaluate_system_performance"
     " integrate_with_existing_pipeline",
     "lib.policy": "AcquisitionPolicyNetwork AcquisitionState PolicyConfig",
     "lib.posterior": "ParentSetPosterior",

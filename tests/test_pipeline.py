@@ -26,12 +26,13 @@ from lib import settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
 from lib.check import check
+from lib.graphs import FAMILIES
 from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
 from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import CampaignDesign, DataDesign, sample_problem
-from lib.scm_prior import FAMILIES, SCMPrior, inherit
+from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
 from lib.system import (
     Answer,
@@ -161,8 +162,8 @@ def test_the_first_stage_knows_the_family_of_every_model():
     same = jax.tree.leaves(draw(jr.split(jr.key(0), 8)))
     for one, two in zip(jax.tree.leaves((scms, buffers)), same, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
-    assert set(np.array(FAMILIES)[families]) == set(prior.families)
-    is_chain = np.array(FAMILIES)[families, None, None] == "chain"
+    assert set(np.array(list(FAMILIES))[families]) == set(prior.families)
+    is_chain = np.array(list(FAMILIES))[families, None, None] == "chain"
     chain, fork = np.eye(4, k=1, dtype=bool), np.outer(np.arange(4) == 0, np.arange(4) > 0)
     assert (scms.adjacency == np.where(is_chain, chain, fork)).all()
 

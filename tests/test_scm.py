@@ -21,6 +21,7 @@ from lib.scm import (
     Task,
     check_index,
     check_scm,
+    index_of,
     value_grid,
 )
 from lib.scm_prior import SCMPrior, sample_scm
@@ -75,8 +76,8 @@ def hand_made(mechanism="linear", noise_kind="gaussian"):
     return SyntheticSCM(
         order=jnp.array([2, 0, 3, 1, 4]),
         adjacency=jnp.zeros((5, 5), bool).at[edges].set(True),
-        mechanism=jnp.array(MECHANISMS.index(mechanism)),
-        noise_kind=jnp.array(NOISES.index(noise_kind)),
+        mechanism=index_of(mechanism, MECHANISMS),
+        noise_kind=index_of(noise_kind, NOISES),
         spread=jnp.full(5, 1.7),
         target=jnp.array(1),
         low=jnp.where(there, -2.0, 0.0),
@@ -150,7 +151,7 @@ def test_do_cuts_the_parents(scms):
 def by_hand(scm, noise, do):
     """What `simulate` says, once more in numpy, variable by variable."""
     scm, do, x = jax.device_get(scm), jax.device_get(do), np.zeros(noise.shape)
-    mechanism, kind = MECHANISMS[int(scm.mechanism)], NOISES[int(scm.noise_kind)]
+    mechanism, kind = list(MECHANISMS)[int(scm.mechanism)], list(NOISES)[int(scm.noise_kind)]
     distributions = {
         "laplace": scipy.stats.laplace(scale=np.sqrt(0.5)),
         "uniform": scipy.stats.uniform(-np.sqrt(3), 2 * np.sqrt(3)),
@@ -226,7 +227,7 @@ def test_linear_models_agree_with_path_products_and_the_closed_form(scms, table)
     """x = b x + c + d noise in outside indices, b[child, parent]: means under every intervention,
     and what every unit of noise does where nothing is set, which says the covariance.
     """
-    linear = np.flatnonzero(np.asarray(scms.mechanism) == MECHANISMS.index("linear"))
+    linear = np.flatnonzero(np.asarray(scms.mechanism) == index_of("linear", MECHANISMS))
     assert len(linear) > 16
     for i in linear.tolist():
         scm = member(jax.device_get(scms), i)
