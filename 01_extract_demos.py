@@ -28,9 +28,9 @@ from lib import settings
 from lib.artifacts import save_arrays
 from lib.expert_posterior import ParentScaleConfig
 from lib.graphs import FAMILIES
-from lib.problems import initial_buffer
+from lib.problems import DataDesign, draw_problems
 from lib.scm import MECHANISMS
-from lib.scm_prior import SCMPrior, sample_scm_and_family
+from lib.scm_prior import SCMPrior
 from lib.table import DataError
 from lib.training import Progress, merged, train
 from lib.trajectories import (
@@ -101,6 +101,12 @@ class Config:
         """Settings of the expert."""
         return ParentScaleConfig(self.num_obs, self.num_steps, num_bins=self.num_bins)
 
+    @property
+    def design(self) -> DataDesign:
+        """The data that the expert starts from."""
+        rows = self.num_obs, self.num_obs, self.per_variable
+        return DataDesign(*rows, num_steps=self.num_steps)
+
 
 PRESETS = settings.presets(
     Config,
@@ -108,22 +114,6 @@ PRESETS = settings.presets(
     hour=dict(num_models=1000, num_obs=200, num_steps=20, batch=50),
     paper=dict(num_models=1000, num_obs=200, num_steps=30),
 )
-
-
-@eqx.filter_jit
-def draw_batch(key: jax.Array, config: Config):
-    """Models, their graph families and their first data (leading axis `batch`), with free places
-    for the expert's experiments.
-    """
-    capacity = config.num_obs + config.per_variable * config.prior.max_vars + config.num_steps
-
-    def one(key):
-        scm_key, data_key = jr.split(key)
-        scm, family = sample_scm_and_family(scm_key, config.prior)
-        buffer = initial_buffer(data_key, scm, config.num_obs, config.per_variable, capacity)
-        return scm, family, buffer
-
-    return jax.vmap(one)(jr.split(key, config.batch))
 
 
 @eqx.filter_jit
@@ -150,14 +140,14 @@ def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
 
 
 def yields(
-    trajectories: ExpertTrajectory, families: jax.Array, kept: np.ndarray
+    trajectories: ExpertTrajectory, kept: np.ndarray
 ) -> dict[str, dict[str, dict[str, int]]]:
     """How many of a batch of models there are and how many were `kept[batch]`, by graph family,
     mechanism and number of variables.
     """
     scm = trajectories.scm
     kinds = {
-        "family": np.array(list(FAMILIES))[np.asarray(families)],
+        "family": np.array(list(FAMILIES))[np.asarray(scm.family)],
         "mechanism": np.array(list(MECHANISMS))[np.asarray(scm.mechanism)],
         "variables": np.asarray(scm.var_mask.sum(1)),
     }
@@ -184,16 +174,19 @@ def main(config: Config) -> Path:
 
     # --- run the expert ---
     def run_batch(index):
-        scms, families, buffers = draw_batch(jr.fold_in(problem_key, index), config)
+        draw_key, num_bins = jr.fold_in(problem_key, index), config.num_bins
+        scms, _, buffers = draw_problems(
+            draw_key, config.batch, config.prior, config.design, num_bins
+        )
         keys = jr.split(jr.fold_in(expert_key, index), config.batch)
         trajectories = extract_multiple_trajectories(keys, scms, buffers, config.expert)
-        return trajectories, families, validate_trajectory_consistency(trajectories, config.expert)
+        return trajectories, validate_trajectory_consistency(trajectories, config.expert)
 
     shape = eqx.filter_eval_shape(run_batch, 0)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((num_batches, *leaf.shape), leaf.dtype), shape)
 
     def advance(runs, index, _):
-        batch, _, consistent = run = run_batch(index)
+        batch, consistent = run = run_batch(index)
         runs = jax.tree.map(lambda whole, part: whole.at[index].set(part), runs, run)
         counts = {"consistent": consistent.mean(), "failures": batch.failures.sum()}
         return runs, counts | describe(batch)
@@ -205,9 +198,7 @@ def main(config: Config) -> Path:
     )
 
     # --- filter, split, augment, write ---
-    trajectories, families, consistent = jax.tree.map(
-        lambda leaf: leaf[: config.num_models], merged(runs)
-    )
+    trajectories, consistent = jax.tree.map(lambda leaf: leaf[: config.num_models], merged(runs))
     good = validate_demonstration_quality(
         trajectories, config.min_trajectory_length, config.max_posterior_entropy
     )
@@ -228,7 +219,7 @@ def main(config: Config) -> Path:
         "failures": int(trajectories.failures.sum()),
         **describe(chosen),
     }
-    by_kind = yields(trajectories, families, kept)
+    by_kind = yields(trajectories, kept)
     save_arrays(
         out,
         to_arrays(training, "train") | to_arrays(validation, "validation"),

@@ -37,7 +37,7 @@ from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
 from lib.artifacts import save_module
 from lib.buffer import MIN_OBSERVATIONS
-from lib.problems import DataDesign, Example, sample_examples, sample_problem
+from lib.problems import DataDesign, Problem, draw_problem, draw_problems, with_data_sets
 from lib.scm_prior import SCMPrior, inherit
 from lib.training import Learner, Progress, drawn, merged, moving_average, train
 from lib.trajectories import ExpertTrajectory, load_trajectories
@@ -73,7 +73,7 @@ class TrainingConfig:
     buffers_per_model: int = 4
     """Data sets drawn from each model."""
     design: DataDesign = field(
-        default_factory=lambda: DataDesign(max_obs=300, max_interventions=40)
+        default_factory=lambda: DataDesign(max_obs=300, per_variable=0, max_interventions=40)
     )
     """Distribution of data sets."""
 
@@ -133,7 +133,7 @@ class TrainingConfig:
         )
 
 
-LARGE = DataDesign(max_obs=500, max_interventions=80)
+LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80)
 PRESETS = settings.presets(
     TrainingConfig,
     smoke=dict(
@@ -202,16 +202,15 @@ def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
 @eqx.filter_jit
 def draw_chunk(
     key: jax.Array, first_step: jax.Array, count: int, config: TrainingConfig
-) -> tuple[Example, ...]:
-    """Simulated examples of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
+) -> tuple[Problem, ...]:
+    """Simulated problems of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
     def one_bucket(key, bucket, prior):
-        bins, buffers = config.model.num_bins, config.buffers_per_model
-        return merged(
-            jax.vmap(lambda k: sample_examples(k, prior, config.design, bins, buffers))(
-                jr.split(key, bucket.models)
-            )
-        )
+        scm_key, data_key = jr.split(key)
+        design, count = config.design, config.buffers_per_model
+        problems = draw_problems(scm_key, bucket.models, prior, design, config.model.num_bins)
+        several = jax.vmap(lambda k, problem: with_data_sets(k, problem, design, count))
+        return merged(several(jr.split(data_key, bucket.models), problems))
 
     def one_step(step):
         step_key, buckets = jr.fold_in(key, step), zip(config.buckets, config.priors, strict=True)
@@ -223,7 +222,7 @@ def draw_chunk(
 @eqx.filter_jit
 def train_chunk(
     state: TrainState,
-    batches: tuple[Example, ...],
+    batches: tuple[Problem, ...],
     demos: surrogate.SurrogateTrainingExample | None,
     key: jax.Array,
     first_step: jax.Array,
@@ -233,16 +232,16 @@ def train_chunk(
     optimiser = make_optimiser(config)
 
     def step(state, inputs):
-        index, examples = inputs
+        index, problems = inputs
         chosen = demos and drawn(jr.fold_in(key, index), demos, config.demos_per_step)
         share = jnp.clip(1.0 - index / (config.expert_until * config.steps), 0.0, 1.0)
         learner, losses = surrogate.surrogate_step(
-            state.learner, optimiser, examples, chosen, config.weights, share
+            state.learner, optimiser, problems, chosen, config.weights, share
         )
         average = moving_average(state.average, learner.module, config.average)
         return TrainState(learner, average), losses
 
-    indices = first_step + jnp.arange(len(batches[0].parents))
+    indices = first_step + jnp.arange(len(batches[0].truth.baseline))
     state, losses = jax.lax.scan(step, state, (indices, batches))
     return state, jax.tree.map(jnp.mean, losses)
 
@@ -287,8 +286,8 @@ def train_surrogate_with_expert_data(
     )
     metrics = {k: v for k, v in history[-1].items() if k.startswith("validation")}
     # one problem of the largest bucket
-    num_obs, prior = max(config.design.max_obs, MIN_OBSERVATIONS), config.priors[-1]
-    scm, buffer = sample_problem(time_key, prior, num_obs, 2, num_obs + 2 * prior.max_vars)
+    num_obs = max(config.design.max_obs, MIN_OBSERVATIONS)
+    scm, _, buffer = draw_problem(time_key, config.priors[-1], DataDesign(num_obs, num_obs), 2)
     expert, ours = posterior_seconds(state.average, scm, buffer, num_obs)
     return SurrogateModelResult(state.average, history, metrics, config.steps, expert / ours)
 

@@ -48,13 +48,13 @@ from lib.imitation import (
     extract_acquisition_training_data,
 )
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
-from lib.problems import CampaignDesign, Problem, draw_mixture
+from lib.problems import DataDesign, Problem, draw_problems
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
-from lib.training import Learner, Progress, moving_average, train
-from lib.trajectories import ExpertTrajectory, join, load_trajectories
+from lib.training import Learner, Progress, joined, moving_average, train
+from lib.trajectories import ExpertTrajectory, load_trajectories
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AcquisitionConfig:
     """Share of the problems whose ranges are wide and whose responses have several valleys, where
     it pays to look around.
     """
-    campaign: CampaignDesign = field(default_factory=CampaignDesign)
+    campaign: DataDesign = field(default_factory=lambda: DataDesign(num_steps=8))
     """How campaigns start and how long they are."""
 
     # --- network and training ---
@@ -120,7 +120,7 @@ class AcquisitionConfig:
 PRESETS = settings.presets(
     AcquisitionConfig,
     smoke=dict(
-        campaign=CampaignDesign(num_steps=3),
+        campaign=DataDesign(num_steps=3),
         imitation=ImitationConfig(imitation_epochs=2),
         grpo=GRPOConfig(group_size=4),
         iterations=4,
@@ -129,7 +129,7 @@ PRESETS = settings.presets(
         checkpoint_every=2,
     ),
     hour=dict(  # 16 minutes on 2 CPU cores
-        campaign=CampaignDesign(max_obs=200, num_steps=12),
+        campaign=DataDesign(max_obs=200, num_steps=12),
         imitation=ImitationConfig(imitation_epochs=6),
         iterations=200,
         problems_per_iteration=24,
@@ -137,7 +137,7 @@ PRESETS = settings.presets(
     ),
     paper=dict(
         policy=PolicyConfig(policy_hidden_dim=128, policy_n_layers=4),
-        campaign=CampaignDesign(num_steps=30),
+        campaign=DataDesign(num_steps=30),
         grpo=GRPOConfig(group_size=64, learning_rate=3e-4),
         iterations=5000,
         problems_per_iteration=64,
@@ -169,7 +169,13 @@ def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins:
     """`number` problems, the multimodal ones last."""
     count = round(config.multimodal_share * number)
     kinds = ((config.prior, number - count), (multimodal(config.prior), count))
-    return draw_mixture(key, kinds, config.campaign, num_bins)
+    return joined(
+        [
+            draw_problems(jr.fold_in(key, i), some, prior, config.campaign, num_bins)
+            for i, (prior, some) in enumerate(kinds)
+            if some
+        ]
+    )
 
 
 @eqx.filter_jit
@@ -306,7 +312,7 @@ def train_acquisition_component(
     train = held_out = None
     if trajectories is not None:
         first, second = trajectories
-        examples = extract_acquisition_training_data(join([first, second]), surrogate_result)
+        examples = extract_acquisition_training_data(joined([first, second]), surrogate_result)
         train = jax.tree.map(lambda leaf: leaf[: first.variable.size], examples)
         held_out = jax.tree.map(lambda leaf: leaf[first.variable.size :], examples)
     return train_acquisition_with_expert_warmstart(

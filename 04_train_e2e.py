@@ -32,14 +32,7 @@ from lib import settings
 from lib.buffer import ExperienceBuffer
 from lib.grpo import GRPOConfig, grpo_iteration, grpo_optimiser
 from lib.policy import AcquisitionPolicyNetwork
-from lib.problems import (
-    CampaignDesign,
-    DataDesign,
-    Example,
-    Problem,
-    draw_problems,
-    sample_examples,
-)
+from lib.problems import DataDesign, Problem, draw_problems, with_data_sets
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import (
@@ -51,7 +44,7 @@ from lib.surrogate import (
     surrogate_step,
 )
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
-from lib.training import Learner, Progress, merged, train
+from lib.training import Learner, Progress, joined, merged, train
 from lib.trajectories import ExpertTrajectory
 
 
@@ -70,9 +63,11 @@ class Config:
     """Distribution of causal models at full difficulty; left at its default, save sizes, it is the
     surrogate's.
     """
-    design: DataDesign = field(default_factory=DataDesign)
+    design: DataDesign = field(
+        default_factory=lambda: DataDesign(max_obs=200, per_variable=0, max_interventions=36)
+    )
     """Distribution of simulated data sets for the surrogate."""
-    campaign: CampaignDesign = field(default_factory=CampaignDesign)
+    campaign: DataDesign = field(default_factory=lambda: DataDesign(num_steps=8))
     """How campaigns start and how long they are."""
     levels: int = 3
     """Levels of difficulty; each lasts an equal share of the rounds, the last of them twice as
@@ -106,7 +101,7 @@ class Config:
 PRESETS = settings.presets(
     Config,
     smoke=dict(
-        campaign=CampaignDesign(num_steps=3),
+        campaign=DataDesign(num_steps=3),
         grpo=GRPOConfig(group_size=4),
         levels=1,
         rounds=3,
@@ -117,7 +112,7 @@ PRESETS = settings.presets(
     ),
     hour=dict(rounds=600),
     paper=dict(
-        campaign=CampaignDesign(num_steps=30),
+        campaign=DataDesign(num_steps=30),
         grpo=GRPOConfig(group_size=64, learning_rate=1e-4),
         rounds=5000,
         problems_per_round=64,
@@ -133,7 +128,7 @@ class TrainState(NamedTuple):
     policy: Learner
 
 
-def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, CampaignDesign]:
+def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, DataDesign]:
     """Problems of round `step`: small linear systems with many rows first, the whole distribution
     at the last level (multi_stage_training.md).
 
@@ -172,20 +167,19 @@ def improve_surrogate(
     optimiser, design = make_optimiser(config), config.design
     room = design.max_obs + design.max_interventions - buffers.valid.shape[1]
 
-    def simulate(key):
-        return sample_examples(key, config.prior, design, learner.module.config.num_bins)
-
-    def cut(key, problem, buffer):
-        first = (buffer.observational & buffer.valid).sum()
-        known = buffer.first(jr.randint(key, (), first, buffer.size + 1)).grow(room)
-        return Example(known, problem.scm.task, problem.truth.parents, problem.truth.effects)
+    def cut(key, buffer):
+        known = jr.randint(key, (), buffer.observational.sum(), buffer.size + 1)
+        return buffer.first(known).grow(room)
 
     def step(learner, key):
-        fresh_key, cut_key = jr.split(key)
-        fresh = merged(jax.vmap(simulate)(jr.split(fresh_key, config.models_per_step)))
-        collected = jax.vmap(cut)(jr.split(cut_key, len(buffers.valid)), problems, buffers)
-        examples = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), fresh, collected)
-        return surrogate_step(learner, optimiser, [examples], None, LossWeights())
+        scm_key, data_key, cut_key = jr.split(key, 3)
+        number, num_bins = config.models_per_step, learner.module.config.num_bins
+        fresh = draw_problems(scm_key, number, config.prior, design, num_bins)
+        twice = jax.vmap(lambda k, problem: with_data_sets(k, problem, design, 2))
+        fresh = merged(twice(jr.split(data_key, number), fresh))
+        known = jax.vmap(cut)(jr.split(cut_key, len(buffers.valid)), buffers)
+        both = joined([fresh, problems._replace(buffer=known)])
+        return surrogate_step(learner, optimiser, [both], None, LossWeights())
 
     keys = jr.split(key, config.surrogate_steps)
     learner, losses = jax.lax.scan(step, learner, keys)

@@ -47,7 +47,7 @@ from lib.methods import (
     play,
 )
 from lib.metrics import Estimate, Record, cells
-from lib.problems import Problem, initial_buffer
+from lib.problems import DataDesign, Problem, draw_data
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior, inherit
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
@@ -209,13 +209,15 @@ def literature_records(run: Run) -> list[Record]:
     """
     config, records, count = run.config, [], run.config.literature_seeds
     lengths = LITERATURE_OBS, config.literature_steps
-    capacity = sum(lengths) + config.per_variable * run.bucket
+    design = DataDesign(
+        LITERATURE_OBS, LITERATURE_OBS, config.per_variable, num_steps=config.literature_steps
+    )
     data_keys, keys = (jr.split(run.key("literature", use), count) for use in ("data", "play"))
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(0, None))
     def first(key, scm):
-        return scm, initial_buffer(key, scm, LITERATURE_OBS, config.per_variable, capacity)
+        return scm, draw_data(key, scm, design)
 
     for benchmark in tqdm(config.literature, desc="literature"):
         scm = Benchmark(benchmark, run.bucket)

@@ -42,7 +42,7 @@ from lib.artifacts import digest
 from lib.buffer import ExperienceBuffer
 from lib.knowledge import known_edges, within
 from lib.literature import Benchmark
-from lib.problems import initial_buffer
+from lib.problems import DataDesign, draw_data
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
@@ -197,10 +197,8 @@ def demo(config: Demo) -> list[float]:
         f"{scm.names[int(optimum.variable)]} = {float(optimum.value):.3f}, "
         f"doing nothing {float(scm.mean_outcome(nothing)):.3f}"
     )
-    capacity = config.num_obs + config.per_variable * num_vars
-    first = eqx.filter_jit(
-        lambda key: initial_buffer(key, scm, config.num_obs, config.per_variable, capacity)
-    )
+    design = DataDesign(config.num_obs, config.num_obs, config.per_variable)
+    first = eqx.filter_jit(lambda key: draw_data(key, scm, design))
     scores = []
     for seed in range(config.seeds):
         data_key, play_key = (settings.stage_key(seed, "demo", use) for use in ("data", "play"))

@@ -11,7 +11,7 @@ import numpy as np
 from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
-from lib.problems import Example, GroundTruth, Problem, in_batches
+from lib.problems import GroundTruth, Problem, in_batches
 from lib.scm import MECHANISMS, AbstractSCM
 from lib.surrogate import ParentSetPredictionModel
 from lib.trajectories import ExpertTrajectory
@@ -23,21 +23,21 @@ Arrays = dict[str, np.ndarray]
 
 
 @eqx.filter_jit
-def predictions(model: ParentSetPredictionModel, examples: Example) -> dict[str, jax.Array]:
-    """What the model says of every example beside the truth; effects in observed deviations of the
+def predictions(model: ParentSetPredictionModel, problems: Problem) -> dict[str, jax.Array]:
+    """What the model says of every problem beside the truth; effects in observed deviations of the
     target, so no unit matters.
     """
 
-    def one(example):
-        output = model.predict(example.buffer, example.task)
-        mean, effects = output.effect_mean, example.effects
+    def one(problem):
+        output, truth = model.predict(problem.buffer, problem.scm.task), problem.truth
+        mean, effects = output.effect_mean, truth.effects
         usable = jnp.isfinite(effects)
         chosen = jnp.argmin(jnp.where(usable, mean, jnp.inf))
         return {
             "marginals": output.marginals(),
-            "parents": example.parents,
-            "possible": example.task.possible_parents,
-            "log_prob": output.log_prob(example.parents),
+            "parents": truth.parents,
+            "possible": output.task.possible_parents,
+            "log_prob": output.log_prob(truth.parents),
             "usable": usable,
             "effects": effects / output.spread,
             "error": (effects - mean) / output.spread,
@@ -45,10 +45,10 @@ def predictions(model: ParentSetPredictionModel, examples: Example) -> dict[str,
             "regret": (effects.reshape(-1)[chosen] - effects.min()) / output.spread,
         }
 
-    return jax.lax.map(one, examples, batch_size=32)
+    return jax.lax.map(one, problems, batch_size=32)
 
 
-def accuracy(model: ParentSetPredictionModel, validation: tuple[Example, ...]) -> dict[str, float]:
+def accuracy(model: ParentSetPredictionModel, validation: tuple[Problem, ...]) -> dict[str, float]:
     """Accuracy on held-out problems of all buckets together: parents, effects, and how good the
     surface's best point is as an action.
     """
@@ -82,14 +82,9 @@ def evaluate_surrogate_accuracy(
     systems (phase4_training_infrastructure.md).
     """
 
-    @eqx.filter_jit
-    @jax.vmap
-    def examples(scm, buffer):
-        truth = GroundTruth.of(scm, surrogate.config.num_bins)
-        return Example(buffer, scm.task, truth.parents, truth.effects)
-
-    held_out = examples(test_trajectories.scm, test_trajectories.buffer)
-    return accuracy(surrogate, (held_out,))
+    num_bins, scms = surrogate.config.num_bins, test_trajectories.scm
+    truth = eqx.filter_jit(jax.vmap(lambda scm: GroundTruth.of(scm, num_bins)))(scms)
+    return accuracy(surrogate, (Problem(scms, truth, test_trajectories.buffer),))
 
 
 def posterior_seconds(

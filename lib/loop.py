@@ -23,7 +23,7 @@ from lib.buffer import ExperienceBuffer
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
-from lib.problems import CampaignDesign, GroundTruth, initial_buffer
+from lib.problems import DataDesign, GroundTruth, draw_data
 from lib.rewards import RewardComponents, RewardConfig, experiment_reward
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task
 from lib.scm_prior import SCMPrior, sample_scm
@@ -98,17 +98,17 @@ def initialize_models(
 
 
 def sample_problem(
-    difficulty: tuple[SCMPrior, CampaignDesign] | None = None,
+    difficulty: tuple[SCMPrior, DataDesign] | None = None,
     *,
     key: Key[Array, ""] | None = None,
 ) -> tuple[SyntheticSCM, ExperienceBuffer]:
     """A system whose target is its last variable, and its first data with room for experiments."""
-    prior, campaign = difficulty or (SCMPrior(max_vars=5, max_size=5), CampaignDesign())
-    return _sample_problem(fresh(key), prior, campaign)
+    prior, design = difficulty or (SCMPrior(max_vars=5, max_size=5), DataDesign(num_steps=8))
+    return _sample_problem(fresh(key), prior, design)
 
 
 @eqx.filter_jit
-def _sample_problem(key, prior, campaign):
+def _sample_problem(key, prior, design):
     scm_key, data_key = jr.split(key)
     scm, index = sample_scm(scm_key, prior), jnp.arange(prior.max_vars)
     # the target and the last variable (padding where there is some) change names
@@ -120,8 +120,7 @@ def _sample_problem(key, prior, campaign):
         *(x[swap] for x in (scm.low, scm.high, scm.var_mask)),
     )
     scm = eqx.tree_at(lambda s: (s.order, s.target, s.low, s.high, s.var_mask), scm, renamed)
-    capacity = campaign.max_obs + campaign.per_variable * prior.max_vars + campaign.num_steps
-    return scm, initial_buffer(data_key, scm, campaign.max_obs, campaign.per_variable, capacity)
+    return scm, draw_data(data_key, scm, design)
 
 
 @eqx.filter_jit

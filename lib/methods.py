@@ -24,7 +24,7 @@ from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.metrics import Record, normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
-from lib.problems import CampaignDesign, Problem, held_out_problems, in_batches
+from lib.problems import DataDesign, Problem, draw_problems, in_batches, optima
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior
 from lib.settings import stage_key
@@ -205,23 +205,25 @@ class OptimizationScenario:
         self, key: Key[Array, ""], count: int, num_bins: int
     ) -> tuple[Problem, Float[Array, " batch"]]:
         """`count` problems and their optima."""
-        rows = self.num_obs, self.num_obs, self.per_variable, self.num_steps
-        return held_out_problems(key, count, self.prior, CampaignDesign(*rows), num_bins)
+        rows = self.num_obs, self.num_obs, self.per_variable
+        design = DataDesign(*rows, num_steps=self.num_steps)
+        problems = draw_problems(key, count, self.prior, design, num_bins)
+        return problems, optima(problems.scm)
 
     def regret(
         self,
         name: str,
         system: TrainedACBOSystem,
         problems: Problem,
-        optima: Float[Array, " batch"],
+        best: Float[Array, " batch"],
         key: Key[Array, ""],
     ) -> Float[np.ndarray, "batch steps"]:
-        """Simple regret of `name` before the first and after each experiment; the same `key` pairs
-        methods.
+        """Simple regret of `name` before the first and after each experiment, from the optima
+        `best`; the same `key` pairs methods.
         """
-        problem = jr.split(key, len(optima)), problems.scm, problems.buffer
+        problem = jr.split(key, len(best)), problems.scm, problems.buffer
         played = play(name, system, *problem, self.num_obs, self.num_steps)
-        ends = optima[:, None], problems.truth.baseline[:, None]
+        ends = best[:, None], problems.truth.baseline[:, None]
         return normalised_regret(played["recommended"], *ends)
 
 
@@ -246,12 +248,11 @@ def evaluate_system_performance(
     """The system beside one method on problems whose truth is known, with room for `num_steps`
     experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
     """
-    optima = eqx.filter_jit(jax.vmap(lambda scm: scm.optimum().mean))(test_scms.scm)
     task = f"d={test_scms.scm.low.shape[1]}"
     scenario = OptimizationScenario(task, num_obs=num_obs, num_steps=num_steps)
     key = stage_key(seed, "evaluation", "play")
     regret = {
-        name: scenario.regret(name, system, test_scms, optima, key)
+        name: scenario.regret(name, system, test_scms, optima(test_scms.scm), key)
         for name in (baseline_method, "acbo")
     }
     records = regret_records(task, regret, test_scms.scm.mechanism)
@@ -275,9 +276,9 @@ def evaluate_acquisition_performance(
     records = []
     for index, scenario in enumerate(scenarios):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(seed), index))
-        problems, optima = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
+        problems, best = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
         regret = {
-            name: scenario.regret(name, system, problems, optima, play_key)
+            name: scenario.regret(name, system, problems, best, play_key)
             for name in ("acbo", *rivals)
         }
         records += regret_records(scenario.name, regret, problems.scm.mechanism)

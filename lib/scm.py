@@ -304,6 +304,7 @@ class SyntheticSCM(AbstractSCM):
     2406.11601).
     """
 
+    family: Int[Array, ""]  # index into lib.graphs.FAMILIES
     order: Int[Array, " vars"]
     # adjacency[i, k]: the i-th generated variable is a parent of the k-th
     adjacency: Bool[Array, "vars vars"]

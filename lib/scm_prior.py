@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from lib.graphs import FAMILIES, between, draw, log_between, one_of, pick, sample_graph, whole
 from lib.scm import (
@@ -128,32 +128,18 @@ def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
     """A random model whose target has an ancestor that can lower it by at least `min_effect`
     standard deviations (redrawn until it does).
     """
-    return sample_scm_and_family(key, prior)[0]
-
-
-def sample_scm_and_family(
-    key: Key[Array, ""], prior: SCMPrior
-) -> tuple[SyntheticSCM, Int[Array, ""]]:
-    """The model that `sample_scm` draws, and the index in `FAMILIES` of the family that its graph
-    is from.
-    """
 
     def attempt(state):
         key, draw_key = jr.split(state[0])
         return key, *_sample_once(draw_key, prior)
 
-    nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(lambda k: _sample_once(k, prior), key),
-    )
-    _, scm, family, _ = jax.lax.while_loop(lambda state: ~state[-1], attempt, (key, *nothing))
-    return scm, family
+    shape = jax.eval_shape(lambda k: _sample_once(k, prior), key)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+    return jax.lax.while_loop(lambda state: ~state[2], attempt, (key, *nothing))[1]
 
 
-def _sample_once(
-    key: Key[Array, ""], prior: SCMPrior
-) -> tuple[SyntheticSCM, Int[Array, ""], Bool[Array, ""]]:
-    """One draw, the family of its graph, and whether some variable of it qualifies as a target."""
+def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bool[Array, ""]]:
+    """One draw, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
     graph_key, uniform_key, normal_key, noise_key = jr.split(key, 4)
     u = draw(
@@ -178,6 +164,7 @@ def _sample_once(
     lengthscale = jnp.where(jnp.isnan(fixed), length, fixed)
     low, high = between(u["range"], prior.min_range, prior.max_range)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
+        family=family,
         # a random name for each place, padding kept last
         order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
         adjacency=sample_graph(graph_key, family, size, d, (prior.min_density, prior.max_density)),
@@ -206,7 +193,7 @@ def _sample_once(
         )
         scm = replace(scm, low=low, high=high)
     qualifies = scm.var_mask & (_largest_drops(scm) >= prior.min_effect * unit)
-    return replace(scm, target=pick(u["target"], qualifies)), family, qualifies.any()
+    return replace(scm, target=pick(u["target"], qualifies)), qualifies.any()
 
 
 def _moments(

@@ -26,7 +26,7 @@ from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, evidence
 from lib.pairs import NUM_PAIR
 from lib.posterior import ParentSetPosterior
-from lib.problems import Example
+from lib.problems import Problem
 from lib.scm import Task, check_index, value_grid
 from lib.sums import Summary
 from lib.training import Learner
@@ -362,17 +362,16 @@ def expert_kl(output: SurrogateOutput, expert: ParentSetPosterior) -> Float[Arra
 
 def mean_losses(
     model: ParentSetPredictionModel,
-    batches: Sequence[Example],
+    batches: Sequence[Problem],
     demos: SurrogateTrainingExample | None,
 ) -> SurrogateLosses:
-    """Means over all simulated examples, in batches each of its own number of slots, and over the
+    """Means over all simulated problems, in batches each of its own number of slots, and over the
     expert's states.
     """
 
-    def simulated(example):
-        return surrogate_losses(
-            model.predict(example.buffer, example.task), example.parents, example.effects
-        )
+    def simulated(problem):
+        output, truth = model.predict(problem.buffer, problem.scm.task), problem.truth
+        return surrogate_losses(output, truth.parents, truth.effects)
 
     parts = [jax.vmap(simulated)(batch) for batch in batches]
     parent_nll, effect_nll = (jnp.concatenate(terms).mean() for terms in zip(*parts, strict=True))
@@ -397,7 +396,7 @@ def surrogate_optimiser(learning_rate: optax.Schedule) -> optax.GradientTransfor
 def surrogate_step(
     learner: Learner,
     optimiser: optax.GradientTransformation,
-    batches: Sequence[Example],
+    batches: Sequence[Problem],
     demos: SurrogateTrainingExample | None,
     weights: LossWeights,
     expert_share: Float[Array, ""] | float = 1.0,

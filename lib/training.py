@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -49,6 +50,11 @@ def moving_average(average: Any, module: Any, decay: float) -> Any:
 def merged(tree: Any) -> Any:
     """The two leading axes of every array as one."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Batches one after the other."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def drawn(key: jax.Array, examples: Any, count: int) -> Any:

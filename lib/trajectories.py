@@ -5,7 +5,6 @@ A batch of demonstrations is one `ExpertTrajectory` with a leading axis `batch` 
 are filtered, split, augmented and stored as arrays.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from lib.expert import Demonstration, ExpertRun, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.posterior import ParentSetPosterior
 from lib.scm import AbstractSCM, SyntheticSCM
+from lib.training import joined
 
 
 class TrajectoryStep(NamedTuple):
@@ -198,11 +198,6 @@ def take(trajectories: ExpertTrajectory, rows: np.ndarray) -> ExpertTrajectory:
     return jax.tree.map(lambda leaf: leaf[rows], trajectories)
 
 
-def join(parts: Sequence[ExpertTrajectory]) -> ExpertTrajectory:
-    """Batches one after the other."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
 def extract_expert_demonstrations(
     trajectories: ExpertTrajectory, validation_split: float = 0.2
 ) -> tuple[ExpertTrajectory, ExpertTrajectory]:
@@ -233,7 +228,7 @@ def augment_expert_demonstrations(
         jax.vmap(transform)(jr.split(jr.fold_in(key, i), count), trajectories)
         for i in range(augmentation_factor - 1)
     ]
-    return join([trajectories, *copies])
+    return joined([trajectories, *copies])
 
 
 def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajectory:

@@ -49,6 +49,7 @@ def erdos_renyi(
     graph, order, target = erdos_renyi_graph(rng, num_vars, childless)
     bias = np.where(graph[:, order].any(0) & (not linear), rng.standard_normal(num_vars), 0.0)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
+        family=jnp.int32(0),
         order=jnp.asarray(order),
         adjacency=jnp.asarray(graph[order][:, order]),
         mechanism=index_of("linear" if linear else "mlp", MECHANISMS),

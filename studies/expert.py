@@ -44,7 +44,7 @@ from lib.expert import run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import BENCHMARKS, Benchmark, Do, System, Values, normal
 from lib.metrics import Estimate, Record, cells, normalised_regret, render, summarise, write_results
-from lib.problems import initial_buffer
+from lib.problems import DataDesign, draw_data
 from lib.scm import AbstractSCM, Intervention
 from lib.table import DataError
 from studies.erdos_renyi import ERDOS_RENYI_SIZES, erdos_renyi
@@ -166,8 +166,8 @@ def draw(system: str, seed: int, config: Config) -> tuple[AbstractSCM, Experienc
         scm, buffer = erdos_renyi(seed, size, linear, config.num_obs, childless=childless)
         return scm, buffer.grow(config.num_steps)
     scm = Benchmark(system)
-    capacity = config.num_obs + 2 * len(scm.names) + config.num_steps
-    return scm, initial_buffer(jr.fold_in(jr.key(seed), 0), scm, config.num_obs, 2, capacity)
+    design = DataDesign(config.num_obs, config.num_obs, 2, num_steps=config.num_steps)
+    return scm, draw_data(jr.fold_in(jr.key(seed), 0), scm, design)
 
 
 @eqx.filter_jit

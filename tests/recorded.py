@@ -56,6 +56,7 @@ def linear_system(case) -> SyntheticSCM:
     d, topo = len(case["topo"]), case["topo"]
     low, high = case["search_range"].T.astype(np.float32)
     return SyntheticSCM(
+        family=jnp.int32(0),
         order=jnp.asarray(topo, jnp.int32),
         adjacency=jnp.asarray(case["adjacency"][topo][:, topo] != 0),
         mechanism=index_of("linear", MECHANISMS),

@@ -12,8 +12,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.problems import sample_problem
-from lib.scm import value_grid
+from lib.problems import DataDesign, draw_problem
 from lib.scm_prior import SCMPrior
 from studies import enumeration
 
@@ -89,7 +88,7 @@ def posteriors():
 
     @jax.jit
     def one(key):
-        scm, buffer = sample_problem(key, PRIOR, 60, 2, 66)
+        scm, _, buffer = draw_problem(key, PRIOR, DataDesign(60, 60), 2)
         return scm.parents, scm.target, enumeration.enumerated_posterior(buffer, scm.task, PRIOR)
 
     return jax.device_get(jax.lax.map(one, jr.split(jr.key(5), 300)))
@@ -124,9 +123,8 @@ def test_mean_effects_are_unbiased_and_approach_the_truth():
     """
 
     def slopes(num_obs, key):
-        scm, buffer = sample_problem(key, PRIOR, num_obs, 2, num_obs + 6)
-        said = enumeration.enumerated_effects(buffer, scm.task, PRIOR, 2)
-        truth = scm.effect_table(value_grid(scm.low, scm.high, 2))
+        scm, true, buffer = draw_problem(key, PRIOR, DataDesign(num_obs, num_obs), 2)
+        said, truth = enumeration.enumerated_effects(buffer, scm.task, PRIOR, 2), true.effects
         return said[:, 1] - said[:, 0], truth[:, 1] - truth[:, 0], scm.candidates
 
     errors, keys = {}, jr.split(jr.key(6), 200)
@@ -142,6 +140,6 @@ def test_mean_effects_are_unbiased_and_approach_the_truth():
 def test_errors():
     with pytest.raises(ValueError, match="2 to 5 variables"):
         enumeration.enumerate_dags(6)
-    scm, buffer = sample_problem(jr.key(0), PRIOR, 20, 1, 23)
+    scm, _, buffer = draw_problem(jr.key(0), PRIOR, DataDesign(20, 20, 1), 2)
     with pytest.raises(ValueError, match="linear Gaussian"):
         enumeration.enumerated_posterior(buffer, scm.task, SCMPrior())

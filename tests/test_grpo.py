@@ -12,7 +12,7 @@ import pytest
 
 from lib import grpo
 from lib.policy import AcquisitionPolicyNetwork, InterventionDistribution, PolicyConfig, make_state
-from lib.problems import CampaignDesign, draw_problem
+from lib.problems import DataDesign, draw_problem
 from lib.rewards import RewardConfig
 from lib.scm import value_grid
 from lib.scm_prior import SCMPrior
@@ -22,7 +22,7 @@ from lib.training import Learner
 
 BINS, STEPS, GROUP = 5, 3, 6
 PRIOR = SCMPrior(max_vars=5, min_size=4, max_size=4)
-DESIGN = CampaignDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
+DESIGN = DataDesign(min_obs=6, max_obs=10, per_variable=1, num_steps=STEPS)
 SIZES = SurrogateConfig(
     model_hidden_dim=16, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=BINS
 )

@@ -13,7 +13,7 @@ import pytest
 
 from lib import loop
 from lib.policy import PolicyConfig
-from lib.problems import CampaignDesign, GroundTruth
+from lib.problems import DataDesign, GroundTruth
 from lib.scm_prior import SCMPrior
 from lib.surrogate import SurrogateConfig
 
@@ -21,7 +21,7 @@ from lib.surrogate import SurrogateConfig
 SIZES = SurrogateConfig(
     model_hidden_dim=8, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=6
 )
-EASY = SCMPrior(max_vars=3, max_size=3), CampaignDesign(12, 12, 1, 4)
+EASY = SCMPrior(max_vars=3, max_size=3), DataDesign(12, 12, 1, num_steps=4)
 RATE = 1e-3
 
 

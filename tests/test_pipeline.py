@@ -15,7 +15,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -31,7 +30,7 @@ from lib.grpo import GRPOConfig
 from lib.imitation import ImitationConfig
 from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
-from lib.problems import CampaignDesign, DataDesign, sample_problem
+from lib.problems import DataDesign, draw_problems
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
 from lib.system import (
@@ -47,8 +46,8 @@ from lib.table import DataError
 ROOT = Path(__file__).parent.parent
 PRIOR = SCMPrior(max_vars=3, max_size=3)
 OWN = replace(PRIOR, mechanisms=("mlp", "polynomial"), max_range=3.0)  # what stage 1 is told
-DESIGN = DataDesign(min_obs=20, max_obs=24, max_interventions=8)
-CAMPAIGN = CampaignDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
+DESIGN = DataDesign(min_obs=20, max_obs=24, per_variable=0, max_interventions=8)
+CAMPAIGN = DataDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
 SURROGATE = SurrogateConfig(
     model_hidden_dim=8, model_n_layers=1, num_heads=2, head_dim=4, num_components=2, num_bins=6
 )
@@ -151,21 +150,14 @@ def test_every_stage_writes_what_it_says(finished):
     assert labels["family"] <= set(OWN.families) and labels["mechanism"] <= set(OWN.mechanisms)
 
 
-def test_the_first_stage_knows_the_family_of_every_model():
-    """Its problems are those of `sample_problem`, and chains and forks are told apart by their
-    edges.
-    """
+def test_a_model_knows_the_family_of_its_graph():
+    """Chains and forks are told apart by their edges."""
     prior = SCMPrior(max_vars=4, min_size=4, max_size=4, families=("chain", "fork"))
-    config = replace(configs(Path())[0], prior=prior, batch=8)
-    scms, families, buffers = STAGES[0].draw_batch(jr.key(0), config)
-    draw = jax.jit(jax.vmap(lambda key: sample_problem(key, prior, 20, 1, 29)))
-    same = jax.tree.leaves(draw(jr.split(jr.key(0), 8)))
-    for one, two in zip(jax.tree.leaves((scms, buffers)), same, strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
-    assert set(np.array(list(FAMILIES))[families]) == set(prior.families)
-    is_chain = np.array(list(FAMILIES))[families, None, None] == "chain"
+    scms = draw_problems(jr.key(0), 8, prior, DESIGN, 2).scm
+    family = np.array(list(FAMILIES))[scms.family]
+    assert set(family) == set(prior.families)
     chain, fork = np.eye(4, k=1, dtype=bool), np.outer(np.arange(4) == 0, np.arange(4) > 0)
-    assert (scms.adjacency == np.where(is_chain, chain, fork)).all()
+    assert (scms.adjacency == np.where((family == "chain")[:, None, None], chain, fork)).all()
 
 
 @pytest.mark.parametrize(
@@ -528,11 +520,12 @@ def test_validation_figures_have_no_unit(finished):
     model = load_surrogate(finished / "surrogate.eqx")[0]
     drawn = STAGES[1].draw_chunk(jr.key(0), jnp.array(0), 2, config)
     (batch,) = lib.training.merged(drawn)
-    is_target = jnp.arange(batch.parents.shape[1])[None] == batch.task.target[:, None]
+    is_target = jnp.arange(3)[None] == batch.scm.target[:, None]
     scaled = batch.buffer.values * jnp.where(is_target, 1000.0, 1.0)[:, None]
     buffer = eqx.tree_at(lambda buffer: buffer.values, batch.buffer, scaled)
-    other = batch._replace(buffer=buffer, effects=1000.0 * batch.effects)
-    one, two = (accuracy(model, (examples,)) for examples in (batch, other))
+    truth = eqx.tree_at(lambda truth: truth.effects, batch.truth, 1000.0 * batch.truth.effects)
+    other = batch._replace(buffer=buffer, truth=truth)
+    one, two = (accuracy(model, (problems,)) for problems in (batch, other))
     assert one["validation_regret"] > 0
     assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 

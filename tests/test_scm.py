@@ -74,6 +74,7 @@ def hand_made(mechanism="linear", noise_kind="gaussian"):
     }
     edges = jnp.array([0, 1, 2]), jnp.array([2, 2, 3])
     return SyntheticSCM(
+        family=jnp.int32(0),
         order=jnp.array([2, 0, 3, 1, 4]),
         adjacency=jnp.zeros((5, 5), bool).at[edges].set(True),
         mechanism=index_of(mechanism, MECHANISMS),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib.graphs import FAMILIES, sample_graph
-from lib.problems import DataDesign, initial_buffer, sample_examples
+from lib.problems import DataDesign, draw_data, draw_problem, with_data_sets
 from lib.scm import (
     MECHANISMS,
     NOISES,
@@ -278,42 +278,42 @@ def assert_rows(buffers, tasks):
     return values, intervened, valid, candidates
 
 
-def test_initial_buffer_counts_rows(scms):
-    num_obs, per_variable, capacity = 10, 2, 30
-
-    @jax.jit
-    @jax.vmap
-    def make(key, scm, valid_obs):
-        return initial_buffer(key, scm, num_obs, per_variable, capacity, valid_obs=valid_obs)
-
-    valid_obs = jnp.arange(NUM_MODELS) % (num_obs + 1)
-    buffers = make(jr.split(jr.key(4), NUM_MODELS), scms, valid_obs)
+def test_first_data_have_their_rows_in_front(scms):
+    design = DataDesign(min_obs=2, max_obs=10, per_variable=2, num_steps=8)
+    draw = jax.jit(jax.vmap(lambda key, scm: draw_data(key, scm, design)))
+    buffers = draw(jr.split(jr.key(4), NUM_MODELS), scms)
     values, intervened, valid, candidates = assert_rows(buffers, scms)
-    assert values.shape == (NUM_MODELS, capacity, NUM_VARS)
-    assert (valid.sum(1) == np.asarray(valid_obs) + per_variable * candidates.sum(1)).all()
+    assert values.shape == (NUM_MODELS, 10 + 2 * NUM_VARS + 8, NUM_VARS)
+    observed = np.asarray(buffers.valid & ~intervened.any(2)).sum(1)
+    assert set(observed) == set(range(2, 11))
+    assert (valid.sum(1) == observed + 2 * candidates.sum(1)).all()
     assert (np.diff(valid.astype(int), axis=1) <= 0).all()  # valid rows first
-    assert (intervened.sum(1) == per_variable * candidates).all()
-    full = member(buffers, num_obs)
-    assert (full.observational == (jnp.arange(capacity) < num_obs)).all()
+    assert (intervened.sum(1) == 2 * candidates).all()
+    first = member(buffers, 0)
+    assert (first.observational == (jnp.arange(len(first.valid)) < observed[0])).all()
     # every row has its own noise
-    assert len(np.unique(full.values[full.valid], axis=0)) == full.size
+    assert len(np.unique(first.values[first.valid], axis=0)) == first.size
 
 
-def test_varied_buffers():
-    design = DataDesign(min_obs=4, max_obs=12, max_interventions=8)
-    draw = jax.vmap(lambda key: sample_examples(key, PRIOR, design, 5))
-    examples = jax.jit(draw)(jr.split(jr.key(5), 32))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), examples)
-    values, intervened, valid, candidates = assert_rows(flat.buffer, flat.task)
+def test_data_at_any_moment_of_a_campaign():
+    design = DataDesign(min_obs=4, max_obs=12, per_variable=0, max_interventions=8)
+
+    def draw(key):
+        scm_key, data_key = jr.split(key)
+        return with_data_sets(data_key, draw_problem(scm_key, PRIOR, design, 5), design, 2)
+
+    problems = jax.jit(jax.vmap(draw))(jr.split(jr.key(5), 32))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), problems)
+    values, intervened, valid, candidates = assert_rows(flat.buffer, flat.scm.task)
     assert values.shape == (64, 20, NUM_VARS)
-    observations = valid[:, :12].sum(1)
+    done = intervened.any(2).sum(1)
+    observations = valid.sum(1) - done
     assert set(observations) <= set(range(4, 13)) and len(set(observations)) > 4
-    assert not intervened[:, :12].any()
-    assert (intervened[:, 12:].sum(2) == valid[:, 12:]).all()  # one variable per interventional row
-    assert {0, 8} <= set(valid[:, 12:].sum(1))
+    assert (np.diff(valid.astype(int), axis=1) <= 0).all()
+    assert {0, 8} <= set(done) <= set(range(9))
     # both data sets of a model share the truth, not the rows
-    for shared in (examples.effects, examples.parents):
+    for shared in (problems.truth.effects, problems.truth.parents):
         assert (shared[:, 0] == shared[:, 1]).all()
-    assert (examples.buffer.values[:, 0, 0] != examples.buffer.values[:, 1, 0]).any(-1).all()
-    assert (np.isfinite(flat.effects).all(-1) == candidates).all()
-    assert not (np.asarray(flat.parents) & ~candidates).any()
+    assert (problems.buffer.values[:, 0, 0] != problems.buffer.values[:, 1, 0]).any(-1).all()
+    assert (np.isfinite(flat.truth.effects).all(-1) == candidates).all()
+    assert not (np.asarray(flat.truth.parents) & ~candidates).any()

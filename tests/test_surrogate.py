@@ -17,9 +17,9 @@ import pytest
 from lib import surrogate
 from lib.buffer import ExperienceBuffer
 from lib.posterior import ParentSetPosterior
-from lib.problems import Example, initial_buffer
+from lib.problems import DataDesign, GroundTruth, Problem, draw_problem
 from lib.scm import Task
-from lib.scm_prior import SCMPrior, sample_scm
+from lib.scm_prior import SCMPrior
 from lib.sums import Summary
 from lib.system import TrainedACBOSystem
 from lib.training import Learner
@@ -283,6 +283,18 @@ def random_effects(seed, count):
     return jnp.asarray(np.where(allowed, drawn, np.inf), jnp.float32)
 
 
+class Public(eqx.Module):
+    """A system of which only the public part is known."""
+
+    task: Task
+
+
+def with_truth(problems, parents, effects) -> Problem:
+    """A batch of hand-made data sets and tasks, with this truth."""
+    buffers, tasks = stack(problems)
+    return Problem(Public(tasks), GroundTruth(effects, jnp.zeros(len(parents)), parents), buffers)
+
+
 def test_one_batch_is_learnt_by_heart(model):
     """Updates are finite, also on constant columns and with infinite entries in the effect table,
     and lower both losses.
@@ -291,7 +303,7 @@ def test_one_batch_is_learnt_by_heart(model):
     problems = [build(data) for data in (*map(make_data, range(5)), constant)]
     problems.append(build(BASE, valid=np.arange(ROWS) < 2))
     parents = jnp.asarray(SETS[np.random.default_rng(1).integers(0, 32, 7)])
-    batch = Example(*stack(problems), parents, random_effects(1, 7))
+    batch = with_truth(problems, parents, random_effects(1, 7))
     narrow = jax.tree.map(lambda leaf: leaf[:2], batch)  # a second bucket, of the same width here
     optimiser = optax.adam(3e-3)
     step = eqx.filter_jit(
@@ -312,8 +324,9 @@ def test_mean_losses_are_over_examples_not_over_buckets(model):
     """A bucket of three and one of a single example weigh three to one; the expert's states have a
     mean of their own.
     """
-    problems = stack([build(make_data(seed)) for seed in range(4)])
-    whole = Example(*problems, jnp.asarray(SETS[[3, 8, 1, 30]]), random_effects(2, 4))
+    problems = [build(make_data(seed)) for seed in range(4)]
+    whole = with_truth(problems, jnp.asarray(SETS[[3, 8, 1, 30]]), random_effects(2, 4))
+    problems = stack(problems)
     parts = [jax.tree.map(lambda leaf, r=r: leaf[r], whole) for r in (slice(0, 3), slice(3, 4))]
     expert = eqx.filter_jit(jax.vmap(lambda b, t: model.predict(b, t).posterior()))(*problems)
     demos = surrogate.SurrogateTrainingExample(*problems, expert)
@@ -346,8 +359,8 @@ def test_more_rows_of_the_same_system_lower_the_entropy(answers):
     """
 
     def one(key):
-        scm = sample_scm(key, SCMPrior(min_size=8))
-        return initial_buffer(jr.fold_in(key, 1), scm, 200, 2, 216), scm.task
+        scm, _, buffer = draw_problem(key, SCMPrior(min_size=8), DataDesign(200, 200), 2)
+        return buffer, scm.task
 
     buffers, tasks = jax.jit(lambda keys: jax.lax.map(one, keys))(jr.split(jr.key(5), 32))
     row = jnp.arange(216)

@@ -17,7 +17,7 @@ from cases import guard
 
 from lib.artifacts import ArtifactError, save_module
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
-from lib.problems import sample_problem
+from lib.problems import DataDesign, draw_problem
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
@@ -39,7 +39,8 @@ SIZES = SurrogateConfig(
 @pytest.fixture(scope="module")
 def problem():
     prior = SCMPrior(max_vars=NUM_VARS, min_size=4, max_size=4)
-    return eqx.filter_jit(sample_problem)(jr.key(0), prior, 12, per_variable=1, capacity=17)
+    design = DataDesign(12, 12, per_variable=1)
+    return eqx.filter_jit(draw_problem)(jr.key(0), prior, design, 5)[::2]
 
 
 def policy_for(token_dim):

@@ -20,10 +20,11 @@ from lib.artifacts import ArtifactError, save_arrays
 from lib.expert import Demonstration, ExpertRun, check_expert_input, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.imitation import extract_acquisition_training_data
-from lib.problems import sample_problem
+from lib.problems import DataDesign, draw_problem
 from lib.scm import MECHANISMS, NOISES, Intervention, value_grid
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
+from lib.training import joined
 from lib.trajectories import (
     augment_expert_demonstrations,
     check_trajectory,
@@ -32,7 +33,6 @@ from lib.trajectories import (
     extract_expert_trajectory,
     extract_multiple_trajectories,
     improvements,
-    join,
     load_trajectories,
     take,
     to_arrays,
@@ -47,7 +47,7 @@ PRIOR = SCMPrior(max_vars=NUM_VARS, min_size=3, max_size=4)  # always a place wi
 CONFIG = ParentScaleConfig(
     num_obs=NUM_OBS, num_steps=STEPS, num_bins=BINS, num_features=10, num_bootstraps=4
 )
-CAPACITY = NUM_OBS + NUM_VARS + STEPS
+CAPACITY, DESIGN = NUM_OBS + NUM_VARS + STEPS, DataDesign(NUM_OBS, NUM_OBS, 1, num_steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def trajectories():
 
     def make(key):
         problem_key, expert_key = jr.split(key)
-        scms, buffers = jax.vmap(lambda k: sample_problem(k, PRIOR, NUM_OBS, 1, CAPACITY))(
+        scms, _, buffers = jax.vmap(lambda k: draw_problem(k, PRIOR, DESIGN, BINS))(
             jr.split(problem_key, BATCH)
         )
         return extract_multiple_trajectories(jr.split(expert_key, BATCH), scms, buffers, CONFIG)
@@ -419,7 +419,7 @@ def test_what_is_stored_is_what_is_loaded(tmp_path, trajectories):
 
 def test_join_undoes_take(trajectories):
     parts = [take(trajectories, np.array(rows)) for rows in ([0, 1], [2, 3, 4])]
-    assert eqx.tree_equal(join(parts), trajectories)
+    assert eqx.tree_equal(joined(parts), trajectories)
 
 
 # --- what students learn from ---

@@ -45,13 +45,7 @@ from lib.expert_posterior import ParentScaleConfig
 from lib.grpo import GRPOConfig, Simulator, collect_campaign, grpo_loss
 from lib.imitation import ImitationConfig
 from lib.methods import METHODS, play
-from lib.problems import (
-    CampaignDesign,
-    DataDesign,
-    draw_problems,
-    held_out_problems,
-    sample_examples,
-)
+from lib.problems import DataDesign, draw_problems, optima
 from lib.rewards import RewardConfig
 from lib.scm import Task
 from lib.scm_prior import SCMPrior
@@ -138,12 +132,12 @@ def gradients() -> dict:
     """Losses and gradients of the shipped surrogate and policy; rewards of a group."""
     prior = SCMPrior(max_vars=6, max_size=6)
     bins = SHIPPED.surrogate.config.num_bins
-    examples = sample_examples(jr.key(1), prior, DataDesign(max_obs=60), bins)
-    problems = draw_problems(jr.key(2), 2, prior, CampaignDesign(num_steps=2), bins)
+    design = DataDesign(60, 60, max_interventions=10, num_steps=2)
+    problems = draw_problems(jr.key(2), 2, prior, design, bins)
     config, rewards = GRPOConfig(), RewardConfig()
 
     def loss(model):
-        losses = mean_losses(model, [examples], None)
+        losses = mean_losses(model, [problems], None)
         return losses.parent_nll + losses.effect_nll, losses
 
     @eqx.filter_jit
@@ -181,9 +175,9 @@ def campaigns() -> dict:
     """The expert's beliefs and choices, and what every method recommends after each experiment."""
     prior = SCMPrior(max_vars=5, min_size=5, max_size=5)
     bins = SHIPPED.surrogate.config.num_bins
-    problems, optima = held_out_problems(jr.key(4), 2, prior, CampaignDesign(40, 40, 2, 3), bins)
+    problems = draw_problems(jr.key(4), 2, prior, DataDesign(40, 40, 2, num_steps=3), bins)
     given = jr.split(jr.key(5), 2), problems.scm, problems.buffer
-    found = {"optima": optima}
+    found = {"optima": optima(problems.scm)}
     for name in METHODS:
         played = play(name, SHIPPED, *given, num_obs=40, num_steps=3)
         found[f"method/{name}"] = played["recommended"]
