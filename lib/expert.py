@@ -28,19 +28,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.buffer import ExperienceBuffer, nan_unless
+from lib.buffer import ExperienceBuffer
+from lib.campaign import run_campaign
 from lib.expert_gp import CausalGP, CausalPrior, Outcomes, aggregate_effects, fit_causal_gp
 from lib.expert_posterior import NOISE_FLOOR, ParentScaleConfig
 from lib.expert_prior import Scale
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
-from lib.scm import (
-    AbstractSCM,
-    Intervention,
-    check_scm,
-    experiment_key,
-    refine,
-)
+from lib.scm import AbstractSCM, check_scm, refine
 
 
 # sets below this probability do not count for the exploration set (the published pruning threshold)
@@ -148,47 +143,44 @@ def optimise(
     Raises `ValueError` if the buffer has no room for `num_steps` experiments; where only a traced
     program can count its rows, every number in the result is nan.
     """
-    (capacity, num_vars), target = buffer.values.shape, scm.target
-    fits = buffer.has_room(config.num_steps, config.num_obs)
-    start, samples = buffer.size, config.outcome_samples
-    scale = Scale.of(config.split(buffer)[0])
-    share = jnp.where(jnp.arange(config.num_obs, capacity) < start, 1.0, 1 / samples)
+    target, samples = scm.target, config.outcome_samples
+    buffer.has_room(config.num_steps, config.num_obs)
+    start, scale = buffer.size, Scale.of(config.split(buffer)[0])
+    share = jnp.where(jnp.arange(config.num_obs, len(buffer.valid)) < start, 1.0, 1 / samples)
 
-    def step(carry, t):
-        buffer, outcomes, state = carry
-        _, later = config.split(buffer)
+    def step(_, buffer, known, t):
+        outcomes, state = known
         log_probs, prior, explore = believe(state, buffer)
         standard = (outcomes[config.num_obs :] - scale.shift[target]) / scale.spread[target]
+        _, later = config.split(buffer)
         gps, failures = fit_causal_gps(scm, scale, prior, later, standard, share, noise_scales)
         surface, chosen, recommended = decide(scm, scale, gps, explore)
+        return chosen, (log_probs, surface, recommended, failures)
 
-        def experiment():
-            action = Intervention.single(*chosen, num_vars)
-            rows = scm.sample(experiment_key(key, t), action, samples + (samples > 1))
-            # The row that is kept is not among those averaged, as in the published protocol,
-            # unless it is the only one.
-            outcome = jnp.take(rows[-samples:].mean(0), target)
-            return (
-                buffer.write(start + t, action, rows[0]),
-                outcomes.at[start + t].set(outcome),
-                state and state.absorb(rows[0]),
-            )
+    def absorb(known, t, rows):
+        outcomes, state = known
+        # the row that is kept is not among those averaged, as in the published protocol, unless it
+        # is the only one
+        outcome = jnp.take(rows[-samples:].mean(0), target)
+        return outcomes.at[start + t].set(outcome), state and state.absorb(rows[0])
 
-        # the pass after the last experiment only looks
-        carry = jax.lax.cond(t < config.num_steps, experiment, lambda: carry)
-        return carry, (log_probs, surface, chosen, recommended, failures)
-
-    (buffer, outcomes, _), (log_probs, surface, chosen, recommended, failures) = jax.lax.scan(
+    buffer, (outcomes, _), (variable, value), reports = run_campaign(
+        key,
+        scm,
+        buffer,
+        config.num_steps,
         step,
-        (buffer, jnp.take(buffer.values, target, axis=1), state),
-        jnp.arange(config.num_steps + 1),
+        state=(jnp.take(buffer.values, target, axis=1), state),
+        absorb=absorb,
+        num_rows=samples + (samples > 1),
     )
-    run = ExpertRun(
+    log_probs, surface, recommended, failures = reports
+    return ExpertRun(
         sets=sets,
         log_probs=log_probs,
         surface=surface[:-1],
-        variable=chosen[0][:-1],
-        value=chosen[1][:-1],
+        variable=variable,
+        value=value,
         outcome=outcomes[start + jnp.arange(config.num_steps)],
         recommended_variable=recommended[0],
         recommended_value=recommended[1],
@@ -196,7 +188,6 @@ def optimise(
         buffer=buffer,
         failures=failures.sum(),
     )
-    return nan_unless(fits, run)
 
 
 def check_expert_input(

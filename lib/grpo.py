@@ -21,14 +21,16 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer, nan_unless
+from lib.campaign import run_campaign
 from lib.policy import (
     AcquisitionPolicyNetwork,
     AcquisitionState,
     InterventionDistribution,
     feature_span,
+    make_state,
 )
 from lib.problems import GroundTruth, Problem
-from lib.rewards import RewardComponents, RewardConfig, experiment_reward
+from lib.rewards import RewardComponents, RewardConfig, experiment_reward, recommended_effect
 from lib.scm import AbstractSCM, Intervention
 from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel
@@ -165,16 +167,15 @@ def campaign_gains(
     """
 
     def play(key, problem):
-        simulator = Simulator(surrogate, problem.scm, problem.truth, RewardConfig(temperature=0.0))
+        scm, truth, buffer = problem
 
-        def step(known, key):
-            noise = problem.scm.draw_noise(key, 1)
-            after, reward = simulator.experiment(known, *policy(known[0]).mode(), noise)
-            return after, (reward.optimization, feature_span(known[0]))
+        def decide(_, buffer, __, t):
+            state = make_state(surrogate, buffer, scm.task, t, num_steps - t)
+            reached = recommended_effect(truth, state.output, temperature=0.0)
+            return policy(state).mode(), (reached, feature_span(state))
 
-        start, keys = simulator.start(problem.buffer, num_steps), jr.split(key, num_steps)
-        gains, spans = jax.lax.scan(step, start, keys)[1]
-        return jnp.cumsum(gains), spans
+        *_, (reached, spans) = run_campaign(key, scm, buffer, num_steps, decide)
+        return (reached[0] - reached[1:]) / truth.possible_improvement, spans[:-1]
 
     keys = jr.split(key, problems.truth.baseline.shape[0])
     gains, spans = jax.vmap(play)(keys, problems)

@@ -28,7 +28,7 @@ from lib.problems import DataDesign, Problem, draw_problems, in_batches, optima
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior
 from lib.settings import stage_key
-from lib.system import TrainedACBOSystem, run_campaign
+from lib.system import TrainedACBOSystem, play_campaign
 
 
 METHODS = (
@@ -97,7 +97,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
     expert = ParentScaleConfig(num_obs=num_obs, num_steps=num_steps)
 
     def campaign(decide, *how):
-        return lambda key, scm, buffer: run_campaign(
+        return lambda key, scm, buffer: play_campaign(
             key, scm, buffer, num_steps, lambda k, b, _: decide(*how, scm, k, b)
         )
 

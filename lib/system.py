@@ -17,7 +17,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.artifacts import load_module, save_module
-from lib.buffer import ExperienceBuffer, nan_unless
+from lib.buffer import ExperienceBuffer
+from lib.campaign import Choice, run_campaign
 from lib.check import BELIEFS, CheckConfig, check
 from lib.grpo import Groups, GRPOConfig, grpo_step, sample_group
 from lib.policy import (
@@ -30,12 +31,9 @@ from lib.policy import (
 )
 from lib.posterior import ParentSetPosterior
 from lib.rewards import RewardComponents
-from lib.scm import AbstractSCM, Intervention, Task, check_index, experiment_key
+from lib.scm import AbstractSCM, Task, check_index
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.training import Learner
-
-
-Choice = tuple[Int[Array, ""], Float[Array, ""]]  # a variable and the value to set it to
 
 
 class OptimizationResult(eqx.Module):
@@ -51,41 +49,23 @@ class OptimizationResult(eqx.Module):
     buffer: ExperienceBuffer
 
 
-def run_campaign(
+def play_campaign(
     key: Key[Array, ""],
     scm: AbstractSCM,
     buffer: ExperienceBuffer,
     num_steps: int,
     decide: Callable[[Key[Array, ""], ExperienceBuffer, Int[Array, ""]], tuple[Choice, Choice]],
 ) -> OptimizationResult:
-    """`num_steps` single-row experiments with any method.
-
+    """A campaign (`lib.campaign.run_campaign`) of a method that looks at the data only:
     `decide(key, buffer, step)` returns the next experiment and the action that the method would
-    recommend now. The noise of experiment t is that of `experiment_key(key, t)`, so methods run
-    with the same key are paired. The buffer needs `num_steps` free places behind its valid rows:
-    `ValueError` if it has fewer; where only a traced program can tell, every number of the result
-    is nan.
+    recommend now.
     """
-    method_key = jr.fold_in(key, 0)
-    start, fits = buffer.size, buffer.has_room(num_steps)
-
-    def step(buffer, t):
-        """Experiment t and what was recommended before it; after the last, only the latter."""
-        (variable, value), recommended = decide(jr.fold_in(method_key, t), buffer, t)
-
-        def experiment():
-            intervention = Intervention.single(variable, value, scm.var_mask.shape[0])
-            row = scm.sample(experiment_key(key, t), intervention, 1)[0]
-            return buffer.write(start + t, intervention, row), jnp.take(row, scm.target)
-
-        # the pass after the last experiment only looks
-        after, outcome = jax.lax.cond(t < num_steps, experiment, lambda: (buffer, jnp.zeros(())))
-        return after, (variable, value, outcome, *recommended)
-
-    buffer, path = jax.lax.scan(step, buffer, jnp.arange(num_steps + 1))
-    (variable, value, outcome), recommended = (x[:-1] for x in path[:3]), path[3:]
-    result = OptimizationResult(variable, value, outcome, *recommended, buffer=buffer)
-    return nan_unless(fits, result)
+    buffer, _, (variable, value), recommended = run_campaign(
+        key, scm, buffer, num_steps, lambda k, known, _, t: decide(k, known, t)
+    )
+    made = buffer.values[buffer.size - num_steps + jnp.arange(num_steps)]
+    outcome = jnp.take(made, scm.target, axis=1)
+    return OptimizationResult(variable, value, outcome, *recommended, buffer=buffer)
 
 
 def flip_target(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> ExperienceBuffer:
@@ -206,7 +186,7 @@ class TrainedACBOSystem(eqx.Module):
                 policy = online_policy(key, self.policy, state, checked.gain)
             return checked.choose(policy.logits, beliefs.enough), checked.recommended(beliefs.pays)
 
-        return run_campaign(key, scm, buffer, num_steps, decide)
+        return play_campaign(key, scm, buffer, num_steps, decide)
 
     def run_optimization(
         self,

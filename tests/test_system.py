@@ -26,7 +26,7 @@ from lib.system import (
     load_policy,
     load_surrogate,
     online_policy,
-    run_campaign,
+    play_campaign,
 )
 
 
@@ -126,7 +126,7 @@ def test_campaigns_record_what_is_in_the_buffer_and_share_noise_between_methods(
     scm, buffer = problem
     # the last one generated: others do not depend on it
     variable = scm.order[max(k for k in range(4) if scm.candidates[scm.order[k]])]
-    run = eqx.filter_jit(ft.partial(run_campaign, num_steps=STEPS))
+    run = eqx.filter_jit(ft.partial(play_campaign, num_steps=STEPS))
 
     def always(value):
         def decide(key, buffer, step):
@@ -208,7 +208,7 @@ def test_online_tuning_gives_a_valid_distribution(system, state):
 def test_a_full_buffer_is_refused(problem):
     choice = jnp.array(0), jnp.array(0.0)
     room = int((~problem[1].valid).sum())
-    run = ft.partial(run_campaign, num_steps=room + 1, decide=lambda *_: (choice, choice))
+    run = ft.partial(play_campaign, num_steps=room + 1, decide=lambda *_: (choice, choice))
     with pytest.raises(ValueError, match="too few"):
         run(jr.key(0), *problem)
     traced = eqx.filter_jit(run)(jr.key(0), *problem)
