@@ -54,7 +54,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class Config:
     """Settings of stage 2 (`TrainingConfig` of phase4_training_infrastructure.md)."""
 
     # --- files ---
@@ -133,9 +133,10 @@ class TrainingConfig:
         )
 
 
+TrainingConfig = Config  # as the document calls it
 LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80)
 PRESETS = settings.presets(
-    TrainingConfig,
+    Config,
     smoke=dict(
         buckets=(Bucket(8, 8),),
         steps=40,
@@ -190,7 +191,7 @@ class SurrogateModelResult:
     """The expert's seconds per posterior over the surrogate's: one problem, after compilation."""
 
 
-def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
+def make_optimiser(config: Config) -> optax.GradientTransformation:
     """Warm-up, then cosine decay to zero."""
     return surrogate.surrogate_optimiser(
         optax.warmup_cosine_decay_schedule(
@@ -201,7 +202,7 @@ def make_optimiser(config: TrainingConfig) -> optax.GradientTransformation:
 
 @eqx.filter_jit
 def draw_chunk(
-    key: jax.Array, first_step: jax.Array, count: int, config: TrainingConfig
+    key: jax.Array, first_step: jax.Array, count: int, config: Config
 ) -> tuple[Problem, ...]:
     """Simulated problems of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
@@ -226,7 +227,7 @@ def train_chunk(
     demos: surrogate.SurrogateTrainingExample | None,
     key: jax.Array,
     first_step: jax.Array,
-    config: TrainingConfig,
+    config: Config,
 ) -> tuple[TrainState, surrogate.SurrogateLosses]:
     """A gradient step on each of `batches`, in one program; the mean losses too."""
     optimiser = make_optimiser(config)
@@ -249,7 +250,7 @@ def train_chunk(
 def train_surrogate_with_expert_data(
     training_examples: surrogate.SurrogateTrainingExample | None,
     model_config: surrogate.SurrogateConfig,
-    training_config: TrainingConfig,
+    training_config: Config,
     *,
     progress: Progress | None = None,
 ) -> SurrogateModelResult:
@@ -313,7 +314,7 @@ def train_surrogate_component(
     trajectories: ExpertTrajectory | None,
     config: surrogate.SurrogateConfig,
     *,
-    training_config: TrainingConfig = TrainingConfig(),
+    training_config: Config = Config(),
     progress: Progress | None = None,
 ) -> SurrogateModelResult:
     """Train only the surrogate, on whole demonstrations (phase4_training_infrastructure.md)."""
@@ -327,7 +328,7 @@ def pretrain_surrogate(
     learning_rate: float,
     num_epochs: int,
     *,
-    config: TrainingConfig = TrainingConfig(),
+    config: Config = Config(),
 ) -> surrogate.ParentSetPredictionModel:
     """The loop of multi_stage_training.md, stage 1: `num_epochs` passes over the demonstrations,
     with as many simulations beside them as `config` says.
@@ -337,7 +338,7 @@ def pretrain_surrogate(
     return train_surrogate_with_expert_data(expert_demonstrations, config.model, config).model
 
 
-def main(config: TrainingConfig) -> Path:
+def main(config: Config) -> Path:
     """Train on the folder's demonstrations, write the surrogate and say how good it is; returns
     its path.
 

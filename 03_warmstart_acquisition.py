@@ -25,7 +25,6 @@ moving average over the iterations (`average`), because a reward is a rare jump 
 recommendation and every gradient mostly noise.
 """
 
-import functools as ft
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -58,7 +57,7 @@ from lib.trajectories import ExpertTrajectory, load_trajectories
 
 
 @dataclass(frozen=True)
-class AcquisitionConfig:
+class Config:
     """Settings of stage 3 (`AcquisitionConfig` of phase4_training_infrastructure.md)."""
 
     # --- files ---
@@ -110,6 +109,8 @@ class AcquisitionConfig:
                 f"multimodal_share = {self.multimodal_share} must be in [0, 1], "
                 f"average = {self.average} in [0, 1)"
             )
+        if not self.campaign.num_steps:
+            raise ValueError("campaign.num_steps = 0 must be at least 1")
         if self.iterations % self.checkpoint_every:
             raise ValueError(
                 f"iterations = {self.iterations} must be a multiple of checkpoint_every = "
@@ -117,8 +118,9 @@ class AcquisitionConfig:
             )
 
 
+AcquisitionConfig = Config  # as the document calls it
 PRESETS = settings.presets(
-    AcquisitionConfig,
+    Config,
     smoke=dict(
         campaign=DataDesign(num_steps=3),
         imitation=ImitationConfig(imitation_epochs=2),
@@ -165,7 +167,7 @@ class AcquisitionModelResult(NamedTuple):
     validation_metrics: dict[str, float]
 
 
-def draw_batch(key: jax.Array, config: AcquisitionConfig, number: int, num_bins: int) -> Problem:
+def draw_batch(key: jax.Array, config: Config, number: int, num_bins: int) -> Problem:
     """`number` problems, the multimodal ones last."""
     count = round(config.multimodal_share * number)
     kinds = ((config.prior, number - count), (multimodal(config.prior), count))
@@ -185,7 +187,7 @@ def iterate(
     reference: AcquisitionPolicyNetwork,
     surrogate: ParentSetPredictionModel,
     problems: Problem,
-    config: AcquisitionConfig,
+    config: Config,
 ) -> tuple[TrainState, GRPOMetrics]:
     """One GRPO iteration."""
     # a cold start has no clone to stay close to
@@ -206,7 +208,7 @@ def iterate(
 
 
 def improve(
-    config: AcquisitionConfig,
+    config: Config,
     surrogate: ParentSetPredictionModel,
     start: AcquisitionPolicyNetwork,
     progress: Progress | None,
@@ -264,7 +266,7 @@ def train_acquisition_with_expert_warmstart(
     *,
     surrogate: ParentSetPredictionModel,
     held_out: AcquisitionTrainingExample | None = None,
-    config: AcquisitionConfig = AcquisitionConfig(),
+    config: Config = Config(),
     progress: Progress | None = None,
 ) -> AcquisitionModelResult:
     """Clone the expert's choices, then improve by GRPO (phase4_training_infrastructure.md).
@@ -273,27 +275,25 @@ def train_acquisition_with_expert_warmstart(
     `progress`, GRPO goes on where a checkpoint is; cloning is short, and the same again.
     """
     config = replace(config, policy=policy_config, grpo=grpo_config, imitation=imitation_config)
-    clone_key, warm_key, cold_key = (
-        settings.stage_key(config.seed, "policy", use) for use in ("clone", "warm", "cold")
+    cloning, agreement = imitation_config.use_behavioral_cloning, {}
+    clone_key, first_key = (
+        settings.stage_key(config.seed, "policy", use)
+        for use in ("clone", "warm" if cloning else "cold")
     )
-    build = ft.partial(
-        eqx.filter_jit(AcquisitionPolicyNetwork),
-        policy_config,
-        3 * surrogate.config.model_hidden_dim,
-    )
-    cloned, agreement = build(key=warm_key), {}
-    if imitation_config.use_behavioral_cloning:
+    token_dim = 3 * surrogate.config.model_hidden_dim
+    build = eqx.filter_jit(AcquisitionPolicyNetwork)
+    start = build(policy_config, token_dim, key=first_key)
+    if cloning:
         if training_examples is None:
             raise ValueError("cloning needs training_examples, or use_behavioral_cloning=False")
-        cloned = clone(clone_key, cloned, training_examples, imitation_config)
+        start = clone(clone_key, start, training_examples, imitation_config)
         if held_out is not None:
-            measured = eqx.filter_jit(clone_loss)(cloned, held_out)[1]
+            measured = eqx.filter_jit(clone_loss)(start, held_out)[1]
             agreement = {name: float(value) for name, value in measured._asdict().items()}
             agreement |= {"validation_states": len(held_out.variable)}
             print("clone: " + "  ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
-    start = cloned if imitation_config.use_behavioral_cloning else build(key=cold_key)
     state, curves = improve(config, surrogate, start, progress)
-    cloned = eqx.tree_at(lambda policy: policy.span, cloned, state.learner.module.span)
+    cloned = eqx.tree_at(lambda policy: policy.span, start, state.learner.module.span)
     return AcquisitionModelResult(
         state.average, cloned, curves, curves.pop("validation"), agreement
     )
@@ -302,7 +302,7 @@ def train_acquisition_with_expert_warmstart(
 def train_acquisition_component(
     trajectories: Iterable[ExpertTrajectory] | None,
     surrogate_result: ParentSetPredictionModel,
-    config: AcquisitionConfig,
+    config: Config,
     *,
     progress: Progress | None = None,
 ) -> AcquisitionModelResult:
@@ -333,7 +333,7 @@ def train_acquisition(
     learning_rate: float,
     num_steps: int,
     *,
-    config: AcquisitionConfig = AcquisitionConfig(),
+    config: Config = Config(),
 ) -> AcquisitionPolicyNetwork:
     """The loop of multi_stage_training.md, stage 2: `num_steps` GRPO iterations; demonstrations are
     cloned first, if there are any.
@@ -348,7 +348,7 @@ def train_acquisition(
     ).policy
 
 
-def main(config: AcquisitionConfig) -> Path:
+def main(config: Config) -> Path:
     """Train the policy on the folder's surrogate and demonstrations, write it and say how it ended;
     returns its path.
 

@@ -96,6 +96,8 @@ class Config:
 
     def __post_init__(self):
         settings.check(self)
+        if not self.campaign.num_steps:
+            raise ValueError("campaign.num_steps = 0 must be at least 1")
 
 
 PRESETS = settings.presets(

@@ -31,6 +31,7 @@ from lib.imitation import ImitationConfig
 from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import DataDesign, draw_problems
+from lib.scm import MECHANISMS, Mechanism, index_of
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
 from lib.system import (
@@ -41,11 +42,11 @@ from lib.system import (
     load_surrogate,
 )
 from lib.table import DataError
+from lib.trajectories import load_trajectories
 
 
 ROOT = Path(__file__).parent.parent
 PRIOR = SCMPrior(max_vars=3, max_size=3)
-OWN = replace(PRIOR, mechanisms=("mlp", "polynomial"), max_range=3.0)  # what stage 1 is told
 DESIGN = DataDesign(min_obs=20, max_obs=24, per_variable=0, max_interventions=8)
 CAMPAIGN = DataDesign(min_obs=20, max_obs=20, per_variable=1, num_steps=2)
 SURROGATE = SurrogateConfig(
@@ -58,12 +59,12 @@ GRPO = GRPOConfig(group_size=3)
 EXAMPLE, BOUNDS = (ROOT / "examples" / name for name in ("experiments.csv", "bounds.csv"))
 
 
-def configs(folder: Path) -> list:
-    """The smallest settings of every stage."""
+def configs(folder: Path, prior: SCMPrior = PRIOR) -> list:
+    """The smallest settings of every stage; only the first is told another `prior`."""
     return [
         STAGES[0].Config(
             folder,
-            prior=OWN,
+            prior=prior,
             num_models=6,
             num_obs=20,
             per_variable=1,
@@ -116,10 +117,18 @@ def configs(folder: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def own():
+    """A prior of one's own, with a mechanism that the project does not have."""
+    MECHANISMS["wedge"] = Mechanism(lambda z: jnp.abs(z) - 1.0)
+    yield replace(PRIOR, mechanisms=("wedge", "polynomial"), max_range=3.0)
+    del MECHANISMS["wedge"]
+
+
+@pytest.fixture(scope="module")
+def finished(own, tmp_path_factory):
     """A folder in which the four stages of training have run."""
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    for stage, config in zip(STAGES, configs(folder), strict=True):
+    for stage, config in zip(STAGES, configs(folder, own), strict=True):
         stage.main(config)
     return folder
 
@@ -127,7 +136,7 @@ def finished(tmp_path_factory):
 LOGGED = {"demos": [1, 2], "surrogate": [2, 4, 5], "policy": [1, 2, 3], "acbo": [1, 2, 3]}
 
 
-def test_every_stage_writes_what_it_says(finished):
+def test_every_stage_writes_what_it_says(finished, own):
     headers = {path.name: read_header(path) for path in finished.iterdir() if path.is_file()}
     products = "demos.npz surrogate.eqx policy.eqx bc_policy.eqx curves.npz acbo.eqx"
     assert set(headers) == set(products.split())
@@ -147,7 +156,7 @@ def test_every_stage_writes_what_it_says(finished):
             assert sum(label[count] for label in part.values()) == metrics[count]
     labels = {kind: set(part) for kind, part in metrics["yield"].items()}
     assert labels.keys() == {"family", "mechanism", "variables"} and labels["variables"] == {"3"}
-    assert labels["family"] <= set(OWN.families) and labels["mechanism"] <= set(OWN.mechanisms)
+    assert labels["family"] <= set(own.families) and labels["mechanism"] <= set(own.mechanisms)
 
 
 def test_a_model_knows_the_family_of_its_graph():
@@ -161,12 +170,13 @@ def test_a_model_knows_the_family_of_its_graph():
 
 
 @pytest.mark.parametrize(
-    "stage, product", [(1, "surrogate.eqx"), (2, "policy.eqx"), (3, "acbo.eqx")]
+    "stage, product",
+    enumerate(("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx")),
 )
 def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
-    finished, monkeypatch, stage, product
+    finished, own, monkeypatch, stage, product
 ):
-    before, config = (finished / product).read_bytes(), configs(finished)[stage]
+    before, config = (finished / product).read_bytes(), configs(finished, own)[stage]
     real, main = lib.training.save_checkpoint, STAGES[stage].main
 
     def save_and_die(*args, **kwargs):
@@ -189,18 +199,23 @@ def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path)
         STAGES[3].main(configs(tmp_path)[3])
 
 
-def test_a_prior_of_ones_own_reaches_the_evaluation(finished, monkeypatch):
+def test_a_prior_of_ones_own_reaches_the_evaluation(finished, own, monkeypatch):
     """Only stage 1 is told; a later stage that is told something else does that."""
+    kinds = {int(index_of(name, MECHANISMS)) for name in own.mechanisms}
+    demos = load_trajectories(finished / "demos.npz", "train")[0]
+    assert set(np.asarray(demos.scm.mechanism)) == kinds
     for name in ("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx"):
         found = read_header(finished / name)["config"]["prior"]
-        assert (found["mechanisms"], found["max_range"]) == (["mlp", "polynomial"], 3.0), name
+        assert (found["mechanisms"], found["max_range"]) == (["wedge", "polynomial"], 3.0), name
     other = replace(PRIOR, noises=("uniform",))
     assert inherit(other, read_header(finished / "demos.npz")) == other
-    scenario = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr(EVALUATE, "OptimizationScenario", scenario)
+    scores = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(EVALUATE, "structure_scores", scores)
     with pytest.raises(InterruptedError):
-        EVALUATE.main(EVALUATE.Config(finished, sizes=(3,)))
-    assert scenario.call_args.args[1] == OWN
+        EVALUATE.main(EVALUATE.Config(finished, sizes=(3,), num_problems=12))
+    problems = scores.call_args.args[1]
+    assert set(np.asarray(problems.scm.mechanism)) == kinds
+    assert problems.scm.high.max() <= 3.0
 
 
 def test_evaluation_names_the_artifact_that_is_missing(tmp_path):
