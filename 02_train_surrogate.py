@@ -36,7 +36,7 @@ from tyro.extras import overridable_config_cli
 
 from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
-from lib.artifacts import save_module
+from lib.artifacts import save
 from lib.buffer import MIN_OBSERVATIONS
 from lib.problems import DataDesign, Example, sample_examples, sample_problem
 from lib.scm_prior import SCMPrior, inherit
@@ -389,7 +389,7 @@ def main(config: TrainingConfig) -> Path:
         trajectories, config.model, training_config=config, progress=progress
     )
     out = config.folder / "surrogate.eqx"
-    save_module(
+    save(
         out,
         result.model,
         stage="surrogate",

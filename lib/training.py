@@ -12,7 +12,7 @@ import jax.random as jr
 import optax
 from tqdm import tqdm
 
-from lib.artifacts import cut_log, fingerprint, load_checkpoint, save_checkpoint, write_log
+from lib.artifacts import cut_log, fingerprint, load, resumable, save, write_log
 
 
 class Learner(NamedTuple):
@@ -73,9 +73,11 @@ class Progress:
 
     def resume(self, state: Any) -> tuple[Any, int]:
         """The state of the checkpoint and its step, or `state` and 0; the log goes on there."""
-        state, start = load_checkpoint(self.checkpoint, state, self.fingerprint) or (state, 0)
-        cut_log(self.log_path, start)
-        return state, start
+        header = {"step": 0}
+        if resumable(self.checkpoint, "checkpoint", self.fingerprint):
+            state, header = load(self.checkpoint, "checkpoint", lambda _: state)
+        cut_log(self.log_path, header["step"])
+        return state, header["step"]
 
     def keep(self, step: int, metrics: dict[str, Any], state: Any = None) -> None:
         """A line of the log, then a checkpoint if there is a `state`: a kill in between leaves a
@@ -83,7 +85,14 @@ class Progress:
         """
         write_log(self.log_path, step, metrics)
         if state is not None:
-            save_checkpoint(self.checkpoint, state, fingerprint=self.fingerprint, step=step)
+            save(
+                self.checkpoint,
+                state,
+                stage="checkpoint",
+                hyperparameters={"fingerprint": self.fingerprint},
+                step=step,
+                **self.header | {"parents": ()},  # they are in the fingerprint
+            )
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes."""
