@@ -1,12 +1,12 @@
 """Files that the stages hand to each other, checkpoints, and training logs. One seed, one result,
 on one machine; only the log holds times.
 
-Artifacts, checkpoints and stored results are one kind of file: a header (`HEADER_FIELDS`), and the
-leaves of a tree. In an `.npz` file the leaves are arrays under their names, and the header is a
-unicode scalar named `header`, JSON, all read with `allow_pickle=False`; in any other, `.eqx` or
-`.ckpt`, the header is the first line, and the leaves follow in order, as `.npy` blocks. A file is
-written under a temporary name and then renamed, so one that exists is complete. Loaders raise
-`ArtifactError` instead of returning something else than what was saved.
+Artifacts, checkpoints and stored results are one kind of file: a header (`HEADER_FIELDS`) and the
+leaves of a tree. `.eqx` and `.ckpt` are one line of JSON, the header, then the leaves in order, as
+`.npy` blocks; `.npz` is the leaves as arrays under their names, plus the same JSON as a unicode
+scalar named `header`, read with `allow_pickle=False`. All are written under a temporary name and
+then renamed, so a file that exists is complete. Loaders raise `ArtifactError` instead of returning
+something else than what was saved.
 """
 
 import dataclasses
@@ -71,8 +71,8 @@ def save(path: Path, tree: Any, **about: Any) -> None:
 def load(
     path: Path, stage: str, build: Callable[[dict[str, Any]], Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """The tree in `path` and its header. `build(hyperparameters)` makes a tree of the same form,
-    whose leaves are then replaced; without it, the arrays of an `.npz` by name.
+    """What `path` holds, and its header: of an `.npz`, the arrays by name; of another file, the
+    tree that `build(hyperparameters)` makes, its leaves replaced.
 
     Raises `ArtifactError` if the file is missing, truncated, edited, of another stage or schema, or
     has other shapes than `build` gives.

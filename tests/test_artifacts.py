@@ -27,6 +27,7 @@ from lib.artifacts import (
     read_log,
     resumable,
     save,
+    stored,
     write_log,
 )
 
@@ -247,6 +248,18 @@ def test_checkpoints(tmp_path):
     cut(path, 0.01)
     with pytest.raises(ArtifactError, match="truncated.*delete it"):
         same(path)
+
+
+def test_results_are_stored_once_for_each_fingerprint(tmp_path):
+    path, compute = tmp_path / "raw" / "acbo_d5.npz", Mock(return_value=ARRAYS)
+    for mark, calls in (("mine", 1), ("mine", 1), ("other", 2)):
+        found = stored(path, mark, compute, config={}, seed=0)
+        assert compute.call_count == calls and found.keys() == ARRAYS.keys()
+        assert all(np.array_equal(found[name], array) for name, array in ARRAYS.items())
+    assert read_header(path)["stage"] == "evaluation"
+    edit_array(path)
+    with pytest.raises(ArtifactError, match="checksum.*05_evaluate.py"):
+        stored(path, "other", compute, config={}, seed=0)
 
 
 def test_what_is_half_done_does_not_go_on_with_other_code_settings_or_parents(

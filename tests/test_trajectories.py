@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from recorded import each_case, linear_system, read_case
 
-from lib.artifacts import ArtifactError, save
+from lib.artifacts import ArtifactError, load, save
 from lib.expert import Demonstration, ExpertRun, check_expert_input, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.imitation import extract_acquisition_training_data
@@ -414,6 +414,10 @@ def test_what_is_stored_is_what_is_loaded(tmp_path, trajectories):
     assert eqx.tree_equal(loaded, trajectories) and header["stage"] == "demos"
     with pytest.raises(ArtifactError, match="it holds no.*validation/"):
         load_trajectories(path, "validation")
+    del (arrays := load(path, "demos")[0])["train/scm/low"]  # of another version of the code
+    save(path, arrays, stage="demos", config={}, seed=0)
+    with pytest.raises(ArtifactError, match="it holds no.*train/scm/low.*01_extract"):
+        load_trajectories(path, "train")
 
 
 def test_join_undoes_take(trajectories):
