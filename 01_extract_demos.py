@@ -25,7 +25,7 @@ from tabulate import tabulate
 from tyro.extras import overridable_config_cli
 
 from lib import settings
-from lib.artifacts import save_arrays
+from lib.artifacts import save
 from lib.expert_posterior import ParentScaleConfig
 from lib.graphs import FAMILIES
 from lib.problems import DataDesign, draw_problems
@@ -39,7 +39,6 @@ from lib.trajectories import (
     extract_expert_demonstrations,
     extract_multiple_trajectories,
     take,
-    to_arrays,
     validate_demonstration_quality,
     validate_trajectory_consistency,
 )
@@ -220,9 +219,9 @@ def main(config: Config) -> Path:
         **describe(chosen),
     }
     by_kind = yields(trajectories, kept)
-    save_arrays(
+    save(
         out,
-        to_arrays(training, "train") | to_arrays(validation, "validation"),
+        {"train": training, "validation": validation},
         stage="demos",
         hyperparameters=asdict(config.expert),
         step=num_batches,

@@ -35,7 +35,7 @@ from tyro.extras import overridable_config_cli
 
 from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
-from lib.artifacts import save_module
+from lib.artifacts import save
 from lib.buffer import MIN_OBSERVATIONS
 from lib.problems import DataDesign, Problem, draw_problem, draw_problems, with_data_sets
 from lib.scm_prior import SCMPrior, inherit
@@ -356,7 +356,7 @@ def main(config: Config) -> Path:
         trajectories, config.model, training_config=config, progress=progress
     )
     out = config.folder / "surrogate.eqx"
-    save_module(
+    save(
         out,
         result.model,
         stage="surrogate",

@@ -37,7 +37,7 @@ import numpy as np
 from tyro.extras import overridable_config_cli
 
 from lib import settings
-from lib.artifacts import save_arrays, save_module
+from lib.artifacts import save
 from lib.grpo import GRPOConfig, GRPOMetrics, campaign_gains, grpo_iteration, grpo_optimiser
 from lib.imitation import (
     AcquisitionTrainingExample,
@@ -367,15 +367,15 @@ def main(config: Config) -> Path:
 
     header: dict[str, Any] = progress.header | {"step": config.iterations}
     curves, path = result.curves | {"validation": result.validation}, config.folder / "curves.npz"
-    save_arrays(path, curves, stage="curves", hyperparameters={}, metrics={}, **header)
+    save(path, curves, stage="curves", **header)
     shape = dict(policy=asdict(config.policy), token_dim=result.policy.token.in_features)
     header |= dict(stage="policy", hyperparameters=shape)
     out, cloned = config.folder / "policy.eqx", config.folder / "bc_policy.eqx"
     cloned.unlink(missing_ok=True)  # of an earlier run, perhaps with a clone
     if cloning:
-        save_module(cloned, result.cloned, metrics=result.validation_metrics, **header)
+        save(cloned, result.cloned, metrics=result.validation_metrics, **header)
     last = {f"last_{name}": float(curve[-10:].mean()) for name, curve in result.curves.items()}
-    save_module(out, result.policy, metrics=result.validation_metrics | last, **header)
+    save(out, result.policy, metrics=result.validation_metrics | last, **header)
     progress.finish()
     print("last ten iterations: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in last.items()))
     return out

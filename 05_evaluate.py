@@ -35,7 +35,7 @@ from tyro.extras import overridable_config_cli
 
 from lib import accuracy, metrics, settings
 from lib.accuracy import Arrays, mean_f1, regret_records, structure_scores
-from lib.artifacts import fingerprint, load_arrays, read_header, stored
+from lib.artifacts import fingerprint, load, read_header, stored
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import Benchmark
 from lib.methods import (
@@ -264,7 +264,7 @@ def training_rows(run: Run) -> list[tuple[str, str, str, float, int]]:
     ]
     curves = folder / "curves.npz", folder / "cold" / "curves.npz"
     if curves[1].exists():
-        gains = (load_arrays(path, "curves")[0]["validation"].mean(-1) for path in curves)
+        gains = (load(path, "curves")[0]["validation"].mean(-1) for path in curves)
         ratio = metrics.convergence_ratio(*gains)
         rows.append(("training", "grpo_policy", "convergence_ratio", ratio, 1))
     return rows

@@ -16,7 +16,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
-from lib.artifacts import load_module, save_module
+from lib.artifacts import load, save
 from lib.buffer import ExperienceBuffer
 from lib.campaign import Choice, run_campaign
 from lib.check import BELIEFS, CheckConfig, check
@@ -204,7 +204,7 @@ class TrainedACBOSystem(eqx.Module):
         return play(key, scm, buffer.grow(n_steps), n_steps, online=use_online_grpo)
 
     def save(self, path: Path | str, **about: Any) -> None:
-        """Write the artifact of stage 4; `about` as `save_module` takes it, less the stage and the
+        """Write the artifact of stage 4; `about` as `make_header` takes it, less the stage and the
         hyperparameters.
         """
         surrogate, policy = self.surrogate.config, self.policy.config
@@ -213,12 +213,12 @@ class TrainedACBOSystem(eqx.Module):
             policy=asdict(policy),
             token_dim=3 * surrogate.model_hidden_dim,
         )
-        save_module(Path(path), self, stage="acbo", hyperparameters=shape, **about)
+        save(Path(path), self, stage="acbo", hyperparameters=shape, **about)
 
     @staticmethod
     def load(path: Path | str) -> "TrainedACBOSystem":
-        """Read the artifact of stage 4; raises `ArtifactError` as `load_module` does."""
-        return load_module(
+        """Read the artifact of stage 4; raises `ArtifactError` as `lib.artifacts.load` does."""
+        return load(
             Path(path),
             "acbo",
             lambda shape: TrainedACBOSystem(surrogate_like(shape["surrogate"]), policy_like(shape)),
@@ -239,12 +239,12 @@ def policy_like(shape: dict) -> AcquisitionPolicyNetwork:
 
 def load_surrogate(path: Path | str) -> tuple[ParentSetPredictionModel, dict]:
     """The surrogate of stage 2 and its header."""
-    return load_module(Path(path), "surrogate", surrogate_like)
+    return load(Path(path), "surrogate", surrogate_like)
 
 
 def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
     """A policy of stage 3 and its header."""
-    return load_module(Path(path), "policy", policy_like)
+    return load(Path(path), "policy", policy_like)
 
 
 # --- deployment ---

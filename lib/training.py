@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from lib.artifacts import cut_log, fingerprint, load_checkpoint, save_checkpoint, write_log
+from lib.artifacts import cut_log, fingerprint, load, resumable, save, write_log
 
 
 class Learner(NamedTuple):
@@ -82,8 +82,17 @@ class Progress:
         """The state of the checkpoint, its step and what was logged up to it, or `state`, 0 and
         nothing; the log goes on there.
         """
-        state, start = load_checkpoint(self.checkpoint, state, self.fingerprint) or (state, 0)
-        return state, start, cut_log(self.log_path, start)
+        step = 0
+        if resumable(self.checkpoint, "checkpoint", self.fingerprint):
+            state, header = load(self.checkpoint, "checkpoint", lambda _: state)
+            step = header["step"]
+        return state, step, cut_log(self.log_path, step)
+
+    def keep(self, step: int, state: Any) -> None:
+        """Replace the checkpoint."""
+        about = self.header | {"parents": ()}  # they are in the fingerprint
+        mark = {"fingerprint": self.fingerprint}
+        save(self.checkpoint, state, stage="checkpoint", hyperparameters=mark, step=step, **about)
 
     def finish(self) -> None:
         """The results are written: the checkpoint goes."""
@@ -125,6 +134,5 @@ def train(
                 write_log(progress.log_path, done, record)
                 if done // checkpoint_every > step // checkpoint_every and done < total:
                     # after the log: a kill in between leaves a line too many, which `resume` drops
-                    mark = progress.fingerprint
-                    save_checkpoint(progress.checkpoint, state, fingerprint=mark, step=done)
+                    progress.keep(done, state)
     return state, records

@@ -7,7 +7,7 @@ are filtered, split, augmented and stored as arrays.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lib.artifacts import ArtifactError, load_arrays
+from lib.artifacts import ArtifactError, load
 from lib.buffer import ExperienceBuffer
 from lib.expert import Demonstration, ExpertRun, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
@@ -280,32 +280,25 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
 # --- files ---
 
 
-def to_arrays(trajectories: ExpertTrajectory, part: str) -> dict[str, np.ndarray]:
-    """Named arrays of a batch, each name starting with `part`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(trajectories)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {f"{part}/{name}": np.asarray(a) for name, (_, a) in zip(names, leaves, strict=True)}
-
-
 def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
     """The demonstrations of one part, `train` or `validation`, and the file's header; raises
     `ArtifactError` if the file cannot be used.
     """
-    arrays, header = load_arrays(path, "demos")
-    inner = {"scm": SyntheticSCM, "buffer": ExperienceBuffer}
+    arrays, header = load(path, "demos")
 
-    def fields(kind, prefix):
-        names = kind.__dataclass_fields__.keys() - inner.keys()
-        return {name: jnp.asarray(arrays[f"{prefix}/{name}"]) for name in names}
+    def module(row: Array, kind: Any = ExpertTrajectory, prefix: str = part) -> Any:
+        """One demonstration, or a part of it: every field is an array, or a module likewise."""
+        return kind(
+            **{
+                name: module(row, field.type, f"{prefix}/{name}")
+                if issubclass(field.type, eqx.Module)
+                else jnp.asarray(arrays[f"{prefix}/{name}"])[row]
+                for name, field in kind.__dataclass_fields__.items()
+            }
+        )
 
     try:
-        parts = {name: fields(kind, f"{part}/{name}") for name, kind in inner.items()}
-        rest = fields(ExpertTrajectory, part)
+        # one row at a time: annotations are about one demonstration
+        return jax.vmap(module)(jnp.arange(len(arrays[f"{part}/reward"]))), header
     except KeyError as error:
         raise ArtifactError(path, f"it holds no {error}", "demos") from error
-
-    def build(parts, rest):
-        built = {name: kind(**parts[name]) for name, kind in inner.items()}
-        return ExpertTrajectory(**built, **rest)
-
-    return jax.vmap(build)(parts, rest), header

@@ -22,14 +22,12 @@ from lib.artifacts import (
     cut_log,
     digest,
     fingerprint,
-    load_arrays,
-    load_checkpoint,
-    load_module,
+    load,
     read_header,
     read_log,
-    save_arrays,
-    save_checkpoint,
-    save_module,
+    resumable,
+    save,
+    stored,
     write_log,
 )
 
@@ -62,8 +60,8 @@ FIVE = np.float32(5).tobytes()  # the last of these values
 # of both kinds of file: what is saved, what loads it, and what finds the header in its bytes
 CONTENT = {"surrogate.eqx": MODULE, "demos.npz": ARRAYS}
 LOAD = {
-    "surrogate.eqx": ft.partial(load_module, stage="surrogate", build=build),
-    "demos.npz": ft.partial(load_arrays, stage="demos"),
+    "surrogate.eqx": ft.partial(load, stage="surrogate", build=build),
+    "demos.npz": ft.partial(load, stage="demos"),
 }
 HEADER = {
     "surrogate.eqx": lambda raw: raw.partition(b"\n")[0],
@@ -71,23 +69,22 @@ HEADER = {
 }
 
 
-def save(path, content=None, **changes):
+def write(path, content=None, **changes):
     """An artifact of the kind that its name says, with what is changed in its header."""
     content = CONTENT[path.name] if content is None else content
-    write = save_module if path.suffix == ".eqx" else save_arrays
-    write(path, content, **ABOUT | {"stage": path.stem} | changes)
+    save(path, content, **ABOUT | {"stage": path.stem} | changes)
 
 
 @pytest.fixture
 def saved(tmp_path, request):
-    save(path := tmp_path / getattr(request, "param", "surrogate.eqx"))
+    write(path := tmp_path / getattr(request, "param", "surrogate.eqx"))
     return path
 
 
 @pytest.mark.parametrize("saved", CONTENT, indirect=True)
 def test_what_was_saved_is_what_is_loaded_and_the_same_content_gives_the_same_bytes(saved):
     path, content = saved.parent / "new" / saved.name, CONTENT[saved.name]
-    save(path, parents=[saved])
+    write(path, parents=[saved])
     loaded, header = LOAD[path.name](path)
     assert set(header) == set(HEADER_FIELDS) and read_header(path) == header
     assert json.loads(HEADER[path.name](path.read_bytes())) == header
@@ -99,9 +96,9 @@ def test_what_was_saved_is_what_is_loaded_and_the_same_content_gives_the_same_by
     trees = (eqx.filter(tree, eqx.is_array_like) for tree in (loaded, content))
     for (name, one), (place, two) in zip(*map(jax.tree.leaves_with_path, trees), strict=True):
         assert name == place and one.dtype == two.dtype and np.array_equal(one, two)
-    save(path)
+    write(path)
     assert path.read_bytes() == saved.read_bytes() and digest(path) == digest(saved)
-    save(path, seed=2)
+    write(path, seed=2)
     assert digest(path) != digest(saved)
 
 
@@ -197,30 +194,30 @@ def test_what_is_damaged_foreign_or_missing_is_refused(saved, damage, said):
 )
 def test_wrong_stage_hyperparameters_and_shapes(saved, stage, make, said):
     with pytest.raises(ArtifactError, match=said):
-        load_module(saved, stage, make)
+        load(saved, stage, make)
 
 
 BROKEN = eqx.tree_at(lambda m: m.layers[1].bias, MODULE, jnp.array([0.0, jnp.nan, 0.0]))
 
 
 @pytest.mark.parametrize(
-    ("write", "error", "said"),
+    ("attempt", "error", "said"),
     [
-        (lambda p: save(p / "surrogate.eqx", BROKEN), ArtifactError, r"NaN in .*layers\[1\].bias"),
-        (lambda p: save(p / "demos.npz", {"x": np.full(2, np.nan)}), ArtifactError, "NaN in .*x"),
-        (lambda p: save_checkpoint(p / "a", BROKEN, fingerprint="", step=1), ArtifactError, "NaN"),
-        (lambda p: save(p / "surrogate.eqx", metrics={"loss": np.nan}), ValueError, "JSON"),
-        (lambda p: save(p / "surrogate.eqx", stage="polcy"), ValueError, "unknown stage 'polcy'"),
+        (lambda p: write(p / "surrogate.eqx", BROKEN), ArtifactError, r"NaN in .*layers\[1\].bias"),
+        (lambda p: write(p / "demos.npz", {"x": np.full(2, np.nan)}), ArtifactError, "NaN in .*x"),
+        (lambda p: write(p / "a.ckpt", BROKEN, stage="checkpoint"), ArtifactError, "NaN"),
+        (lambda p: write(p / "surrogate.eqx", metrics={"loss": np.nan}), ValueError, "JSON"),
+        (lambda p: write(p / "surrogate.eqx", stage="polcy"), ValueError, "unknown stage 'polcy'"),
         (
-            lambda p: save(p / "surrogate.eqx", parents=[p / "demos.npz"]),
+            lambda p: write(p / "surrogate.eqx", parents=[p / "demos.npz"]),
             ArtifactError,
             "demos.npz: missing.*01_extract_demos.py",
         ),
     ],
 )
-def test_what_cannot_be_read_again_is_not_written(tmp_path, write, error, said):
+def test_what_cannot_be_read_again_is_not_written(tmp_path, attempt, error, said):
     with pytest.raises(error, match=said):
-        write(tmp_path)
+        attempt(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -228,25 +225,41 @@ def test_failed_write_keeps_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        save(saved, seed=2)
+        write(saved, seed=2)
     assert saved.read_bytes() == before
 
 
 def test_checkpoints(tmp_path):
-    path = tmp_path / "run.ckpt"
+    path, same = tmp_path / "run.ckpt", ft.partial(resumable, stage="checkpoint", mark="mine")
     tree = {"model": MODULE, "count": jnp.array(3), "best": jnp.inf}
-    assert load_checkpoint(path, tree, "mine") is None
-    save_checkpoint(path, tree, fingerprint="mine", step=5)
-    loaded = load_checkpoint(path, tree, "mine")
-    assert loaded is not None and loaded[1] == 5
-    assert eqx.tree_equal(*(eqx.filter(t, eqx.is_array_like) for t in (loaded[0], tree)))
-    assert load_checkpoint(path, tree, "other") is None
-    with pytest.raises(ArtifactError, match="wrong shapes"):
-        load_checkpoint(path, MODULE, "mine")
+    assert not same(path)
+    mine = {"fingerprint": "mine"}
+    write(path, tree, stage="checkpoint", hyperparameters=mine, step=5)
+    assert same(path) and not resumable(path, "checkpoint", "other")
+    found, header = load(path, "checkpoint", lambda _: tree)
+    assert header["step"] == 5 and header["hyperparameters"] == mine
+    assert eqx.tree_equal(*(eqx.filter(t, eqx.is_array_like) for t in (found, tree)))
+    with pytest.raises(ArtifactError, match="wrong shapes.*delete it"):
+        load(path, "checkpoint", lambda _: MODULE)
     for damage in (ft.partial(edit_header, step=7), ft.partial(edit_header, step=-3), flip):
         damage(copy := shutil.copy(path, tmp_path / "damaged.ckpt"))
         with pytest.raises(ArtifactError, match="delete it"):
-            load_checkpoint(copy, tree, "mine")
+            load(copy, "checkpoint", lambda _: tree)
+    cut(path, 0.01)
+    with pytest.raises(ArtifactError, match="truncated.*delete it"):
+        same(path)
+
+
+def test_results_are_stored_once_for_each_fingerprint(tmp_path):
+    path, compute = tmp_path / "raw" / "acbo_d5.npz", Mock(return_value=ARRAYS)
+    for mark, calls in (("mine", 1), ("mine", 1), ("other", 2)):
+        found = stored(path, mark, compute, config={}, seed=0)
+        assert compute.call_count == calls and found.keys() == ARRAYS.keys()
+        assert all(np.array_equal(found[name], array) for name, array in ARRAYS.items())
+    assert read_header(path)["stage"] == "evaluation"
+    edit_array(path)
+    with pytest.raises(ArtifactError, match="checksum.*05_evaluate.py"):
+        stored(path, "other", compute, config={}, seed=0)
 
 
 def test_what_is_half_done_does_not_go_on_with_other_code_settings_or_parents(
@@ -268,7 +281,7 @@ def test_what_is_half_done_does_not_go_on_with_other_code_settings_or_parents(
         path.write_text("steps = 4\n")
         found.add(fingerprint(script, Config(), copy))
     LOAD[saved.name](saved)
-    save(saved, seed=2)
+    write(saved, seed=2)
     assert len(found | {fingerprint(script, Config(), [saved])}) == 5
 
 

@@ -23,7 +23,7 @@ import pytest
 import lib.training
 from lib import settings
 from lib.accuracy import accuracy
-from lib.artifacts import ArtifactError, load_arrays, read_header, read_log
+from lib.artifacts import ArtifactError, load, read_header, read_log
 from lib.check import check
 from lib.graphs import FAMILIES
 from lib.grpo import GRPOConfig
@@ -143,7 +143,7 @@ def test_every_stage_writes_what_it_says(finished, own):
     assert all(one["seed"] == 0 and one["metrics"] is not None for one in headers.values())
     logs = {name: read_log(finished / "logs" / f"{name}.jsonl") for name in LOGGED}
     assert {name: [record["step"] for record in log] for name, log in logs.items()} == LOGGED
-    curves = load_arrays(finished / "curves.npz", "curves")[0]
+    curves = load(finished / "curves.npz", "curves")[0]
     assert curves["reward"].shape == (3,) and curves["validation"].shape == (4, 2)
     # neither the number of steps nor the interval of evaluations is a multiple of a chunk
     assert headers["surrogate.eqx"]["step"] == 5
@@ -177,7 +177,7 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
     finished, own, monkeypatch, stage, product
 ):
     before, config = (finished / product).read_bytes(), configs(finished, own)[stage]
-    real, main = lib.training.save_checkpoint, STAGES[stage].main
+    real, main = lib.training.save, STAGES[stage].main
 
     def save_and_die(*args, **kwargs):
         real(*args, **kwargs)
@@ -185,7 +185,7 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
 
     (finished / product).unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lib.training, "save_checkpoint", save_and_die)
+        patch.setattr(lib.training, "save", save_and_die)
         main(config)
     assert not (finished / product).exists()
     assert main(config) == finished / product
@@ -526,7 +526,7 @@ def test_without_a_clone_there_is_no_warm_start_to_compare(finished):
         shutil.copy(finished / name, folder)
     alone = ImitationConfig(use_behavioral_cloning=False)
     STAGES[2].main(replace(configs(folder)[2], imitation=alone))
-    assert len(load_arrays(folder / "curves.npz", "curves")[0]["validation"]) == 4
+    assert len(load(folder / "curves.npz", "curves")[0]["validation"]) == 4
     assert not (folder / "bc_policy.eqx").exists()
 
 

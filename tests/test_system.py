@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cases import guard
 
-from lib.artifacts import ArtifactError, save_module
+from lib.artifacts import ArtifactError, save
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.problems import DataDesign, draw_problem
 from lib.scm_prior import SCMPrior
@@ -99,7 +99,7 @@ def test_what_was_saved_is_what_is_loaded_and_another_stage_is_refused(system, t
     policy = dict(policy=asdict(system.policy.config), token_dim=width)
     for stage, shape in (("surrogate", SIZES.hyperparameters), ("policy", policy)):
         about |= dict(stage=stage, hyperparameters=shape)
-        save_module(tmp_path / f"{stage}.eqx", getattr(system, stage), **about)
+        save(tmp_path / f"{stage}.eqx", getattr(system, stage), **about)
     loads = {
         "surrogate": lambda path: load_surrogate(path)[0],
         "policy": lambda path: load_policy(path)[0],

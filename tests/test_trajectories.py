@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from recorded import each_case, linear_system, read_case
 
-from lib.artifacts import ArtifactError, save_arrays
+from lib.artifacts import ArtifactError, load, save
 from lib.expert import Demonstration, ExpertRun, check_expert_input, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.imitation import extract_acquisition_training_data
@@ -35,7 +35,6 @@ from lib.trajectories import (
     improvements,
     load_trajectories,
     take,
-    to_arrays,
     transform,
     validate_demonstration_quality,
     validate_trajectory_consistency,
@@ -406,15 +405,19 @@ def test_the_model_of_a_copy_is_the_same_system(trajectories):
 
 
 def test_what_is_stored_is_what_is_loaded(tmp_path, trajectories):
-    path, arrays = tmp_path / "demos.npz", to_arrays(trajectories, "train")
-    assert all(name.startswith("train/") for name in arrays)
-    save_arrays(
-        path, arrays, stage="demos", config={}, hyperparameters={}, seed=0, step=1, metrics={}
-    )
+    path = tmp_path / "demos.npz"
+    save(path, {"train": trajectories}, stage="demos", config={}, seed=0)
+    with np.load(path, allow_pickle=False) as file:
+        assert all(name.startswith("train/") for name in set(file) - {"header"})
+        assert (file["train/scm/weights"] == trajectories.scm.weights).all()
     loaded, header = load_trajectories(path, "train")
     assert eqx.tree_equal(loaded, trajectories) and header["stage"] == "demos"
     with pytest.raises(ArtifactError, match="it holds no.*validation/"):
         load_trajectories(path, "validation")
+    del (arrays := load(path, "demos")[0])["train/scm/low"]  # of another version of the code
+    save(path, arrays, stage="demos", config={}, seed=0)
+    with pytest.raises(ArtifactError, match="it holds no.*train/scm/low.*01_extract"):
+        load_trajectories(path, "train")
 
 
 def test_join_undoes_take(trajectories):
