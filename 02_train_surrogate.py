@@ -123,6 +123,11 @@ class Config:
             )
 
     @property
+    def capacity(self) -> int:
+        """Rows of a simulated data set."""
+        return self.design.max_obs + self.design.max_interventions
+
+    @property
     def priors(self) -> tuple[SCMPrior, ...]:
         """The prior of each bucket."""
         largest = [bucket.max_size for bucket in self.buckets]
@@ -133,7 +138,6 @@ class Config:
         )
 
 
-TrainingConfig = Config  # as the document calls it
 LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80)
 PRESETS = settings.presets(
     Config,
@@ -247,17 +251,14 @@ def train_chunk(
     return state, jax.tree.map(jnp.mean, losses)
 
 
-def train_surrogate_with_expert_data(
-    training_examples: surrogate.SurrogateTrainingExample | None,
-    model_config: surrogate.SurrogateConfig,
-    training_config: Config,
-    *,
+def train_surrogate(
+    config: Config,
+    examples: surrogate.SurrogateTrainingExample | None = None,
     progress: Progress | None = None,
 ) -> SurrogateModelResult:
-    """Train on the expert's beliefs (none: without them) and on simulations
-    (phase4_training_infrastructure.md); with `progress`, go on where a checkpoint is.
+    """Train on the expert's beliefs, if there are any, and on simulations; with `progress`, go on
+    where a checkpoint is.
     """
-    config = replace(training_config, model=model_config)
     uses = ("model", "problems", "demonstrations", "validation", "time")
     model_key, data_key, demo_key, validation_key, time_key = (
         settings.stage_key(config.seed, "surrogate", use) for use in uses
@@ -269,7 +270,7 @@ def train_surrogate_with_expert_data(
     def advance(state, step, count):
         index, done, every = jnp.array(step), step + count, config.evaluate_every
         batches = draw_chunk(data_key, index, count, config)
-        state, losses = train_chunk(state, batches, training_examples, demo_key, index, config)
+        state, losses = train_chunk(state, batches, examples, demo_key, index, config)
         record = losses._asdict()
         if done // every > step // every or done == config.steps:
             record |= accuracy(state.average, validation)
@@ -310,34 +311,6 @@ def extract_surrogate_training_data(
     return merged(each(trajectories, jnp.arange(trajectories.log_probs.shape[1])))
 
 
-def train_surrogate_component(
-    trajectories: ExpertTrajectory | None,
-    config: surrogate.SurrogateConfig,
-    *,
-    training_config: Config = Config(),
-    progress: Progress | None = None,
-) -> SurrogateModelResult:
-    """Train only the surrogate, on whole demonstrations (phase4_training_infrastructure.md)."""
-    capacity = training_config.design.max_obs + training_config.design.max_interventions
-    examples = trajectories and extract_surrogate_training_data(trajectories, capacity)
-    return train_surrogate_with_expert_data(examples, config, training_config, progress=progress)
-
-
-def pretrain_surrogate(
-    expert_demonstrations: surrogate.SurrogateTrainingExample,
-    learning_rate: float,
-    num_epochs: int,
-    *,
-    config: Config = Config(),
-) -> surrogate.ParentSetPredictionModel:
-    """The loop of multi_stage_training.md, stage 1: `num_epochs` passes over the demonstrations,
-    with as many simulations beside them as `config` says.
-    """
-    batches = -(-expert_demonstrations.task.target.shape[0] // config.demos_per_step)
-    config = replace(config, learning_rate=learning_rate, steps=num_epochs * batches)
-    return train_surrogate_with_expert_data(expert_demonstrations, config.model, config).model
-
-
 def main(config: Config) -> Path:
     """Train on the folder's demonstrations, write the surrogate and say how good it is; returns
     its path.
@@ -346,15 +319,14 @@ def main(config: Config) -> Path:
     weight.
     """
     settings.use_compilation_cache(config.folder.parent / "cache")
-    inputs, trajectories = [], None
+    inputs, examples = [], None
     if config.weights.expert:
         inputs = [config.folder / "demos.npz"]
         trajectories, header = load_trajectories(inputs[0], "train")
         config = replace(config, prior=inherit(config.prior, header))
+        examples = extract_surrogate_training_data(trajectories, config.capacity)
     progress = Progress(config.folder, "surrogate", __file__, config, inputs)
-    result = train_surrogate_component(
-        trajectories, config.model, training_config=config, progress=progress
-    )
+    result = train_surrogate(config, examples, progress)
     out = config.folder / "surrogate.eqx"
     save(
         out,

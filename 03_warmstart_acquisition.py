@@ -25,7 +25,6 @@ moving average over the iterations (`average`), because a reward is a rare jump 
 recommendation and every gradient mostly noise.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +52,7 @@ from lib.scm_prior import SCMPrior, inherit, multimodal
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import load_surrogate
 from lib.training import Learner, Progress, joined, moving_average, train
-from lib.trajectories import ExpertTrajectory, load_trajectories
+from lib.trajectories import load_trajectories
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ class Config:
             )
 
 
-AcquisitionConfig = Config  # as the document calls it
 PRESETS = settings.presets(
     Config,
     smoke=dict(
@@ -255,38 +253,30 @@ def improve(
     return state, curves | {"validation": np.array(gains, np.float32)}
 
 
-# --- the documents' functions ---
-
-
-def train_acquisition_with_expert_warmstart(
-    training_examples: AcquisitionTrainingExample | None,
-    policy_config: PolicyConfig,
-    grpo_config: GRPOConfig,
-    imitation_config: ImitationConfig,
-    *,
+def train_policy(
+    config: Config,
     surrogate: ParentSetPredictionModel,
+    examples: AcquisitionTrainingExample | None = None,
     held_out: AcquisitionTrainingExample | None = None,
-    config: Config = Config(),
     progress: Progress | None = None,
 ) -> AcquisitionModelResult:
-    """Clone the expert's choices, then improve by GRPO (phase4_training_infrastructure.md).
+    """Clone the expert's choices, then improve by GRPO. The clone's agreement is measured on
+    `held_out` examples; without cloning none are needed.
 
-    The clone's agreement is measured on `held_out` examples; without cloning none are needed. With
-    `progress`, GRPO goes on where a checkpoint is; cloning is short, and the same again.
+    With `progress`, GRPO goes on where a checkpoint is; cloning is short, and the same again.
     """
-    config = replace(config, policy=policy_config, grpo=grpo_config, imitation=imitation_config)
-    cloning, agreement = imitation_config.use_behavioral_cloning, {}
+    cloning, agreement = config.imitation.use_behavioral_cloning, {}
     clone_key, first_key = (
         settings.stage_key(config.seed, "policy", use)
         for use in ("clone", "warm" if cloning else "cold")
     )
     token_dim = 3 * surrogate.config.model_hidden_dim
     build = eqx.filter_jit(AcquisitionPolicyNetwork)
-    start = build(policy_config, token_dim, key=first_key)
+    start = build(config.policy, token_dim, key=first_key)
     if cloning:
-        if training_examples is None:
-            raise ValueError("cloning needs training_examples, or use_behavioral_cloning=False")
-        start = clone(clone_key, start, training_examples, imitation_config)
+        if examples is None:
+            raise ValueError("cloning needs examples, or use_behavioral_cloning=False")
+        start = clone(clone_key, start, examples, config.imitation)
         if held_out is not None:
             measured = eqx.filter_jit(clone_loss)(start, held_out)[1]
             agreement = {name: float(value) for name, value in measured._asdict().items()}
@@ -299,55 +289,6 @@ def train_acquisition_with_expert_warmstart(
     )
 
 
-def train_acquisition_component(
-    trajectories: Iterable[ExpertTrajectory] | None,
-    surrogate_result: ParentSetPredictionModel,
-    config: Config,
-    *,
-    progress: Progress | None = None,
-) -> AcquisitionModelResult:
-    """Train only the policy, on two batches of demonstrations, of training and held out
-    (phase4_training_infrastructure.md).
-    """
-    train = held_out = None
-    if trajectories is not None:
-        first, second = trajectories
-        examples = extract_acquisition_training_data(joined([first, second]), surrogate_result)
-        train = jax.tree.map(lambda leaf: leaf[: first.variable.size], examples)
-        held_out = jax.tree.map(lambda leaf: leaf[first.variable.size :], examples)
-    return train_acquisition_with_expert_warmstart(
-        train,
-        config.policy,
-        config.grpo,
-        config.imitation,
-        surrogate=surrogate_result,
-        held_out=held_out,
-        config=config,
-        progress=progress,
-    )
-
-
-def train_acquisition(
-    surrogate_params: ParentSetPredictionModel,
-    expert_demonstrations: AcquisitionTrainingExample | None,
-    learning_rate: float,
-    num_steps: int,
-    *,
-    config: Config = Config(),
-) -> AcquisitionPolicyNetwork:
-    """The loop of multi_stage_training.md, stage 2: `num_steps` GRPO iterations; demonstrations are
-    cloned first, if there are any.
-    """
-    return train_acquisition_with_expert_warmstart(
-        expert_demonstrations,
-        config.policy,
-        replace(config.grpo, learning_rate=learning_rate),
-        replace(config.imitation, use_behavioral_cloning=expert_demonstrations is not None),
-        surrogate=surrogate_params,
-        config=replace(config, iterations=num_steps, checkpoint_every=num_steps),
-    ).policy
-
-
 def main(config: Config) -> Path:
     """Train the policy on the folder's surrogate and demonstrations, write it and say how it ended;
     returns its path.
@@ -358,12 +299,22 @@ def main(config: Config) -> Path:
     demos, inputs = config.folder / "demos.npz", [config.folder / "surrogate.eqx"]
     surrogate, made = load_surrogate(inputs[0])
     config = replace(config, prior=inherit(config.prior, made))
-    trajectories, cloning = None, config.imitation.use_behavioral_cloning
+    train = held_out = None
+    cloning = config.imitation.use_behavioral_cloning
     if cloning:
         inputs = [demos, *inputs]
-        trajectories = [load_trajectories(demos, part)[0] for part in ("train", "validation")]
+        parts = [load_trajectories(demos, part)[0] for part in ("train", "validation")]
+        # together: one program
+        both, count = (
+            extract_acquisition_training_data(joined(parts), surrogate),
+            parts[0].variable.size,
+        )
+        train, held_out = (
+            jax.tree.map(lambda leaf, rows=rows: leaf[rows], both)
+            for rows in (slice(count), slice(count, None))
+        )
     progress = Progress(config.folder, "policy", __file__, config, inputs)
-    result = train_acquisition_component(trajectories, surrogate, config, progress=progress)
+    result = train_policy(config, surrogate, train, held_out, progress)
 
     header: dict[str, Any] = progress.header | {"step": config.iterations}
     curves, path = result.curves | {"validation": result.validation}, config.folder / "curves.npz"

@@ -17,7 +17,6 @@ Deviations from multi_stage_training.md, stage 3:
 """
 
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +37,12 @@ from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import (
     LossWeights,
     ParentSetPredictionModel,
-    SurrogateConfig,
     SurrogateLosses,
     surrogate_optimiser,
     surrogate_step,
 )
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
 from lib.training import Learner, Progress, joined, merged, train
-from lib.trajectories import ExpertTrajectory
 
 
 @dataclass(frozen=True)
@@ -238,28 +235,6 @@ def train_end_to_end(
         progress=progress,
     )
     return TrainedACBOSystem(state.surrogate.module, state.policy.module), records[-1]
-
-
-def train_complete_acbo_system(
-    expert_trajectories: tuple[ExpertTrajectory, ExpertTrajectory],
-    surrogate_config: SurrogateConfig,
-    acquisition_config,
-    training_config,
-    *,
-    config: Config = Config(),
-) -> TrainedACBOSystem:
-    """Stages 2 to 4 on demonstrations, of training and held out, without files
-    (phase4_training_infrastructure.md). The configs are an `AcquisitionConfig` and a
-    `TrainingConfig`, of stages 3 and 2.
-    """
-    stage_2, stage_3 = map(import_module, ("02_train_surrogate", "03_warmstart_acquisition"))
-    surrogate = stage_2.train_surrogate_component(
-        expert_trajectories[0], surrogate_config, training_config=training_config
-    ).model
-    policy = stage_3.train_acquisition_component(
-        expert_trajectories, surrogate, acquisition_config
-    ).policy
-    return train_end_to_end(surrogate, policy, config.rounds, config=config)[0]
 
 
 def main(config: Config) -> Path:

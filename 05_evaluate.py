@@ -42,7 +42,6 @@ from lib.methods import (
     EXPERT_FAMILY,
     METHODS,
     UNCHECKED,
-    EvaluationReport,
     OptimizationScenario,
     play,
 )
@@ -305,8 +304,10 @@ def success_records(
 # --- the run ---
 
 
-def evaluate(run: Run) -> EvaluationReport:
-    """Every comparison, in the order of the tables."""
+def evaluate(run: Run) -> tuple[list[Record], dict[str, Arrays]]:
+    """Rows of all tables, in their order, and simple regret by method `[batch, steps + 1]` for each
+    number of variables.
+    """
     config, records, regret, found = run.config, [], {}, {}
     for size in config.sizes:
         task = f"d={size}"
@@ -316,7 +317,7 @@ def evaluate(run: Run) -> EvaluationReport:
         found[size] = task, problems, scores, expert
     _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
     records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)
-    return EvaluationReport(records + literature_records(run), regret)
+    return records + literature_records(run), regret
 
 
 def main(config: Config) -> Path:
@@ -335,13 +336,15 @@ def main(config: Config) -> Path:
     for name, path in policies.items():
         systems[name] = TrainedACBOSystem(surrogate, load_policy(path)[0])
     bucket = header["config"]["buckets"][-1]["max_size"]
-    report = evaluate(Run(config, systems, inputs, bucket, fingerprint(__file__, config, inputs)))
-    metrics.write_results(results, report.records, config.seed)
-    for task, regret in report.regret.items():
+    records, regrets = evaluate(
+        Run(config, systems, inputs, bucket, fingerprint(__file__, config, inputs))
+    )
+    metrics.write_results(results, records, config.seed)
+    for task, regret in regrets.items():
         size = task.removeprefix("d=")
         metrics.draw_regret(regret, results / f"regret_d{size}.png", f"{size} variables")
-    for table in dict.fromkeys(record.table for record in report.records):
-        print(f"\n## {table}\n\n{metrics.render(report.records, table)}")
+    for table in dict.fromkeys(record.table for record in records):
+        print(f"\n## {table}\n\n{metrics.render(records, table)}")
     print(f"\nwritten to {results}")
     return results
 

@@ -11,10 +11,9 @@ import numpy as np
 from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
-from lib.problems import GroundTruth, Problem, in_batches
+from lib.problems import Problem, in_batches
 from lib.scm import MECHANISMS, AbstractSCM
 from lib.surrogate import ParentSetPredictionModel
-from lib.trajectories import ExpertTrajectory
 
 
 REGRET_STEPS = (1, 3, 5, 10, 20)
@@ -73,18 +72,6 @@ def accuracy(model: ParentSetPredictionModel, validation: tuple[Problem, ...]) -
         "validation_coverage_90": float((np.abs(error) < 1.645 * std).mean()),
         "validation_regret": float(regret.mean()),
     }
-
-
-def evaluate_surrogate_accuracy(
-    surrogate: ParentSetPredictionModel, test_trajectories: ExpertTrajectory
-) -> dict[str, float]:
-    """Accuracy on all that held-out demonstrations ended with, against the truth about their
-    systems (phase4_training_infrastructure.md).
-    """
-
-    num_bins, scms = surrogate.config.num_bins, test_trajectories.scm
-    truth = eqx.filter_jit(jax.vmap(lambda scm: GroundTruth.of(scm, num_bins)))(scms)
-    return accuracy(surrogate, (Problem(scms, truth, test_trajectories.buffer),))
 
 
 def posterior_seconds(

@@ -5,9 +5,8 @@ A method sees the data, the target and the ranges; only `cbo_known_graph` is tol
 """
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,17 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from lib import baselines
-from lib.accuracy import Arrays, regret_records
 from lib.buffer import ExperienceBuffer
 from lib.check import BELIEFS, PROCESSES, check
 from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
-from lib.metrics import Record, normalised_regret
+from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
 from lib.problems import DataDesign, Problem, draw_problems, in_batches, optima
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior
-from lib.settings import stage_key
 from lib.system import TrainedACBOSystem, play_campaign
 
 
@@ -74,13 +71,6 @@ class ACBOPipeline(eqx.Module):
 
         sets = first.sets, jax.nn.log_softmax(first.log_probs)
         return run_parent_scale(key, scm, buffer, self.config, candidate_sets=sets, predict=believe)
-
-
-def integrate_with_existing_pipeline(
-    trained_system: TrainedACBOSystem, *, config: ParentScaleConfig | None = None
-) -> ACBOPipeline:
-    """The pipeline of the expert that asks the trained surrogate who the parents are."""
-    return ACBOPipeline(trained_system, config or ParentScaleConfig(num_obs=50, num_steps=10))
 
 
 def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
@@ -137,7 +127,7 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         "bo": ft.partial(run_gp_ei, config=expert),
         "cbo_known_graph": known_graph,
         "parent_scale": ft.partial(run_parent_scale, config=expert),
-        "parent_scale_amortized": integrate_with_existing_pipeline(system, config=expert),
+        "parent_scale_amortized": ACBOPipeline(system, expert),
         "surrogate_greedy": campaign(on_surface, lambda key, output: output.best()),
         "surrogate_ei": campaign(
             on_surface, lambda key, output: expected_improvement_choice(output)
@@ -225,65 +215,3 @@ class OptimizationScenario:
         played = play(name, system, *problem, self.num_obs, self.num_steps)
         ends = best[:, None], problems.truth.baseline[:, None]
         return normalised_regret(played["recommended"], *ends)
-
-
-class EvaluationReport(NamedTuple):
-    """What an evaluation found: rows of the tables, and simple regret by method
-    `[batch, steps + 1]` for each number of variables.
-    """
-
-    records: list[Record]
-    regret: dict[str, Arrays]
-
-
-def evaluate_system_performance(
-    system: TrainedACBOSystem,
-    test_scms: Problem,
-    baseline_method: str = "parent_scale",
-    *,
-    num_obs: int = 50,
-    num_steps: int = 10,
-    seed: int = 0,
-) -> EvaluationReport:
-    """The system beside one method on problems whose truth is known, with room for `num_steps`
-    experiments behind `num_obs` observational rows (phase4_training_infrastructure.md).
-    """
-    task = f"d={test_scms.scm.low.shape[1]}"
-    scenario = OptimizationScenario(task, num_obs=num_obs, num_steps=num_steps)
-    key = stage_key(seed, "evaluation", "play")
-    regret = {
-        name: scenario.regret(name, system, test_scms, optima(test_scms.scm), key)
-        for name in (baseline_method, "acbo")
-    }
-    records = regret_records(task, regret, test_scms.scm.mechanism)
-    return EvaluationReport(records, {task: regret})
-
-
-def evaluate_acquisition_performance(
-    system: TrainedACBOSystem,
-    scenarios: Sequence[OptimizationScenario],
-    *,
-    num_problems: int = 300,
-    seed: int = 1_000_003,
-    rivals: Sequence[str] = ON_SURFACE,
-) -> dict[str, float]:
-    """Simple regret of the system's policy after 1, 3, 5, 10 and 20 experiments, and by how much
-    each rival's is larger, paired.
-
-    Keys are task, method and metric of `lib.accuracy.regret_records`, with `/low` and `/high`
-    behind for the ends of its 95 % interval.
-    """
-    records = []
-    for index, scenario in enumerate(scenarios):
-        draw_key, play_key = jr.split(jr.fold_in(jr.key(seed), index))
-        problems, best = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
-        regret = {
-            name: scenario.regret(name, system, problems, best, play_key)
-            for name in ("acbo", *rivals)
-        }
-        records += regret_records(scenario.name, regret, problems.scm.mechanism)
-    return {
-        "/".join((r.task, r.method, r.metric)) + end: value
-        for r in records
-        for end, value in (("", r.value), ("/low", r.low), ("/high", r.high))
-    }

@@ -193,9 +193,6 @@ class AbstractSCM(eqx.Module):
         return Optimum(variable, value, mean(variable, value))
 
 
-SCM = AbstractSCM  # as the documents call it
-
-
 def experiment_key(key: Key[Array, ""], step: Int[Array, ""] | int) -> Key[Array, ""]:
     """The key of the exogenous noise of experiment `step` in a campaign with `key`: the same for
     every method, which makes comparisons paired.

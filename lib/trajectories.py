@@ -66,9 +66,6 @@ class ExpertTrajectory(Demonstration):
         return TrajectoryStep(*known, *(field[index] for field in made), step_number=index)
 
 
-ParentScaleTrajectory = ExpertTrajectory  # the document has two names for one thing
-
-
 # --- extraction ---
 
 

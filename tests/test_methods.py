@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib import methods
+from lib import documents, methods
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.scm import Intervention, experiment_key
 from lib.scm_prior import SCMPrior
@@ -54,7 +54,7 @@ def test_regret_starts_and_ends_where_it_should_and_the_key_decides(system):
 
 
 def test_the_system_is_held_against_its_rivals(system):
-    found = methods.evaluate_acquisition_performance(
+    found = documents.evaluate_acquisition_performance(
         system, [SCENARIO], num_problems=4, rivals=("random",)
     )
     for t in (1, 3):
