@@ -76,7 +76,8 @@ def campaign(problem, policy, simulator):
 
 
 def test_a_full_buffer_is_refused_or_marked(policy, simulator, campaign):
-    arguments = jr.key(3), simulator, policy, campaign[1], STEPS, CONFIG
+    nearly = jax.tree.map(lambda leaf: leaf[: campaign[1].size + STEPS - 1], campaign[1])
+    arguments = jr.key(3), simulator, policy, nearly, STEPS, CONFIG
     with pytest.raises(ValueError, match="too few for its rows and 3 experiments"):
         grpo.collect_campaign(*arguments)
     groups, _ = collect(*arguments)

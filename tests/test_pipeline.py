@@ -171,7 +171,7 @@ def test_a_model_knows_the_family_of_its_graph():
 
 @pytest.mark.parametrize(
     "stage, product",
-    enumerate(("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx")),
+    [*enumerate(("demos.npz", "surrogate.eqx", "policy.eqx", "acbo.eqx"))],
 )
 def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
     finished, own, monkeypatch, stage, product

@@ -304,7 +304,9 @@ def test_data_at_any_moment_of_a_campaign():
 
     problems = jax.jit(jax.vmap(draw))(jr.split(jr.key(5), 32))
     flat = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), problems)
-    values, intervened, valid, candidates = assert_rows(flat.buffer, flat.scm.task)
+    values, intervened, valid, candidates = assert_rows(
+        flat.buffer, jax.vmap(lambda scm: scm.task)(flat.scm)
+    )
     assert values.shape == (64, 20, NUM_VARS)
     done = intervened.any(2).sum(1)
     observations = valid.sum(1) - done

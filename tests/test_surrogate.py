@@ -292,7 +292,8 @@ class Public(eqx.Module):
 def with_truth(problems, parents, effects) -> Problem:
     """A batch of hand-made data sets and tasks, with this truth."""
     buffers, tasks = stack(problems)
-    return Problem(Public(tasks), GroundTruth(effects, jnp.zeros(len(parents)), parents), buffers)
+    truth = jax.vmap(lambda e, p: GroundTruth(e, jnp.zeros(()), p))(effects, parents)
+    return Problem(Public(tasks), truth, buffers)
 
 
 def test_one_batch_is_learnt_by_heart(model):
