@@ -2,6 +2,9 @@
 the documents use.
 """
 
+import re
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

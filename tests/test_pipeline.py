@@ -73,7 +73,7 @@ def configs(folder: Path, prior: SCMPrior = PRIOR) -> list:
             batch=3,
             max_posterior_entropy=9.0,
         ),
-        STAGES[1].TrainingConfig(
+        STAGES[1].Config(
             folder,
             prior=PRIOR,
             design=DESIGN,
@@ -87,7 +87,7 @@ def configs(folder: Path, prior: SCMPrior = PRIOR) -> list:
             evaluate_every=3,
             checkpoint_every=2,
         ),
-        STAGES[2].AcquisitionConfig(
+        STAGES[2].Config(
             folder,
             prior=PRIOR,
             campaign=CAMPAIGN,
