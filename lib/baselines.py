@@ -6,14 +6,12 @@ itself was set are never used. Padded variables, whose column is constant, get n
 degree of freedom.
 """
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.scipy as jsp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.linalg import positive_inverse
+from lib.pairs import target_test
 from lib.regression import (
     CUBIC_PENALTY,
     LINEAR_PENALTY,
@@ -22,11 +20,9 @@ from lib.regression import (
     usable_rows,
 )
 from lib.scm import Task, value_grid
+from lib.sums import Summary
 
 
-TEST_DEGREE = 3
-# a power of a variable that adds less than this share of its norm is a copy of the lower ones
-RANK_TOLERANCE = 1e-3
 Choice = tuple[Int[Array, ""], Float[Array, ""]]
 
 
@@ -116,70 +112,7 @@ def absolute_correlation(buffer: ExperienceBuffer, task: Task) -> Float[Array, "
 
 
 def f_test(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
-    """Evidence of the partial F-test: s / (1 + s) with s = -log10 p, because 1 - p would round to
-    one. The test p < 1e-6 is score > 6 / 7.
+    """1 - 1 / sqrt(1 + F), F that of the three powers of a variable in the regression of the target
+    on those of all others (`target_test` of lib/pairs.py, which the surrogate sees too).
     """
-    evidence = -f_test_log_p(buffer, task) / jnp.log(10.0)
-    return evidence / (1.0 + evidence)
-
-
-def f_test_log_p(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
-    """Natural log of the p-value of each variable's powers 1 to 3 in the regression of the target
-    on those of all others; 0 for target and padding.
-
-    A variable with k distinct values has at most k - 1 powers. With no degree of freedom left for
-    the residual there is no evidence: log p is 0.
-    """
-    (z, rows), tested = standardised(buffer, task), task.possible_parents
-    x, y = jnp.where(tested[None], z, 0.0), jnp.take(z, task.target, axis=1)
-    basis = jax.vmap(orthogonal_powers, (1, None), 1)(x, rows)  # samples vars powers
-    rank = (jnp.abs(basis).max(0) > 0).sum(1)
-
-    size = basis.shape[1] * TEST_DEGREE
-    design = basis.reshape(-1, size)
-    # the columns have norm 1 or 0
-    inverse = positive_inverse(design.T @ design + 1e-6 * jnp.eye(size))
-    weights = inverse @ (design.T @ y)
-    residual = jnp.square(y - design @ weights).sum()
-    variable = jnp.arange(basis.shape[1])
-    blocks = inverse.reshape(-1, TEST_DEGREE, basis.shape[1], TEST_DEGREE)[variable, :, variable]
-    w = weights.reshape(-1, TEST_DEGREE)
-    # what leaving the variable out adds to the residual
-    reduction = jnp.einsum("ip,ipq,iq->i", w, jax.vmap(positive_inverse)(blocks), w)
-
-    freedom = rows.sum() - 1 - rank.sum()
-    a, b = 0.5 * jnp.maximum(freedom, 1), 0.5 * jnp.maximum(rank, 1)
-    # = 1 / (1 + F rank / freedom)
-    share = jnp.clip(residual / (residual + jnp.maximum(reduction, 0.0)), 1e-30, 1.0)
-    p = jsp.special.betainc(a, b, share)
-    # Below the range of float32: the leading term of the incomplete beta function, whose error is
-    # of order b / a.
-    tail = (
-        a * jnp.log(share)
-        + (b - 1.0) * jnp.log1p(-jnp.minimum(share, 0.9))
-        - jnp.log(a)
-        - jsp.special.betaln(a, b)
-    )
-    log_p = jnp.where(p > 1e-30, jnp.log(jnp.maximum(p, 1e-30)), tail)
-    return jnp.where(tested & (rank > 0) & (freedom > 0), jnp.minimum(log_p, 0.0), 0.0)
-
-
-def orthogonal_powers(
-    z: Float[Array, " samples"], rows: Bool[Array, " samples"]
-) -> Float[Array, "samples powers"]:
-    """Orthonormal columns, orthogonal to the constant, that span the powers 1 to `TEST_DEGREE` of
-    `z`; zero columns where a power adds nothing.
-    """
-    weight = rows.astype(z.dtype)
-    columns = [weight / jnp.sqrt(jnp.maximum(weight.sum(), 1.0))]
-    for _ in range(TEST_DEGREE):
-        # Stieltjes: z times the last column spans the next power, and is far better conditioned
-        # than z ** p
-        power = z * columns[-1]
-        residual = power
-        for column in columns * 2:  # twice is enough (Kahan)
-            residual = residual - (column @ residual) * column
-        norm = jnp.linalg.norm(residual)
-        kept = norm > RANK_TOLERANCE * jnp.maximum(jnp.linalg.norm(power), 1e-12)
-        columns.append(jnp.where(kept, residual / jnp.where(kept, norm, 1.0), 0.0))
-    return jnp.stack(columns[1:], 1)
+    return 1.0 - jnp.exp(-target_test(Summary.of(buffer, task, 2).sums.regression, task))
