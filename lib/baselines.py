@@ -40,12 +40,12 @@ def least_squares(buffer: ExperienceBuffer, task: Task) -> Choice:
     """The end of a range where a linear regression of the target on all other variables predicts
     least: the steepest variable, at its better end.
     """
-    return best_on_grid(least_squares_surface(buffer, task, 2), task)
+    return task.highest(-least_squares_surface(buffer, task, 2))
 
 
 def additive_ridge(buffer: ExperienceBuffer, task: Task) -> Choice:
     """The least prediction of an additive cubic regression over 33 values of every candidate."""
-    return best_on_grid(additive_ridge_surface(buffer, task, 33), task)
+    return task.highest(-additive_ridge_surface(buffer, task, 33))
 
 
 def least_squares_surface(
@@ -74,15 +74,6 @@ def additive_ridge_surface(
     scale = jnp.where(high > low, 0.5 * (high - low), 2.0 * deviation)
     grid = value_grid(low, high, bins)
     return fitted_surface(buffer, task.target, location, scale, grid, 3, CUBIC_PENALTY)
-
-
-def best_on_grid(surface: Float[Array, "vars bins"], task: Task) -> Choice:
-    """Candidate (there must be one) and value of the least entry of a surface, whose values are
-    `value_grid(low, high, bins)`.
-    """
-    least = jnp.argmin(jnp.where(task.candidates[:, None], surface, jnp.inf))
-    variable, index = jnp.unravel_index(least, surface.shape)
-    return variable, value_grid(task.low, task.high, surface.shape[1])[variable, index]
 
 
 # --- who are the parents: scores in [0, 1], zero for the target and for padding ---

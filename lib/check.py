@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lib.buffer import ExperienceBuffer
 from lib.improvement import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
-from lib.scm import Task
+from lib.scm import Task, highest
 from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
@@ -164,7 +164,7 @@ class Belief(NamedTuple):
         the surrogate does not know how to repeat one.
         """
         mean = jnp.where(candidates[:, None], self.mean, jnp.inf)
-        i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
+        i, b = highest(-mean, candidates[:, None])
         best = jnp.minimum(mean[i, b], self.nothing)
         other = jnp.minimum(mean.at[i].set(jnp.inf).min(), self.nothing)
         variance = jnp.minimum(self.std**2, noise / jnp.maximum(tried, 1e-6))
@@ -226,8 +226,8 @@ class Checked(NamedTuple):
         """Variable and value of the lowest believed mean; variable -1, doing nothing, where its
         expected gain over that is not `pays` times its expected loss.
         """
-        mean = jnp.where(self.output.task.candidates[:, None], self.belief.mean, jnp.inf)
-        i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
+        mean = self.belief.mean
+        i, b = highest(-mean, self.output.task.candidates[:, None])
         gain = self.belief.against_nothing[1][i, b]
         loss = gain + mean[i, b] - self.belief.nothing
         return jnp.where((gain > loss) & (gain >= pays * loss), i, -1), self.output.grid[i, b]
@@ -241,7 +241,7 @@ class Checked(NamedTuple):
         """
         worth = self.gain
         allowed = worth >= enough * worth.max()
-        return self.output.highest(jnp.where(allowed, preference, -jnp.inf))
+        return self.output.task.highest(jnp.where(allowed, preference, -jnp.inf))
 
 
 def check(

@@ -132,9 +132,10 @@ def decide(scm: AbstractSCM, scale: Scale, gps: CausalGP, explore: Bool[Array, "
 
     improvement = log_expected_improvement(mean, std, best)
     table = jnp.where(explore[:, None], improvement, -jnp.inf)
-    chosen = refine(lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table)
-    least = jnp.where(scm.candidates[:, None], -mean, -jnp.inf)
-    recommended = refine(lambda i, x: -predict(i, x)[0], grid, least)
+    chosen = refine(
+        lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table, explore
+    )
+    recommended = refine(lambda i, x: -predict(i, x)[0], grid, -mean, scm.candidates)
     surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, scm.target)
     return surface, raw(*chosen), raw(*recommended)
 
