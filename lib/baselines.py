@@ -11,15 +11,10 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
+from lib.evidence import regression_surfaces
 from lib.pairs import target_test
-from lib.regression import (
-    CUBIC_PENALTY,
-    LINEAR_PENALTY,
-    column_moments,
-    fitted_surface,
-    usable_rows,
-)
-from lib.scm import Task, value_grid
+from lib.regression import column_moments, usable_rows
+from lib.scm import Task
 from lib.sums import Summary
 
 
@@ -40,40 +35,24 @@ def least_squares(buffer: ExperienceBuffer, task: Task) -> Choice:
     """The end of a range where a linear regression of the target on all other variables predicts
     least: the steepest variable, at its better end.
     """
-    return task.highest(-least_squares_surface(buffer, task, 2))
+    return task.highest(-surfaces(buffer, task, 2)[0])
 
 
 def additive_ridge(buffer: ExperienceBuffer, task: Task) -> Choice:
     """The least prediction of an additive cubic regression over 33 values of every candidate."""
-    return task.highest(-additive_ridge_surface(buffer, task, 33))
+    return task.highest(-surfaces(buffer, task, 33)[1])
 
 
-def least_squares_surface(
+def surfaces(
     buffer: ExperienceBuffer, task: Task, bins: int
-) -> Float[Array, "vars bins"]:
-    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, if all other variables were
-    direct linear causes of the target.
+) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, in observational deviations
+    of the target from its mean, if all other variables were direct causes: of a linear regression,
+    and of an additive cubic one (`regression_surfaces` of lib/evidence.py, which the surrogate sees
+    too).
     """
-    location, scale = column_moments(buffer.values, usable_rows(buffer, task.target))
-    grid = value_grid(task.low, task.high, bins)
-    return fitted_surface(buffer, task.target, location, scale, grid, 1, LINEAR_PENALTY)
-
-
-def additive_ridge_surface(
-    buffer: ExperienceBuffer, task: Task, bins: int
-) -> Float[Array, "vars bins"]:
-    """The same with a cubic of every variable.
-
-    Each variable is scaled so that its range of intervention is [-1, 1]: the penalty is then on its
-    effect at the ends of the range, and cubics do not explode where there are few rows. A variable
-    without a range is scaled by its own deviation.
-    """
-    low, high = task.low, task.high
-    mean, deviation = column_moments(buffer.values, usable_rows(buffer, task.target))
-    location = jnp.where(high > low, 0.5 * (low + high), mean)
-    scale = jnp.where(high > low, 0.5 * (high - low), 2.0 * deviation)
-    grid = value_grid(low, high, bins)
-    return fitted_surface(buffer, task.target, location, scale, grid, 3, CUBIC_PENALTY)
+    frame, sums = Summary.of(buffer, task, bins)
+    return regression_surfaces(sums.regression, frame.grid, task)
 
 
 # --- who are the parents: scores in [0, 1], zero for the target and for padding ---

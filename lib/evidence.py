@@ -59,9 +59,11 @@ def effect_evidence(sums: Sums, frame: Frame, task: Task) -> Float[Array, "vars 
 
 def regression_surfaces(
     moments: Float[Array, "columns columns"], grid: Float[Array, "vars bins"], task: Task
-):
-    """`least_squares_surface` and `additive_ridge_surface` of lib/baselines.py: linear and cubic,
-    on all variables.
+) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+    """Linear and additive cubic regression of the target on all variables.
+
+    The cubic's penalty is on effects at the ends of a range (of one deviation at least): cubics do
+    not explode where there are few rows.
     """
     middle, half = middle_and_half(grid)
     num_vars = grid.shape[0]

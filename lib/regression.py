@@ -18,26 +18,6 @@ LINEAR_PENALTY = 0.01
 CUBIC_PENALTY = 0.5
 
 
-def fitted_surface(
-    buffer: ExperienceBuffer,
-    target: Int[Array, ""],
-    location: Float[Array, " vars"],
-    scale: Float[Array, " vars"],
-    grid: Float[Array, "vars bins"],
-    degree: int,
-    penalty: float,
-) -> Float[Array, "vars bins"]:
-    """`regression_surface` of the rows in which the target was not set, on powers up to `degree` of
-    u = (X - location) / scale.
-    """
-    rows, y = usable_rows(buffer, target), jnp.take(buffer.values, target, axis=1)
-    level, _ = column_moments(y, rows)
-    u = (buffer.values - location[None]) / scale[None]
-    moments = regression_moments(u, y - level, rows, degree)
-    penalties = jnp.full(degree * len(location), penalty)
-    return regression_surface(moments, target, location, scale, grid, penalties, level)
-
-
 def regression_surface(
     moments: Float[Array, "columns columns"],
     target: Int[Array, ""],
@@ -45,13 +25,12 @@ def regression_surface(
     scale: Float[Array, " vars"],
     grid: Float[Array, "vars bins"],
     penalty: Float[Array, " weights"],
-    level: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "vars bins"]:
     """Mean prediction of Y ~ intercept + sum_j sum_p weights[j, p] u_j^p, u = (X - location) /
     scale, with X_i at `grid[i, b]` and all other variables as in the fitted rows.
 
     Least squares plus `penalty`, per weight, times the squared weights, with a free intercept, from
-    the rows' `regression_moments`, whose y had `level` subtracted.
+    the rows' `regression_moments`.
     """
     mean, centred = moments[0] / jnp.maximum(moments[0, 0], 1.0), centred_moments(moments)
     num_vars, degree = len(location), len(penalty) // len(location)
@@ -61,7 +40,7 @@ def regression_surface(
     weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
     weights, centre = (x.reshape(num_vars, 1, degree) for x in (weights, mean[1:-1]))
     powers = powers_of((grid - location[:, None]) / scale[:, None], degree)
-    return level + mean[-1] + ((powers - centre) * weights).sum(-1)
+    return mean[-1] + ((powers - centre) * weights).sum(-1)
 
 
 def regression_moments(
