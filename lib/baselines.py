@@ -8,12 +8,12 @@ degree of freedom.
 
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
 from lib.evidence import regression_surfaces
 from lib.pairs import target_test
-from lib.regression import column_moments, usable_rows
+from lib.regression import Scale, usable_rows
 from lib.scm import Task
 from lib.sums import Summary
 
@@ -63,20 +63,10 @@ def all_ones(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
     return task.possible_parents.astype(buffer.values.dtype)
 
 
-def standardised(
-    buffer: ExperienceBuffer, task: Task
-) -> tuple[Float[Array, "samples vars"], Bool[Array, " samples"]]:
-    """Values in deviations from their means over the usable rows, zero in all others; and which
-    rows these are.
-    """
-    rows = usable_rows(buffer, task.target)
-    location, scale = column_moments(buffer.values, rows)
-    return jnp.where(rows[:, None], (buffer.values - location[None]) / scale[None], 0.0), rows
-
-
 def absolute_correlation(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
     """|Pearson correlation| of each variable with the target."""
-    z, rows = standardised(buffer, task)
+    rows = usable_rows(buffer, task.target)
+    z = jnp.where(rows[:, None], Scale.of(buffer.values, rows)(buffer.values), 0.0)
     correlation = jnp.take(z, task.target, axis=1) @ z / jnp.maximum(rows.sum(), 1)
     return jnp.where(task.possible_parents, jnp.minimum(jnp.abs(correlation), 1.0), 0.0)
 

@@ -266,10 +266,10 @@ def check(
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
     )
-    usual, spread = before.frame.shift, before.frame.spread
-    reach = jnp.abs(jnp.stack([task.low, task.high]) - usual[None]).max(0) / spread
+    scale = before.frame.scale
+    reach = jnp.abs(scale(jnp.stack([task.low, task.high]))).max(0)
     observed = jnp.maximum(buffer.observational.sum(), 1)
-    belief = average(output, (mean, std), done, usual, reach, observed, config)
+    belief = average(output, (mean, std), done, scale.shift, reach, observed, config)
     return Checked(output, belief, done, (mean, std))
 
 

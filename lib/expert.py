@@ -31,9 +31,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lib.buffer import ExperienceBuffer, nan_unless
 from lib.expert_gp import CausalGP, CausalPrior, Outcomes, aggregate_effects, fit_causal_gp
 from lib.expert_posterior import NOISE_FLOOR, ParentScaleConfig
-from lib.expert_prior import Scale
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
+from lib.regression import Scale
 from lib.scm import (
     AbstractSCM,
     Intervention,

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.expert_gp import StarEffects, StarGP, fit_star_gp, star_effects
-from lib.expert_prior import Scale, doubly_robust_prior
+from lib.expert_prior import doubly_robust_prior
 from lib.linalg import inverse_and_log_det
+from lib.regression import Scale
 from lib.scm import AbstractSCM, Task, value_grid
 
 

@@ -2,6 +2,8 @@
 evidence reads and what the baselines predict with.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,45 +20,56 @@ LINEAR_PENALTY = 0.01
 CUBIC_PENALTY = 0.5
 
 
+class Scale(NamedTuple):
+    """Units of variables: mean and standard deviation of every column over some rows."""
+
+    shift: Float[Array, " vars"]
+    spread: Float[Array, " vars"]
+
+    @staticmethod
+    def of(
+        values: Float[Array, "samples vars"], rows: Bool[Array, " samples"] | bool = True
+    ) -> "Scale":
+        """Over `rows`, by default all of them; a constant column has spread 1."""
+        rows = jnp.broadcast_to(rows, len(values))
+        count, kept = jnp.maximum(rows.sum(), 1), rows[:, None]
+        shift = jnp.where(kept, values, 0.0).sum(0) / count
+        spread = jnp.sqrt(jnp.where(kept, (values - shift[None]) ** 2, 0.0).sum(0) / count)
+        varies = spread > 1e-6 * jnp.abs(shift)  # relative: no unit is too small
+        # a constant is its first row to the last digit, which its sum may not be
+        first = values[jnp.argmax(rows)]
+        return Scale(jnp.where(varies, shift, first), jnp.where(varies, spread, 1.0))
+
+    def __call__(self, values: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
+        """Values in these units."""
+        return (values - self.shift[None]) / self.spread[None]
+
+
+# --- ridge regression of the target, from sums over rows ---
+
+
 def regression_surface(
     moments: Float[Array, "columns columns"],
     target: Int[Array, ""],
-    location: Float[Array, " vars"],
-    scale: Float[Array, " vars"],
+    scale: Scale,
     grid: Float[Array, "vars bins"],
     penalty: Float[Array, " weights"],
 ) -> Float[Array, "vars bins"]:
-    """Mean prediction of Y ~ intercept + sum_j sum_p weights[j, p] u_j^p, u = (X - location) /
-    scale, with X_i at `grid[i, b]` and all other variables as in the fitted rows.
+    """Mean prediction of Y ~ intercept + sum_j sum_p weights[j, p] u_j^p, u = scale(X), with X_i at
+    `grid[i, b]` and all other variables as in the fitted rows.
 
     Least squares plus `penalty`, per weight, times the squared weights, with a free intercept, from
-    the rows' `regression_moments`.
+    `moments`, the rows' sums of products of [1, powers of every u, Y].
     """
     mean, centred = moments[0] / jnp.maximum(moments[0, 0], 1.0), centred_moments(moments)
-    num_vars, degree = len(location), len(penalty) // len(location)
+    num_vars, degree = len(grid), len(penalty) // len(grid)
     # the target must not explain itself
     used = jnp.repeat(jnp.arange(num_vars) != target, degree)
     gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0) + jnp.diag(penalty)
     weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
     weights, centre = (x.reshape(num_vars, 1, degree) for x in (weights, mean[1:-1]))
-    powers = powers_of((grid - location[:, None]) / scale[:, None], degree)
+    powers = powers_of(scale(grid.T).T, degree)
     return mean[-1] + ((powers - centre) * weights).sum(-1)
-
-
-def regression_moments(
-    u: Float[Array, "samples vars"],
-    y: Float[Array, " samples"],
-    rows: Bool[Array, " samples"],
-    degree: int,
-) -> Float[Array, "columns columns"]:
-    """Sum over the marked rows of the outer product of [1, powers of every u, y]: one more row is
-    one more term.
-    """
-    columns = jnp.concatenate(
-        [jnp.ones((len(y), 1)), powers_of(u, degree).reshape(len(y), -1), y[:, None]], 1
-    )
-    columns = jnp.where(rows[:, None], columns, 0.0)
-    return columns.T @ columns
 
 
 def centred_moments(
@@ -66,18 +79,6 @@ def centred_moments(
     count = jnp.maximum(moments[0, 0], 1.0)
     mean = moments[0] / count
     return moments - count * mean[:, None] * mean[None]
-
-
-def column_moments(
-    x: Float[Array, "samples *rest"], rows: Bool[Array, " samples"]
-) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
-    """Mean and standard deviation over `rows`; the deviation of a constant column is given as 1."""
-    count, kept = jnp.maximum(rows.sum(), 1), rows.reshape(-1, *(1,) * (x.ndim - 1))
-    mean = jnp.where(kept, x, 0.0).sum(0) / count
-    deviation = jnp.sqrt(jnp.where(kept, (x - mean[None]) ** 2, 0.0).sum(0) / count)
-    varies = deviation > 1e-6 * jnp.abs(mean)  # relative: no unit is too small
-    # a constant is its first row to the last digit, which its sum may not be
-    return jnp.where(varies, mean, x[jnp.argmax(rows)]), jnp.where(varies, deviation, 1.0)
 
 
 def powers_of(z: Float[Array, "*shape"], degree: int) -> Float[Array, "*shape powers"]:

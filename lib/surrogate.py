@@ -255,7 +255,7 @@ class ParentSetPredictionModel(eqx.Module):
         head = mlp(self.effect_head, inputs).reshape(*effects.shape[:2], -1)
         free, log_std, gates = jnp.split(head, (1, 2), -1)
         means = free[..., 0] + (gates * effects[..., :NUM_ESTIMATES]).sum(-1)
-        shift, spread = frame.shift[task.target], frame.spread[task.target]
+        shift, spread = (x[task.target] for x in frame.scale)
         return SurrogateOutput(
             task=task,
             logits=mlp(self.parent_head, tokens).T,

@@ -37,7 +37,7 @@ class Fixed(ParentSetPredictionModel):
         slope = jnp.zeros(size).at[: len(self.slope)].set(self.slope)
         grid = value_grid(task.low, task.high, BINS)
         frame, some = summary.frame, jnp.zeros((size, BINS, 1))
-        shift, spread = frame.shift[task.target], frame.spread[task.target]
+        shift, spread = (x[task.target] for x in frame.scale)
         mean, std = shift - slope[:, None] * grid, jnp.full_like(grid, 0.1)
         return SurrogateOutput(
             task,
