@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lib.buffer import ExperienceBuffer
 from lib.improvement import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
+from lib.regression import log_evidence, weight_posterior
 from lib.scm import Task, highest
 from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
@@ -383,28 +384,16 @@ def processes(output, done, own, noise, unit, usual, anchor):
             """One of them: evidence, and mean and deviation `[bins]`."""
             trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
             made, told = (amplitude * unit * each for each in (trust[:, None] * reached, on_grid))
-            evidence, move, std = regression(made, trust * moved, own.sum() + 1, told, noise)
+            weights, covariance, log_det = weight_posterior(
+                made.T @ made, made.T @ (trust * moved), noise, positive_inverse_and_log_det
+            )
+            evidence = log_evidence(made, trust * moved, own.sum() + 1, noise, weights, log_det)
             evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
-            return evidence, nothing + move, std
+            variance = jnp.maximum(((told @ covariance) * told).sum(1), 1e-6 * (told**2).sum(1))
+            return evidence, nothing + told @ weights, jnp.sqrt(variance)
 
         over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
         return over(jnp.array(AMPLITUDES), noise)
 
     evidence, means, stds = jax.vmap(of_variable)(output.grid, usual, own)
     return evidence, *(jnp.transpose(x, (1, 2, 0, 3)) for x in (means, stds))
-
-
-def regression(made, outcome, count, told, noise):
-    """Bayesian linear regression with independent standard normal weights: log evidence of
-    `outcome[done]` given columns `made[done, columns]` (both zero where a row does not count), and
-    mean and deviation at `told[bins, columns]` (Rasmussen and Williams 2006, section 2.1).
-    """
-    covariance, log_det = positive_inverse_and_log_det(
-        made.T @ made / noise + jnp.eye(made.shape[1])
-    )
-    weights = covariance @ (made.T @ outcome) / noise
-    # a sum of squares: the usual difference of two large numbers has no digits in float32
-    misfit = ((outcome - made @ weights) ** 2).sum() / noise + (weights**2).sum()
-    evidence = -0.5 * (misfit + log_det + count * jnp.log(2 * jnp.pi * noise))
-    variance = ((told @ covariance) * told).sum(1)
-    return evidence, told @ weights, jnp.sqrt(jnp.maximum(variance, 1e-6 * (told**2).sum(1)))

@@ -97,7 +97,8 @@ def smooth_surface(
     sums: Sums, grid: Float[Array, "vars bins"]
 ) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
     """Ridge regression of the outcome on bumps along each variable by itself, and the log of its
-    variance on the grid.
+    variance on the grid. Bumps are not centred, as `ridge` has its columns: far from all rows the
+    prediction is the mean and the variance that of the prior.
     """
     level = sums.cubic[:, 0, 4:] / jnp.maximum(sums.cubic[:, 0, 0], 1.0)[:, None]
     near = sums.seen + sums.done

@@ -68,6 +68,9 @@ def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, 
 def held_out_residuals(key, x, y, num_bootstraps, num_features):
     """Products of the two nuisances' held-out residuals.
 
+    Not `ridge` of lib/regression.py: hundreds of features, for which Cholesky factors are the
+    choice, rows with weights, and a fold left out of each Gram matrix.
+
     Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one
     left out), and how often each bootstrap drew each row, `counts[bootstraps, samples]`. Rows are
     padded to a multiple of `NUM_FOLDS`; padding has count zero.

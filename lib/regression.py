@@ -1,14 +1,16 @@
-"""Ridge regression of the target on powers of all other variables, from sums over rows: what the
-evidence reads and what the baselines predict with.
+"""Units of variables, and linear regression: ridge regression of the target on powers of all other
+variables from sums over rows, which the evidence reads and the baselines predict with, and Bayesian
+regression, whose evidence the expert and the check compare.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
-from lib.linalg import positive_inverse
+from lib.linalg import inverse_and_log_det, positive_inverse
 
 
 # against standardised columns: keeps copies of a variable solvable, and moves nothing else
@@ -65,11 +67,24 @@ def regression_surface(
     num_vars, degree = len(grid), len(penalty) // len(grid)
     # the target must not explain itself
     used = jnp.repeat(jnp.arange(num_vars) != target, degree)
-    gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0) + jnp.diag(penalty)
-    weights = positive_inverse(gram) @ jnp.where(used, centred[1:-1, -1], 0.0)
+    weights, _ = ridge(centred, used, penalty)
     weights, centre = (x.reshape(num_vars, 1, degree) for x in (weights, mean[1:-1]))
     powers = powers_of(scale(grid.T).T, degree)
     return mean[-1] + ((powers - centre) * weights).sum(-1)
+
+
+def ridge(
+    centred: Float[Array, "columns columns"],
+    used: Bool[Array, " weights"],
+    penalty: Float[Array, " weights"],
+) -> tuple[Float[Array, " weights"], Float[Array, "weights weights"]]:
+    """Weights of the ridge regression of the last column on those between it and the first that
+    are `used` (the others have weight zero), and the inverse of their penalised Gram matrix; from
+    `centred_moments`.
+    """
+    gram = jnp.where(used[:, None] & used[None], centred[1:-1, 1:-1], 0.0)
+    inverse = positive_inverse(gram + jnp.diag(penalty))
+    return inverse @ jnp.where(used, centred[1:-1, -1], 0.0), inverse
 
 
 def centred_moments(
@@ -88,3 +103,35 @@ def powers_of(z: Float[Array, "*shape"], degree: int) -> Float[Array, "*shape po
 def usable_rows(buffer: ExperienceBuffer, target: Int[Array, ""]) -> Bool[Array, " samples"]:
     """Filled rows in which the target was not set."""
     return buffer.valid & ~jnp.take(buffer.intervened, target, axis=1)
+
+
+# --- Bayesian linear regression ---
+
+
+def weight_posterior(
+    gram: Float[Array, "features features"],
+    moment: Float[Array, " features"],
+    noise: Float[Array, ""],
+    invert: Callable = inverse_and_log_det,
+) -> tuple[Float[Array, " features"], Float[Array, "features features"], Float[Array, ""]]:
+    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise),
+    and log |covariance|; from phi'phi and phi'y (Rasmussen and Williams 2006, section 2.1).
+    """
+    covariance, log_det = invert(gram / noise + jnp.eye(gram.shape[0]))
+    return covariance @ moment / noise, covariance, -log_det
+
+
+def log_evidence(
+    phi: Float[Array, "samples features"],
+    y: Float[Array, " samples"],
+    count: Float[Array, ""] | int,
+    noise: Float[Array, ""],
+    mean: Float[Array, " features"],
+    log_det: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Log density of the outcomes `y` of `count` rows (the others are zero, as their features are),
+    weights integrated out; `mean` and `log_det` are those of their posterior.
+    """
+    # a sum of squares: the usual difference of two large numbers has no digits in float32
+    misfit = ((y - phi @ mean) ** 2).sum() / noise + (mean**2).sum()
+    return 0.5 * (log_det - misfit - count * jnp.log(2 * jnp.pi * noise))
