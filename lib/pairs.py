@@ -111,8 +111,8 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
     """The linear regression of i on all others, and the share of j in it, `[i, j]`.
 
     Over all rows in which i was not set: t-statistic, coefficient, log of the residual variance.
-    Observational: the log. Unlike `ridge`, all regressions on the same rows come from one inverse,
-    and rows are not centred: standardised, they are nearly.
+    Observational: the log. Unlike for `ridge`, i is among the columns, and its row of their inverse
+    says all this; and rows are not centred: standardised, they are nearly.
     """
     num_vars = task.var_mask.shape[0]
     own, same, number = jnp.arange(num_vars), jnp.eye(num_vars) > 0, task.var_mask.sum()
@@ -172,10 +172,12 @@ def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[A
     """
     num_vars, count = task.var_mask.shape[0], jnp.maximum(moments[0, 0], 1.0)
     centred = centred_moments(moments)
-    # columns that do not vary or are not possible parents are left out
+    # columns scaled to norm one, those that do not vary or are not possible parents left out
     norm = jnp.diag(centred)[1:-1]
     used = jnp.repeat(task.possible_parents, 3) & (norm > 1e-4)
-    slopes, inverse = ridge(centred, used, jnp.where(used, 1e-3 * norm, 1.0))
+    scale = jnp.pad(1.0 / jnp.sqrt(jnp.where(used, norm, 1.0)), 1, constant_values=1.0)
+    centred = centred * scale[:, None] * scale[None]
+    slopes, inverse = ridge(centred, used, jnp.where(used, 1e-3, 1.0))
     total = jnp.maximum(centred[-1, -1], 1e-3)
     residual = jnp.maximum(total - centred[1:-1, -1] @ slopes, 1e-3 * total)
     # what leaving a variable's block out adds to the residual, as above
