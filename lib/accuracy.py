@@ -12,7 +12,7 @@ from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.problems import Problem, in_batches
-from lib.scm import MECHANISMS, AbstractSCM
+from lib.scm import MECHANISMS, AbstractSCM, highest
 from lib.surrogate import ParentSetPredictionModel
 
 
@@ -31,7 +31,6 @@ def predictions(model: ParentSetPredictionModel, problems: Problem) -> dict[str,
         output, truth = model.predict(problem.buffer, problem.scm.task), problem.truth
         mean, effects = output.effect_mean, truth.effects
         usable = jnp.isfinite(effects)
-        chosen = jnp.argmin(jnp.where(usable, mean, jnp.inf))
         return {
             "marginals": output.marginals(),
             "parents": truth.parents,
@@ -41,7 +40,7 @@ def predictions(model: ParentSetPredictionModel, problems: Problem) -> dict[str,
             "effects": effects / output.spread,
             "error": (effects - mean) / output.spread,
             "std": output.effect_std / output.spread,
-            "regret": (effects.reshape(-1)[chosen] - effects.min()) / output.spread,
+            "regret": (effects[highest(-mean, usable)] - effects.min()) / output.spread,
         }
 
     return jax.lax.map(one, problems, batch_size=32)

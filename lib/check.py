@@ -32,7 +32,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lib.buffer import ExperienceBuffer
 from lib.improvement import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
-from lib.scm import Task
+from lib.regression import log_evidence, weight_posterior
+from lib.scm import Task, highest
 from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
@@ -164,7 +165,7 @@ class Belief(NamedTuple):
         the surrogate does not know how to repeat one.
         """
         mean = jnp.where(candidates[:, None], self.mean, jnp.inf)
-        i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
+        i, b = highest(-mean, candidates[:, None])
         best = jnp.minimum(mean[i, b], self.nothing)
         other = jnp.minimum(mean.at[i].set(jnp.inf).min(), self.nothing)
         variance = jnp.minimum(self.std**2, noise / jnp.maximum(tried, 1e-6))
@@ -226,8 +227,8 @@ class Checked(NamedTuple):
         """Variable and value of the lowest believed mean; variable -1, doing nothing, where its
         expected gain over that is not `pays` times its expected loss.
         """
-        mean = jnp.where(self.output.task.candidates[:, None], self.belief.mean, jnp.inf)
-        i, b = jnp.unravel_index(jnp.argmin(mean), mean.shape)
+        mean = self.belief.mean
+        i, b = highest(-mean, self.output.task.candidates[:, None])
         gain = self.belief.against_nothing[1][i, b]
         loss = gain + mean[i, b] - self.belief.nothing
         return jnp.where((gain > loss) & (gain >= pays * loss), i, -1), self.output.grid[i, b]
@@ -241,7 +242,7 @@ class Checked(NamedTuple):
         """
         worth = self.gain
         allowed = worth >= enough * worth.max()
-        return self.output.highest(jnp.where(allowed, preference, -jnp.inf))
+        return self.output.task.highest(jnp.where(allowed, preference, -jnp.inf))
 
 
 def check(
@@ -266,10 +267,10 @@ def check(
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
     )
-    usual, spread = before.frame.shift, before.frame.spread
-    reach = jnp.abs(jnp.stack([task.low, task.high]) - usual[None]).max(0) / spread
+    scale = before.frame.scale
+    reach = jnp.abs(scale(jnp.stack([task.low, task.high]))).max(0)
     observed = jnp.maximum(buffer.observational.sum(), 1)
-    belief = average(output, (mean, std), done, usual, reach, observed, config)
+    belief = average(output, (mean, std), done, scale.shift, reach, observed, config)
     return Checked(output, belief, done, (mean, std))
 
 
@@ -383,28 +384,16 @@ def processes(output, done, own, noise, unit, usual, anchor):
             """One of them: evidence, and mean and deviation `[bins]`."""
             trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
             made, told = (amplitude * unit * each for each in (trust[:, None] * reached, on_grid))
-            evidence, move, std = regression(made, trust * moved, own.sum() + 1, told, noise)
+            weights, covariance, log_det = weight_posterior(
+                made.T @ made, made.T @ (trust * moved), noise, positive_inverse_and_log_det
+            )
+            evidence = log_evidence(made, trust * moved, own.sum() + 1, noise, weights, log_det)
             evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
-            return evidence, nothing + move, std
+            variance = jnp.maximum(((told @ covariance) * told).sum(1), 1e-6 * (told**2).sum(1))
+            return evidence, nothing + told @ weights, jnp.sqrt(variance)
 
         over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
         return over(jnp.array(AMPLITUDES), noise)
 
     evidence, means, stds = jax.vmap(of_variable)(output.grid, usual, own)
     return evidence, *(jnp.transpose(x, (1, 2, 0, 3)) for x in (means, stds))
-
-
-def regression(made, outcome, count, told, noise):
-    """Bayesian linear regression with independent standard normal weights: log evidence of
-    `outcome[done]` given columns `made[done, columns]` (both zero where a row does not count), and
-    mean and deviation at `told[bins, columns]` (Rasmussen and Williams 2006, section 2.1).
-    """
-    covariance, log_det = positive_inverse_and_log_det(
-        made.T @ made / noise + jnp.eye(made.shape[1])
-    )
-    weights = covariance @ (made.T @ outcome) / noise
-    # a sum of squares: the usual difference of two large numbers has no digits in float32
-    misfit = ((outcome - made @ weights) ** 2).sum() / noise + (weights**2).sum()
-    evidence = -0.5 * (misfit + log_det + count * jnp.log(2 * jnp.pi * noise))
-    variance = ((told @ covariance) * told).sum(1)
-    return evidence, told @ weights, jnp.sqrt(jnp.maximum(variance, 1e-6 * (told**2).sum(1)))

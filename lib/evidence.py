@@ -12,7 +12,7 @@ from lib.linalg import positive_inverse
 from lib.pairs import pair_statistics
 from lib.regression import CUBIC_PENALTY, LINEAR_PENALTY, regression_surface
 from lib.scm import Task
-from lib.sums import MAX_DEVIATIONS, Frame, Summary, Sums, bump_width, bumps, middle_and_half
+from lib.sums import MAX_DEVIATIONS, Frame, Summary, Sums, bump_width, bumps, range_scale
 
 
 # the first of the evidence are estimates of the effect itself, which the network may pass on
@@ -59,12 +59,13 @@ def effect_evidence(sums: Sums, frame: Frame, task: Task) -> Float[Array, "vars 
 
 def regression_surfaces(
     moments: Float[Array, "columns columns"], grid: Float[Array, "vars bins"], task: Task
-):
-    """`least_squares_surface` and `additive_ridge_surface` of lib/baselines.py: linear and cubic,
-    on all variables.
+) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
+    """Linear and additive cubic regression of the target on all variables.
+
+    The cubic's penalty is on effects at the ends of a range (of one deviation at least): cubics do
+    not explode where there are few rows.
     """
-    middle, half = middle_and_half(grid)
-    num_vars = grid.shape[0]
+    scale, num_vars = range_scale(grid), grid.shape[0]
     linear = jnp.concatenate([jnp.array([0]), 1 + 3 * jnp.arange(num_vars), jnp.array([-1])])
     of_linear = moments[linear][:, linear]
     count = jnp.maximum(moments[0, 0], 1.0)
@@ -73,8 +74,8 @@ def regression_surfaces(
     penalty = LINEAR_PENALTY * jnp.where(variance > 1e-6, variance, 1.0)
     cubic_penalty = jnp.full(3 * num_vars, CUBIC_PENALTY)
     return (
-        regression_surface(of_linear, task.target, middle, half, grid, penalty),
-        regression_surface(moments, task.target, middle, half, grid, cubic_penalty),
+        regression_surface(of_linear, task.target, scale, grid, penalty),
+        regression_surface(moments, task.target, scale, grid, cubic_penalty),
     )
 
 
@@ -85,18 +86,19 @@ def single_cause_surface(
     nothing confounds it.
     """
 
-    def one(moments, middle, half, grid):
-        nobody, own = jnp.array(-1), (middle[None], half[None], grid[None])
-        return regression_surface(moments, nobody, *own, jnp.ones(3))[0]
+    def one(moments, grid):
+        grid = grid[None]
+        return regression_surface(moments, jnp.array(-1), range_scale(grid), grid, jnp.ones(3))[0]
 
-    return jax.vmap(one)(moments, *middle_and_half(grid), grid)
+    return jax.vmap(one)(moments, grid)
 
 
 def smooth_surface(
     sums: Sums, grid: Float[Array, "vars bins"]
 ) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
     """Ridge regression of the outcome on bumps along each variable by itself, and the log of its
-    variance on the grid.
+    variance on the grid. Bumps are not centred, as `ridge` has its columns: far from all rows the
+    prediction is the mean and the variance that of the prior.
     """
     level = sums.cubic[:, 0, 4:] / jnp.maximum(sums.cubic[:, 0, 0], 1.0)[:, None]
     near = sums.seen + sums.done

@@ -32,9 +32,9 @@ from lib.buffer import ExperienceBuffer
 from lib.campaign import run_campaign
 from lib.expert_gp import CausalGP, CausalPrior, Outcomes, aggregate_effects, fit_causal_gp
 from lib.expert_posterior import NOISE_FLOOR, ParentScaleConfig
-from lib.expert_prior import Scale
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
+from lib.regression import Scale
 from lib.scm import AbstractSCM, check_scm, refine
 
 
@@ -127,9 +127,10 @@ def decide(scm: AbstractSCM, scale: Scale, gps: CausalGP, explore: Bool[Array, "
 
     improvement = log_expected_improvement(mean, std, best)
     table = jnp.where(explore[:, None], improvement, -jnp.inf)
-    chosen = refine(lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table)
-    least = jnp.where(scm.candidates[:, None], -mean, -jnp.inf)
-    recommended = refine(lambda i, x: -predict(i, x)[0], grid, least)
+    chosen = refine(
+        lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table, explore
+    )
+    recommended = refine(lambda i, x: -predict(i, x)[0], grid, -mean, scm.candidates)
     surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, scm.target)
     return surface, raw(*chosen), raw(*recommended)
 

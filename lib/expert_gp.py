@@ -16,6 +16,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.linalg import backward_solve, cholesky, forward_solve, inverse_and_log_det
+from lib.scm import highest
 
 
 # --- star-graph Gaussian processes: Y ~ x_g on observational rows ---
@@ -97,7 +98,7 @@ def fit_one_star_gp(alive, members, squares, y) -> StarGP:
             lambda length: jax.vmap(lambda r: score(length, r))(ratios), lengthscales
         )
         failed = ~jnp.isfinite(scores)
-        i, j = jnp.unravel_index(jnp.argmax(jnp.where(failed, -jnp.inf, scores)), scores.shape)
+        i, j = highest(scores, ~failed)
         return StarGP(amplitudes[i, j], lengthscales[i], amplitudes[i, j] * ratios[j], failed.sum())
 
     return jax.lax.cond(

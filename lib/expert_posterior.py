@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.expert_gp import StarEffects, StarGP, fit_star_gp, star_effects
-from lib.expert_prior import Scale, doubly_robust_prior
-from lib.linalg import inverse_and_log_det
+from lib.expert_prior import doubly_robust_prior
+from lib.regression import Scale, log_evidence, weight_posterior
 from lib.scm import AbstractSCM, Task, value_grid
 
 
@@ -67,7 +67,7 @@ class ParentSetRegression(eqx.Module):
         """
         x = scale(rows)
         phi = jax.vmap(features, out_axes=1)(x)
-        mean, covariance, _ = jax.vmap(regression)(
+        mean, covariance, _ = jax.vmap(weight_posterior)(
             jnp.einsum("ksm,ksn->kmn", phi, phi),
             jnp.einsum("ksm,s->km", phi, jnp.take(x, target, axis=1)),
             noise,
@@ -122,18 +122,6 @@ class ParentSetRegression(eqx.Module):
         return jax.lax.scan(follow, self, rows)
 
 
-def regression(
-    gram: Float[Array, "features features"],
-    moment: Float[Array, " features"],
-    noise: Float[Array, ""],
-):
-    """Posterior mean and covariance of the weights of y = phi w + e, w ~ N(0, I), e ~ N(0, noise),
-    and log |covariance|; from phi'phi and phi'y.
-    """
-    covariance, log_det = inverse_and_log_det(gram / noise + jnp.eye(gram.shape[0]))
-    return covariance @ moment / noise, covariance, -log_det
-
-
 def estimate_noise(
     phi: Float[Array, "samples features"], y: Float[Array, " samples"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -144,15 +132,14 @@ def estimate_noise(
     gram, moment = phi.T @ phi, phi.T @ y
 
     def improve(noise, _):
-        mean, covariance, _ = regression(gram, moment, noise)
+        mean, covariance, _ = weight_posterior(gram, moment, noise)
         effective = num_features - jnp.trace(covariance)
         improved = ((y - phi @ mean) ** 2).sum() / (num_rows - effective)
         return jnp.maximum(improved, NOISE_FLOOR), None
 
     noise, _ = jax.lax.scan(improve, jnp.var(y) / 2, length=NOISE_STEPS)
-    mean, _, log_det = regression(gram, moment, noise)
-    fit = ((y - phi @ mean) ** 2).sum() / noise + (mean**2).sum()
-    return noise, 0.5 * (log_det - fit - num_rows * jnp.log(2 * jnp.pi * noise))
+    mean, _, log_det = weight_posterior(gram, moment, noise)
+    return noise, log_evidence(phi, y, num_rows, noise, mean, log_det)
 
 
 def draw_features(key: Key[Array, ""], num_sets: int, num_vars: int, num_features: int):

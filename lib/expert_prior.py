@@ -14,7 +14,6 @@ are one batch of linear systems. Three further differences:
 """
 
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, Key
 
 from lib.linalg import positive_solve
+from lib.regression import Scale
 from lib.scm import Task
 
 
@@ -30,21 +30,6 @@ PENALTY = 0.01  # of the Fourier features, per row
 NUM_FOLDS = 5
 FALSE_DISCOVERIES = 0.05  # their rate among the selected
 UNION_SIZE = 4  # variables whose subsets are all candidates
-
-
-class Scale(NamedTuple):
-    """Shift and spread of every variable over the observational rows."""
-
-    shift: Float[Array, " vars"]
-    spread: Float[Array, " vars"]
-
-    @staticmethod
-    def of(rows: Float[Array, "samples vars"]) -> "Scale":
-        spread = rows.std(0)
-        return Scale(rows.mean(0), jnp.where(spread > 0, spread, 1.0))
-
-    def __call__(self, rows: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
-        return (rows - self.shift[None, :]) / self.spread[None, :]
 
 
 def doubly_robust_prior(
@@ -82,6 +67,9 @@ def select(key, rows, task: Task, num_bootstraps, num_features) -> tuple[Array, 
 
 def held_out_residuals(key, x, y, num_bootstraps, num_features):
     """Products of the two nuisances' held-out residuals.
+
+    Not `ridge` of lib/regression.py: hundreds of features, for which Cholesky factors are the
+    choice, rows with weights, and a fold left out of each Gram matrix.
 
     Returns `full[bootstraps, samples]` (all variables), `without[vars, bootstraps, samples]` (one
     left out), and how often each bootstrap drew each row, `counts[bootstraps, samples]`. Rows are

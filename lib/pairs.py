@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lib.linalg import positive_inverse
-from lib.regression import centred_moments
+from lib.regression import centred_moments, ridge
 from lib.scm import Task
 from lib.sums import FARTHEST, NUM_FEATURES, Sums
 
@@ -111,7 +111,8 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
     """The linear regression of i on all others, and the share of j in it, `[i, j]`.
 
     Over all rows in which i was not set: t-statistic, coefficient, log of the residual variance.
-    Observational: the log.
+    Observational: the log. Unlike for `ridge`, i is among the columns, and its row of their inverse
+    says all this; and rows are not centred: standardised, they are nearly.
     """
     num_vars = task.var_mask.shape[0]
     own, same, number = jnp.arange(num_vars), jnp.eye(num_vars) > 0, task.var_mask.sum()
@@ -139,6 +140,8 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
 def cubic_regressions(sums: Sums, task: Task) -> list[Pairs]:
     """The regression of i on three powers of each other variable, observational: F-statistic of the
     powers of j, and the log of the residual variance, `[i, j]`.
+
+    Unlike `target_test`, all outcomes at once, from one inverse.
     """
     num_vars = task.var_mask.shape[0]
     own, same = jnp.arange(num_vars), jnp.eye(num_vars)
@@ -172,14 +175,13 @@ def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[A
     # columns scaled to norm one, those that do not vary or are not possible parents left out
     norm = jnp.diag(centred)[1:-1]
     used = jnp.repeat(task.possible_parents, 3) & (norm > 1e-4)
-    scale = jnp.where(used, 1.0 / jnp.sqrt(jnp.where(used, norm, 1.0)), 0.0)
-    gram = centred[1:-1, 1:-1] * scale[:, None] * scale[None]
-    inverse = positive_inverse(gram + jnp.diag(jnp.where(used, 1e-3, 1.0)))
-    along, total = centred[1:-1, -1] * scale, jnp.maximum(centred[-1, -1], 1e-3)
-    slopes = (inverse @ along).reshape(num_vars, 3)
-    residual = jnp.maximum(total - along @ slopes.reshape(-1), 1e-3 * total)
+    scale = jnp.pad(1.0 / jnp.sqrt(jnp.where(used, norm, 1.0)), 1, constant_values=1.0)
+    centred = centred * scale[:, None] * scale[None]
+    slopes, inverse = ridge(centred, used, jnp.where(used, 1e-3, 1.0))
+    total = jnp.maximum(centred[-1, -1], 1e-3)
+    residual = jnp.maximum(total - centred[1:-1, -1] @ slopes, 1e-3 * total)
     # what leaving a variable's block out adds to the residual, as above
-    own = jnp.arange(num_vars)
+    own, slopes = jnp.arange(num_vars), slopes.reshape(num_vars, 3)
     blocks = jax.vmap(positive_inverse)(inverse.reshape(num_vars, 3, num_vars, 3)[own, :, own])
     reduction = jnp.einsum("ip,ipq,iq->i", slopes, blocks, slopes)
     return f_statistic(reduction, residual, jnp.maximum(count - 3.0 * task.var_mask.sum(), 1.0))

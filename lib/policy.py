@@ -49,13 +49,6 @@ class AcquisitionState(eqx.Module):
         """Target, ranges and mask."""
         return self.output.task
 
-    @property
-    def best_value(self) -> Float[Array, ""]:
-        """The incumbent: predicted E[Y | do] of the action that would be recommended now, in the
-        target's units.
-        """
-        return jnp.where(self.task.candidates[:, None], self.output.effect_mean, jnp.inf).min()
-
 
 def make_state(
     surrogate: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task, step, steps_left
@@ -144,8 +137,7 @@ class InterventionDistribution(eqx.Module):
 
     def mode(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The centre of the most probable cell."""
-        variable, index = jnp.unravel_index(jnp.argmax(self.logits), self.logits.shape)
-        return variable, self.value(variable, index / (self.num_bins - 1))
+        return self.task.highest(self.logits)
 
     def value(self, variable: Int[Array, ""], fraction: Float[Array, ""]) -> Float[Array, ""]:
         """The value that lies at `fraction` of a variable's range."""
@@ -169,8 +161,9 @@ class InterventionDistribution(eqx.Module):
 
 def expected_improvement_choice(output: SurrogateOutput) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The variable and value whose expected improvement on the lowest predicted mean is largest."""
-    best = jnp.where(output.task.candidates[:, None], output.effect_mean, jnp.inf).min()
-    return output.highest(log_expected_improvement(output.effect_mean, output.effect_std, best))
+    return output.task.highest(
+        log_expected_improvement(output.effect_mean, output.effect_std, output.best_value)
+    )
 
 
 def thompson_choice(
@@ -182,7 +175,7 @@ def thompson_choice(
     range share their cause, so they are drawn together, those of different variables apart.
     """
     error = jr.normal(key, (output.effect_mean.shape[0], 1))
-    return output.highest(-(output.effect_mean + output.effect_std * error))
+    return output.task.highest(-(output.effect_mean + output.effect_std * error))
 
 
 # --- the policy ---
@@ -198,7 +191,7 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
     """
     output = state.output
     std = output.effect_std / output.spread
-    gap = (output.effect_mean - state.best_value) / output.spread
+    gap = (output.effect_mean - output.best_value) / output.spread
     everywhere = jnp.ones_like(gap)
     features = [
         gap,

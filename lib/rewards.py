@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lib.policy import AcquisitionState, check_state
 from lib.problems import GroundTruth
+from lib.scm import highest
 from lib.surrogate import SurrogateOutput
 
 
@@ -48,13 +49,11 @@ def recommended_effect(
     """E[Y | do] of what is recommended on the grid; its mean over recommendations where
     `temperature` is positive.
     """
-    scores = jnp.where(
-        output.task.candidates[:, None], -output.effect_mean / output.spread, -jnp.inf
-    )
+    allowed, score = output.task.candidates[:, None], -output.effect_mean / output.spread
     if temperature == 0.0:
-        return truth.effects.reshape(-1)[jnp.argmax(scores)]
-    chance = jax.nn.softmax(scores / temperature, axis=(0, 1))
-    return jnp.where(output.task.candidates[:, None], chance * truth.effects, 0.0).sum()
+        return truth.effects[highest(score, allowed)]
+    chance = jax.nn.softmax(score / temperature, (0, 1), allowed)
+    return jnp.where(allowed, chance * truth.effects, 0.0).sum()
 
 
 MAX_GAIN = 2.0  # nats: one lucky jump of the posterior must not dominate a batch of advantages
@@ -82,7 +81,7 @@ def experiment_reward(
     """
     check_state(new_state, state.task.target)
     if truth is None:
-        gain = (state.best_value - new_state.best_value) / state.output.spread
+        gain = (state.output.best_value - new_state.output.best_value) / state.output.spread
         structure = state.posterior.entropy() - new_state.posterior.entropy()
         parent = state.output.marginals()[variable]
     else:

@@ -96,6 +96,13 @@ class Task(eqx.Module):
         """Variables that may be intervened on: possible parents with a range of positive width."""
         return self.possible_parents & (self.high > self.low)
 
+    def highest(self, score: Float[Array, "vars bins"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """The action of the highest score: a candidate (there must be one) and a value of
+        `value_grid(low, high, bins)`, on which `score` lies.
+        """
+        variable, index = highest(score, self.candidates[:, None])
+        return variable, value_grid(self.low, self.high, score.shape[1])[variable, index]
+
     def widen(self, extra: int) -> "Task":
         """The same task with `extra` padding variables behind."""
         return jax.tree.map(lambda x: jnp.pad(x, (0, extra)) if x.ndim else x, self)
@@ -188,6 +195,7 @@ class AbstractSCM(eqx.Module):
             lambda i, values: -jax.vmap(mean, (None, 0))(i, values),
             grid,
             -self.effect_table(grid),
+            self.candidates,
             num_values=33,
         )
         return Optimum(variable, value, mean(variable, value))
@@ -210,15 +218,27 @@ def value_grid(
     return jnp.clip(values, low[:, None], high[:, None])
 
 
+def highest(
+    score: Float[Array, "rows columns"], allowed: Bool[Array, "rows #columns"]
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Row and column of the highest score among cells that are allowed; of equal ones the first."""
+    best = jnp.argmax(jnp.where(allowed, score, -jnp.inf))
+    return jnp.divmod(best, score.shape[1])
+
+
 def refine(
-    score, grid: Float[Array, "vars bins"], table: Float[Array, "vars bins"], num_values: int = 17
+    score,
+    grid: Float[Array, "vars bins"],
+    table: Float[Array, "vars bins"],
+    allowed: Bool[Array, " vars"],
+    num_values: int = 17,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Variable and value that maximise `table[vars, bins]`, the value refined once between its
-    neighbours on the grid.
+    """Variable, one that is allowed, and value that maximise `table[vars, bins]`, the value refined
+    once between its neighbours on the grid.
 
     `score(variable, values)` gives the same quantity at any `values`.
     """
-    variable, index = jnp.unravel_index(jnp.argmax(table), table.shape)
+    variable, index = highest(table, allowed[:, None])
     values = grid[variable]
     steps = (values[1] - values[0]) * jnp.linspace(-1.0, 1.0, num_values)
     fine = jnp.clip(values[index] + steps, values[0], values[-1])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lib.buffer import ExperienceBuffer
-from lib.regression import column_moments, powers_of, regression_moments, usable_rows
+from lib.regression import Scale, powers_of, usable_rows
 from lib.scm import Task, value_grid
 
 
@@ -24,12 +24,9 @@ NUM_FEATURES = 14  # of a scalar
 
 
 class Frame(NamedTuple):
-    """Units of a data set: mean and deviation of every variable over its observational rows, and
-    the standardised values to predict at.
-    """
+    """Units of a data set, and the values in these units at which effects are predicted."""
 
-    shift: Float[Array, " vars"]
-    spread: Float[Array, " vars"]
+    scale: Scale
     grid: Float[Array, "vars bins"]
 
     @staticmethod
@@ -37,23 +34,20 @@ class Frame(NamedTuple):
         """From the observational rows, or all valid rows where there are fewer than two."""
         rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
         there = jnp.where(task.var_mask[None], buffer.values, 0.0)
-        shift, spread = column_moments(there, rows)
-        grid = jnp.clip(
-            (value_grid(task.low, task.high, num_bins) - shift[:, None]) / spread[:, None],
-            -MAX_DEVIATIONS,
-            MAX_DEVIATIONS,
-        )
+        scale = Scale.of(there, rows)
+        grid = scale(value_grid(task.low, task.high, num_bins).T).T
+        grid = jnp.clip(grid, -MAX_DEVIATIONS, MAX_DEVIATIONS)
         # what has no range is looked at around its mean, whatever its units call zero
         ranged = task.var_mask & (task.high > task.low)
-        return Frame(shift, spread, jnp.where(ranged[:, None], grid, 0.0))
+        return Frame(scale, jnp.where(ranged[:, None], grid, 0.0))
 
     def standardise(
         self, buffer: ExperienceBuffer, var_mask: Bool[Array, " vars"]
     ) -> Float[Array, "samples vars"]:
         """The values of the buffer in these units; free rows and padding are zero."""
-        values = (buffer.values - self.shift[None]) / self.spread[None]
         kept = buffer.valid[:, None] & var_mask[None]
-        return jnp.where(kept, jnp.clip(values, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0)
+        values = jnp.clip(self.scale(buffer.values), -MAX_DEVIATIONS, MAX_DEVIATIONS)
+        return jnp.where(kept, values, 0.0)
 
 
 class Sums(NamedTuple):
@@ -126,14 +120,13 @@ def bump_width(grid: Float[Array, "vars bins"]) -> Float[Array, " vars"]:
     return 0.5 * (grid[:, 1:] - grid[:, :-1]).mean(-1) + 0.15
 
 
-def middle_and_half(
-    grid: Float[Array, "vars bins"],
-) -> tuple[Float[Array, " vars"], Float[Array, " vars"]]:
+def range_scale(grid: Float[Array, "vars bins"]) -> Scale:
     """Centre and half-width of each variable's range; at least one deviation, and 2, about what
     observed values span, if the range has no width.
     """
     half = 0.5 * (grid[:, -1] - grid[:, 0])
-    return 0.5 * (grid[:, 0] + grid[:, -1]), jnp.where(half > 0, jnp.maximum(half, 1.0), 2.0)
+    half = jnp.where(half > 0, jnp.maximum(half, 1.0), 2.0)
+    return Scale(0.5 * (grid[:, 0] + grid[:, -1]), half)
 
 
 def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
@@ -154,10 +147,11 @@ def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
     usable = usable_rows(buffer, task.target)
     done = intervened * usable[:, None]
     alone = observed[:, None] + done
-    middle, half = middle_and_half(frame.grid)
-    u = jnp.clip((values - middle[None]) / half[None], -FARTHEST, FARTHEST)
+    u = jnp.clip(range_scale(frame.grid)(values), -FARTHEST, FARTHEST)
     one = jnp.ones((num_rows, num_vars, 1))
-    cubic = jnp.concatenate([one, powers_of(u, 3), one * outcome[:, None, None]], -1)
+    cubes, y = powers_of(u, 3), outcome[:, None]
+    regression = jnp.concatenate([one[:, 0], cubes.reshape(num_rows, -1), y], 1)
+    cubic = jnp.concatenate([one, cubes, one * y[:, None]], -1)
     level = jnp.stack([jnp.ones_like(outcome), outcome], -1)
     width = bump_width(frame.grid)
     near, wide = bumps(values, frame.grid, width), bumps(values, frame.grid, 3.0 * width)
@@ -168,7 +162,7 @@ def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
         powers.T @ powers,
         products(powers, observed),
         (where_set.T @ powers).reshape(num_vars, powers.shape[1], powers.shape[1]),
-        regression_moments(u, outcome, usable, 3),
+        products(regression, usable),
         jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
         jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
         jnp.einsum("nvb,nc->vbc", near * observed[:, None, None], level),

@@ -202,13 +202,12 @@ class SurrogateOutput(eqx.Module):
 
     def best(self) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The recommended action: variable and value of the lowest predicted mean effect."""
-        return self.highest(-self.effect_mean)
+        return self.task.highest(-self.effect_mean)
 
-    def highest(self, score: Float[Array, "vars bins"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """Variable and value of the highest score of a candidate."""
-        score = jnp.where(self.task.candidates[:, None], score, -jnp.inf)
-        variable, index = jnp.unravel_index(jnp.argmax(score), score.shape)
-        return variable, self.grid[variable, index]
+    @property
+    def best_value(self) -> Float[Array, ""]:
+        """The incumbent: predicted E[Y | do] of the recommended action."""
+        return jnp.where(self.task.candidates[:, None], self.effect_mean, jnp.inf).min()
 
 
 class ParentSetPredictionModel(eqx.Module):
@@ -256,7 +255,7 @@ class ParentSetPredictionModel(eqx.Module):
         head = mlp(self.effect_head, inputs).reshape(*effects.shape[:2], -1)
         free, log_std, gates = jnp.split(head, (1, 2), -1)
         means = free[..., 0] + (gates * effects[..., :NUM_ESTIMATES]).sum(-1)
-        shift, spread = frame.shift[task.target], frame.spread[task.target]
+        shift, spread = (x[task.target] for x in frame.scale)
         return SurrogateOutput(
             task=task,
             logits=mlp(self.parent_head, tokens).T,

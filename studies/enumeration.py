@@ -263,4 +263,5 @@ def enumerated_effects(
     """
     frame, probs, _, total = graph_posterior(buffer, task, prior, num_bins)
     slope = jnp.einsum("g,gi->i", probs, jnp.take(total, task.target, axis=2))
-    return frame.shift[task.target] + frame.spread[task.target] * slope[:, None] * frame.grid
+    shift, spread = (x[task.target] for x in frame.scale)
+    return shift + spread * slope[:, None] * frame.grid

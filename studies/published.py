@@ -28,8 +28,9 @@ from jaxtyping import Array, Bool, Float
 
 from lib.expert_gp import StarEffects, StarGP, squared_distances, star_effects
 from lib.expert_posterior import ParentScaleConfig, ParentSetRegression
-from lib.expert_prior import Scale, select, set_frequencies
+from lib.expert_prior import select, set_frequencies
 from lib.linalg import inverse_and_log_det, positive_solve
+from lib.regression import Scale
 from lib.scm import value_grid
 
 

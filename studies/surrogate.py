@@ -58,12 +58,6 @@ class Config:
         settings.check(self)
 
 
-RULES = {
-    "least_squares": baselines.least_squares_surface,
-    "additive_ridge": baselines.additive_ridge_surface,
-}
-
-
 def kinds(config: Config) -> dict[str, SCMPrior]:
     """Priors by the names of their problems."""
     found = {f"d={d}": SCMPrior(max_vars=d, min_size=d, max_size=d) for d in config.sizes}
@@ -78,13 +72,13 @@ def kinds(config: Config) -> dict[str, SCMPrior]:
 
 @eqx.filter_jit
 def surfaces(surrogate: ParentSetPredictionModel, problems: Problem) -> dict[str, jax.Array]:
-    """E[Y | do] on the grid, by who predicts it `[batch, vars, bins]`."""
-    num_bins = surrogate.config.num_bins
+    """E[Y | do] on the grid, by who predicts it `[batch, vars, bins]`, each in units of its own."""
 
     def one(problem):
         scm, buffer = problem.scm, problem.buffer
-        rules = {name: rule(buffer, scm.task, num_bins) for name, rule in RULES.items()}
-        return rules | {"acbo": surrogate.predict(buffer, scm.task).effect_mean}
+        linear, cubic = baselines.surfaces(buffer, scm.task, surrogate.config.num_bins)
+        mean = surrogate.predict(buffer, scm.task).effect_mean
+        return {"least_squares": linear, "additive_ridge": cubic, "acbo": mean}
 
     return in_batches(one, problems)
 

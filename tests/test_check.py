@@ -13,6 +13,8 @@ from scipy import stats
 from lib import check as checks
 from lib.buffer import ExperienceBuffer
 from lib.check import Belief, CheckConfig, check
+from lib.linalg import inverse_and_log_det, positive_inverse_and_log_det
+from lib.regression import log_evidence, weight_posterior
 from lib.scm import Task, value_grid
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig, SurrogateOutput
 
@@ -37,7 +39,7 @@ class Fixed(ParentSetPredictionModel):
         slope = jnp.zeros(size).at[: len(self.slope)].set(self.slope)
         grid = value_grid(task.low, task.high, BINS)
         frame, some = summary.frame, jnp.zeros((size, BINS, 1))
-        shift, spread = frame.shift[task.target], frame.spread[task.target]
+        shift, spread = (x[task.target] for x in frame.scale)
         mean, std = shift - slope[:, None] * grid, jnp.full_like(grid, 0.1)
         return SurrogateOutput(
             task,
@@ -88,8 +90,9 @@ def test_processes_are_gaussian_processes():
     np.testing.assert_allclose(found @ found.T, kernel, atol=2e-3)
 
 
+@pytest.mark.parametrize("invert", [positive_inverse_and_log_det, inverse_and_log_det])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_regression_has_the_evidence_and_the_posterior_of_its_formulas(scale):
+def test_regression_has_the_evidence_and_the_posterior_of_its_formulas(scale, invert):
     """Against the normal distribution of the outcomes, in float64; outcomes far beyond the noise
     leave enough digits.
     """
@@ -98,14 +101,15 @@ def test_regression_has_the_evidence_and_the_posterior_of_its_formulas(scale):
     outcome = made @ rng.normal(size=4) + noise**0.5 * rng.normal(size=12)
     of_outcome = made @ made.T + noise * np.eye(12)
     across = told @ made.T @ np.linalg.inv(of_outcome)
-    found = checks.regression(
-        *(jnp.asarray(x, jnp.float32) for x in (made, outcome, 12, told, noise))
-    )
+    phi, y, variance = (jnp.asarray(x, jnp.float32) for x in (made, outcome, noise))
+    mean, covariance, log_det = weight_posterior(phi.T @ phi, phi.T @ y, variance, invert)
+    found = log_evidence(phi, y, 12, variance, mean, log_det)
     wanted = stats.multivariate_normal(np.zeros(12), of_outcome).logpdf(outcome)
-    np.testing.assert_allclose(found[0], wanted, rtol=2e-3)
-    np.testing.assert_allclose(found[1], across @ outcome, atol=0.01 * scale)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3)
+    np.testing.assert_allclose(told @ mean, across @ outcome, atol=0.01 * scale)
     variance = told @ told.T - across @ made @ told.T
-    np.testing.assert_allclose(found[2], np.sqrt(np.diag(variance)), rtol=0.05)
+    found = np.diag(told @ covariance @ told.T)
+    np.testing.assert_allclose(np.sqrt(found), np.sqrt(np.diag(variance)), rtol=0.05)
 
 
 def test_without_experiments_the_weights_are_the_prior():

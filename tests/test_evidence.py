@@ -1,6 +1,4 @@
-"""Sums over rows: additive, and the statistics made of them as plain numpy and lib/baselines.py
-have them.
-"""
+"""Sums over rows: additive, and the statistics made of them as plain numpy has them."""
 
 import itertools
 
@@ -10,7 +8,6 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lib.baselines import additive_ridge_surface, least_squares_surface
 from lib.buffer import ExperienceBuffer
 from lib.evidence import NUM_ESTIMATES, effect_evidence, regression_surfaces
 from lib.pairs import pair_statistics
@@ -87,16 +84,25 @@ def test_sums_are_additive(problem):
         np.testing.assert_allclose(total, one + other, rtol=1e-4, atol=5e-3, err_msg=name)
 
 
-def test_regressions_are_those_of_the_baselines(problem):
+@pytest.mark.parametrize("degree", [1, 3])
+def test_regressions_are_penalised_least_squares(problem, degree):
+    """Linear: against deviations; cubic: against effects at the ends of a range, or two deviations
+    from the mean.
+    """
     (buffer, task), (frame, values, sums) = problem, summed(*problem)
-    standardised = make_buffer(values, buffer.intervened)
-    linear, cubic = regression_surfaces(sums.regression, frame.grid, task)
-    task = Task(task.target, frame.grid[:, 0], frame.grid[:, -1], task.var_mask)
-    np.testing.assert_allclose(linear, least_squares_surface(standardised, task, BINS), atol=1e-3)
-    # a variable without a range is scaled by its spread here, by that of the usable rows there
-    np.testing.assert_allclose(
-        cubic[:3], additive_ridge_surface(standardised, task, BINS)[:3], atol=2e-2
-    )
+    usable, grid = ~np.asarray(buffer.intervened[:, TARGET]), np.asarray(frame.grid, float)
+    middle, half = grid[:, [0, -1]].mean(1), np.where(np.ptp(grid, 1) > 0, np.ptp(grid, 1) / 2, 2.0)
+    u, at = (np.asarray(values, float)[usable] - middle) / half, (grid.T - middle) / half
+    others = [i for i in range(VARS) if i != TARGET]
+    design = np.stack([u[:, i] ** p for i in others for p in range(1, degree + 1)], 1)
+    centre, y = design.mean(0), np.asarray(values, float)[usable, TARGET]
+    penalty = 0.01 * design.var(0) if degree == 1 else np.full(len(centre), 0.5)
+    gram = (design - centre).T @ (design - centre) + np.diag(penalty)
+    weights = np.linalg.solve(gram, (design - centre).T @ y).reshape(-1, degree)
+    found = regression_surfaces(sums.regression, frame.grid, task)[degree == 3]
+    for i, w, c in zip(others, weights, centre.reshape(-1, degree), strict=True):
+        powers = at[:, i, None] ** np.arange(1, degree + 1)
+        np.testing.assert_allclose(found[i], y.mean() + (powers - c) @ w, atol=1e-3)
 
 
 def hermite(x):

@@ -27,7 +27,6 @@ from lib.expert_posterior import (
     Features,
     ParentScaleConfig,
     ParentSetRegression,
-    Scale,
     draw_features,
     estimate_noise,
     replay_posterior,
@@ -35,6 +34,7 @@ from lib.expert_posterior import (
 from lib.improvement import log_expected_improvement
 from lib.literature import Benchmark
 from lib.problems import with_experiments
+from lib.regression import Scale
 from lib.scm import Intervention, Task
 from studies.published import PublishedConfig, PublishedRegression, fit_star_gp
 

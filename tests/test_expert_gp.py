@@ -293,7 +293,7 @@ def test_refine_finds_the_peak_between_grid_values():
     def score(variable, values):
         return jnp.array([0.0, 3.0, 1.0])[variable] - (values - peaks[variable]) ** 2
 
-    search = jax.jit(lambda table: refine(score, grid, table))
+    search = jax.jit(lambda table: refine(score, grid, table, jnp.ones(3, bool)))
     table = jnp.stack([score(i, grid[i]) for i in range(3)])
     # 17 values between the neighbours, one grid step away each; at the edge: the best within the
     # range

@@ -182,7 +182,7 @@ def test_policy_gives_a_distribution_over_candidates(act):
 def test_incumbent_is_the_lowest_candidate():
     state = make_state(0)
     np.testing.assert_allclose(
-        state.best_value, np.asarray(state.output.effect_mean)[CANDIDATES].min(), atol=1e-6
+        state.output.best_value, np.asarray(state.output.effect_mean)[CANDIDATES].min(), atol=1e-6
     )
 
 
