@@ -130,10 +130,12 @@ def describe(trajectories: ExpertTrajectory) -> dict[str, float]:
     marginals, entropy in nats.
     """
     marginals, parents, log_prob, entropy = map(np.asarray, final_beliefs(trajectories))
-    said = marginals > 0.5
+    predicted = marginals > 0.5
     return {
         "true_set_probability": float(np.exp(log_prob).mean()),
-        "parent_f1": float(2 * (said & parents).sum() / max(said.sum() + parents.sum(), 1)),
+        "parent_f1": float(
+            2 * (predicted & parents).sum() / max(predicted.sum() + parents.sum(), 1)
+        ),
         "final_entropy": float(entropy.mean()),
     }
 

@@ -168,7 +168,7 @@ class Run(NamedTuple):
 
 
 def measure_parents(run: Run, size: int) -> tuple[Problem, jax.Array, Arrays, list[Record]]:
-    """Held-out problems of one size and their optima, what is said of their parents, and records of
+    """Held-out problems of one size and their optima, scores of their parents, and records of
     it.
     """
     config, surrogate, task = run.config, run.systems["acbo"].surrogate, f"d={size}"
@@ -255,11 +255,11 @@ def training_rows(run: Run) -> list[tuple[str, str, str, float, int]]:
     if "bc_policy" not in run.systems:
         return []
     folder = run.config.folder
-    said = read_header(folder / "bc_policy.eqx")["metrics"]
-    states = int(said["validation_states"])
+    measured = read_header(folder / "bc_policy.eqx")["metrics"]
+    states = int(measured["validation_states"])
     rows = [
-        ("demos", "bc_policy", "expert_agreement", said["variable_agreement"], states),
-        ("demos", "bc_policy", "expert_value_agreement", said["value_agreement"], states),
+        ("demos", "bc_policy", "expert_agreement", measured["variable_agreement"], states),
+        ("demos", "bc_policy", "expert_value_agreement", measured["value_agreement"], states),
     ]
     curves = folder / "curves.npz", folder / "cold" / "curves.npz"
     if curves[1].exists():

@@ -120,17 +120,17 @@ def surrogate_records(
     problems behind `tuning`; calibration, and true effects `[batch, vars, bins]` in its bands.
     """
     truth, possible = scores["parents"], scores["possible"]
-    said = {
+    predicted = {
         name: scores[name]
         >= metrics.best_threshold(tuning[name], tuning["parents"], tuning["possible"])
         for name in STRUCTURE_BASELINES
     } | {"acbo": scores["acbo"] > 0.5}
-    f1 = {name: metrics.parent_f1(chosen, truth, possible) for name, chosen in said.items()}
+    f1 = {name: metrics.parent_f1(chosen, truth, possible) for name, chosen in predicted.items()}
     records, n = [], len(truth)
     for name, values in f1.items():
         figures = {
             "parent F1": metrics.summarise(values),
-            "pooled F1": metrics.bootstrap_pooled(metrics.f1, said[name], truth, possible),
+            "pooled F1": metrics.bootstrap_pooled(metrics.f1, predicted[name], truth, possible),
             "AUROC": metrics.bootstrap_pooled(metrics.auroc, scores[name], truth, possible),
             "AUPRC": metrics.bootstrap_pooled(
                 metrics.average_precision, scores[name], truth, possible
@@ -142,7 +142,7 @@ def surrogate_records(
     usable, error = np.isfinite(effects), effects - scores["effect_mean"]
     inside = (np.abs(error) < 1.645 * scores["effect_std"]) & usable
     beliefs = {
-        "exact set": metrics.summarise((said["acbo"] == truth).all(1)),
+        "exact set": metrics.summarise((predicted["acbo"] == truth).all(1)),
         "set NLL (nats)": metrics.summarise(-scores["log_prob"]),
         "ECE": metrics.bootstrap_pooled(metrics.calibration_error, scores["acbo"], truth, possible),
         "effect R2": float(1 - (error[usable] ** 2).mean() / effects[usable].var()),

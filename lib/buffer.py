@@ -45,7 +45,7 @@ class ExperienceBuffer(eqx.Module):
         return self.valid & ~self.intervened.any(1)
 
     def grow(self, extra: int) -> "ExperienceBuffer":
-        """The same rows with `extra` more free places at the end."""
+        """The same rows with `extra` more free rows at the end."""
         return ExperienceBuffer(
             jnp.pad(self.values, ((0, extra), (0, 0))),
             jnp.pad(self.intervened, ((0, extra), (0, 0))),
@@ -61,11 +61,11 @@ class ExperienceBuffer(eqx.Module):
         )
 
     def first(self, count) -> "ExperienceBuffer":
-        """What was known when `count` rows were filled; the others are free places again."""
+        """What was known when `count` rows were filled; the others are free rows again."""
         return self.only(jnp.arange(self.valid.shape[0]) < count)
 
     def only(self, kept: Bool[Array, " samples"]) -> "ExperienceBuffer":
-        """The rows that are `kept`, each in its place; the others are free places."""
+        """The rows that are `kept`, each in its place; the others are free rows."""
         known = self.valid & kept
         return ExperienceBuffer(
             jnp.where(known[:, None], self.values, 0.0), self.intervened & known[:, None], known
@@ -76,7 +76,7 @@ class ExperienceBuffer(eqx.Module):
     ) -> "ExperienceBuffer":
         """One more row, observed under `intervention`.
 
-        The row takes the first free place; rows are filled from the front. Raises `ValueError` if
+        The row takes the first free row; rows are filled from the front. Raises `ValueError` if
         the buffer is full. Inside `jit` that cannot be known (a host callback could tell, and can
         deadlock on CPU): there the caller reserves capacity.
         """
@@ -103,7 +103,7 @@ class ExperienceBuffer(eqx.Module):
     def write(
         self, index, intervention: Intervention, outcome: Float[Array, " vars"]
     ) -> "ExperienceBuffer":
-        """`add_intervention` at a known free place, without the check of room: for loops that count
+        """`add_intervention` at a known free row, without the check of room: for loops that count
         their own steps.
 
         Raises `ValueError` unless `outcome` has one number, and `intervention` one flag, per

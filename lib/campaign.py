@@ -33,7 +33,7 @@ def run_campaign(
     `decide(key, buffer, state, t)` returns the next experiment and a report; `absorb(state, t,
     rows)` what the method keeps beside the buffer, after the outcome: `num_rows` rows, of which the
     first enters the buffer. The noise of experiment t is that of `experiment_key(key, t)`, so
-    methods run with the same key are paired. The buffer needs `num_steps` free places behind its
+    methods run with the same key are paired. The buffer needs `num_steps` free rows behind its
     valid rows: `ValueError` if it has fewer; where only a traced program can tell, every number of
     the result is nan.
     """

@@ -204,7 +204,7 @@ def check_expert_input(
     their effect is taken to be constant.
     """
     buffer.has_room(config.num_steps, config.num_obs)
-    names, values, filled = scm.places, np.asarray(buffer.values), np.asarray(buffer.valid)
+    names, values, filled = scm.labels, np.asarray(buffer.values), np.asarray(buffer.valid)
     other = ~np.asarray(buffer.observational)[: config.num_obs]
     if other.any():
         raise ValueError(
@@ -239,7 +239,7 @@ def run_parent_scale(
     starting from `buffer`.
 
     `buffer` holds `config.num_obs` observational rows, then any number of interventional ones, then
-    at least `config.num_steps` free places. `candidate_sets` (sets and log-probabilities) replaces
+    at least `config.num_steps` free rows. `candidate_sets` (sets and log-probabilities) replaces
     the prior: one set is CBO with a known graph. `predict` maps a buffer to log-probabilities of
     `candidate_sets` and replaces the sequential posterior. The key is consumed. Pure: `jit` and
     `vmap` over the first three arguments. Where none of these is traced, raises `ValueError` as

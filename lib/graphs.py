@@ -1,7 +1,7 @@
 """Random directed acyclic graphs of several families.
 
 A family is a function `(u, size)` of uniform random numbers and of the number of variables, at
-least two; it gives the adjacency `[parent, child]` over `d` places of a topological order, whatever
+least two; it gives the adjacency `[parent, child]` over `d` positions of a topological order, whatever
 it has outside the first `size` of them. A graph is of one family, so all may use the same numbers;
 all are computed and one is kept, for under `vmap` a branch would compute them all too.
 """
@@ -73,7 +73,7 @@ class Uniforms(NamedTuple):
 
     @property
     def index(self) -> Int[Array, " d"]:
-        """The places."""
+        """Positions in the topological order."""
         return jnp.arange(len(self.two))
 
     @property
@@ -169,7 +169,7 @@ def sample_graph(
     num_vars: int,
     density: tuple[float, float],
 ) -> Bool[Array, "vars vars"]:
-    """Adjacency `[parent, child]` over the first `size` of `num_vars` places of a topological
+    """Adjacency `[parent, child]` over the first `size` of `num_vars` positions of a topological
     order; at least one edge.
 
     `family` is an index into `FAMILIES`; `density` bounds the probability of an edge where a family

@@ -38,7 +38,8 @@ from lib.training import Learner, clipped_adam, merged
 
 
 CLIP = 0.2  # of the probability ratio
-MIN_SPREAD = 1e-4  # a group whose rewards spread less than this is dead: it carries no signal
+# rewards of a group that differ by less are equal to rounding: such a group carries no signal
+MIN_DIFFERENCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def collect_campaign(
     """Play one campaign of `num_steps` experiments and score a group of candidates at every state:
     groups `[steps]`, and the final buffer.
 
-    The buffer needs `num_steps` free places behind its valid rows: `ValueError` if it has fewer;
+    The buffer needs `num_steps` free rows behind its valid rows: `ValueError` if it has fewer;
     where only a traced program can tell, every reward is nan.
     """
     fits = buffer.has_room(num_steps)
@@ -186,7 +187,7 @@ def campaign_gains(
 class GRPOMetrics(NamedTuple):
     """What to watch of a batch: mean `reward` of an experiment and its three components before
     weighting, `entropy` of the policy and `kl` to the reference in nats, and the shares of
-    `dead_groups` and of `clipped` ratios.
+    groups `without_signal` and of `clipped` ratios.
     """
 
     reward: Float[Array, ""]
@@ -195,21 +196,21 @@ class GRPOMetrics(NamedTuple):
     parent_intervention: Float[Array, ""]
     entropy: Float[Array, ""]
     kl: Float[Array, ""]
-    dead_groups: Float[Array, ""]
+    without_signal: Float[Array, ""]
     clipped: Float[Array, ""]
 
 
 def group_advantages(
     rewards: Float[Array, "batch group"],
 ) -> tuple[Float[Array, "batch group"], Float[Array, " batch"]]:
-    """Advantages, centred per group and scaled by the deviation of all live groups, and which are
-    live (1 or 0). Dead ones get zeros.
+    """Advantages, centred per group and scaled by the standard deviation over all groups that carry
+    a signal, and which these are (1 or 0). The others get zeros.
     """
     # deviation 3
-    live = (rewards.max(1) - rewards.min(1) > MIN_SPREAD).astype(rewards.dtype)
-    centred = (rewards - rewards.mean(1, keepdims=True)) * live[:, None]
-    variance = (centred**2).mean(1).sum() / jnp.maximum(live.sum(), 1.0)
-    return centred / jnp.sqrt(variance + 1e-12), live  # deviation 2
+    informative = (rewards.max(1) - rewards.min(1) > MIN_DIFFERENCE).astype(rewards.dtype)
+    centred = (rewards - rewards.mean(1, keepdims=True)) * informative[:, None]
+    variance = (centred**2).mean(1).sum() / jnp.maximum(informative.sum(), 1.0)
+    return centred / jnp.sqrt(variance + 1e-12), informative  # deviation 2
 
 
 def grpo_loss(
@@ -221,7 +222,7 @@ def grpo_loss(
     """Clipped surrogate objective plus KL and entropy terms over a batch of groups (leading axis
     `batch`).
     """
-    advantages, live = group_advantages(groups.reward.total)
+    advantages, informative = group_advantages(groups.reward.total)
 
     def per_group(group):
         distribution = policy(group.state)
@@ -234,7 +235,7 @@ def grpo_loss(
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     gain = jnp.minimum(ratio * advantages, clipped * advantages).mean(1)
     loss = (
-        -(gain * live).sum() / jnp.maximum(live.sum(), 1.0)
+        -(gain * informative).sum() / jnp.maximum(informative.sum(), 1.0)
         + config.kl_weight * kl.mean()
         - config.entropy_weight * entropy.mean()
     )
@@ -246,7 +247,7 @@ def grpo_loss(
         parent_intervention=reward.parent_intervention,
         entropy=entropy.mean(),
         kl=kl.mean(),
-        dead_groups=1 - live.mean(),
+        without_signal=1 - informative.mean(),
         clipped=(jnp.abs(ratio - 1) > CLIP).mean(),
     )
 

@@ -112,17 +112,17 @@ def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
 # vars]` arrays, whose `mask` marks those variables
 
 
-def f1(said: np.ndarray, truth: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """F1 = 2 TP / (2 TP + FP + FN) of decisions `said`, zeros and ones, against true parents; 1
-    where there is nothing to find and nothing was said.
+def f1(predicted: np.ndarray, truth: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """F1 = 2 TP / (2 TP + FP + FN) of decisions `predicted`, zeros and ones, against true parents; 1
+    where there is nothing to find and nothing was predicted.
     """
-    total = said.sum(axis) + truth.sum(axis)
-    return np.where(total > 0, 2 * (said * truth).sum(axis) / np.maximum(total, 1), 1.0)
+    total = predicted.sum(axis) + truth.sum(axis)
+    return np.where(total > 0, 2 * (predicted * truth).sum(axis) / np.maximum(total, 1), 1.0)
 
 
-def parent_f1(said: Flags, truth: Flags, mask: Flags) -> Float[np.ndarray, " batch"]:
+def parent_f1(predicted: Flags, truth: Flags, mask: Flags) -> Float[np.ndarray, " batch"]:
     """The `f1` of every problem."""
-    return f1(said & mask, truth & mask, axis=1)
+    return f1(predicted & mask, truth & mask, axis=1)
 
 
 def best_threshold(scores: Scores, truth: Flags, mask: Flags) -> float:
@@ -158,9 +158,9 @@ def average_precision(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " 
         return np.nan
     order = np.argsort(-score, kind="stable")
     score, label = score[order], label[order]
-    last = np.append(score[:-1] > score[1:], True)  # equal scores are said together
-    found, said = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
-    return float(np.sum(np.diff(found, prepend=0) * found / said) / label.sum())
+    last = np.append(score[:-1] > score[1:], True)  # equal scores are one threshold
+    found, predicted = label.cumsum()[last], np.arange(1, len(label) + 1)[last]
+    return float(np.sum(np.diff(found, prepend=0) * found / predicted) / label.sum())
 
 
 def calibration_error(prob: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"]) -> float:

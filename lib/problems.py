@@ -34,7 +34,7 @@ class DataDesign:
     max_interventions: int = 0
     """Most interventions beside these, as a campaign makes them."""
     num_steps: int = 0
-    """Experiments to come, for which there are free places."""
+    """Experiments to come, for which there are free rows."""
 
 
 def draw_data(key: Key[Array, ""], scm: AbstractSCM, design: DataDesign) -> ExperienceBuffer:

@@ -147,9 +147,9 @@ class AbstractSCM(eqx.Module):
         return Task(self.target, self.low, self.high, self.var_mask)
 
     @property
-    def places(self) -> list[str]:
+    def labels(self) -> list[str]:
         """The names, and what the padding behind them is called."""
-        return [*self.names, *(f"place {i}" for i in range(len(self.names), len(self.low)))]
+        return [*self.names, *(f"padding {i}" for i in range(len(self.names), len(self.low)))]
 
     def sample(
         self, key: Key[Array, ""], intervention: Intervention, num_samples: int
@@ -418,12 +418,12 @@ def check_scm(scm: AbstractSCM) -> None:
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(
-            f"{scm.places[i]} may be set from {low[i]} to {high[i]}: give finite numbers, "
+            f"{scm.labels[i]} may be set from {low[i]} to {high[i]}: give finite numbers, "
             "low not above high"
         )
     if not candidates.any():
         raise ValueError(
-            f"no variable but the target {scm.places[target]} has a range of intervention: "
+            f"no variable but the target {scm.labels[target]} has a range of intervention: "
             "give at least one of them low < high"
         )
     if not isinstance(scm, SyntheticSCM):

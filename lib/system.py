@@ -164,7 +164,7 @@ class TrainedACBOSystem(eqx.Module):
         beliefs: CheckConfig | None = BELIEFS,
         most: int | None = None,
     ) -> OptimizationResult:
-        """A campaign, jittable and vmappable; the buffer needs `num_steps` free places.
+        """A campaign, jittable and vmappable; the buffer needs `num_steps` free rows.
 
         The surrogate is checked against the experiments (`lib.check`), of which there are at most
         `most` in the end (as many as places, if left out): the policy reads the averaged surface,

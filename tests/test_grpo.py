@@ -102,7 +102,9 @@ def with_rewards(groups, rewards):
 
 
 def loop_advantages(rewards):
-    """Centred per group, scaled by the deviation over live groups; dead groups get zeros."""
+    """Centred per group, scaled by the deviation over groups whose rewards differ; the others get
+    zeros.
+    """
     live = np.array([np.max(group) - np.min(group) > 1e-4 for group in rewards])
     centred = np.array([group - np.mean(group) for group in rewards]) * live[:, None]
     return centred / np.sqrt(np.mean(centred[live] ** 2 if live.any() else 0) + 1e-12), live
@@ -189,14 +191,14 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(policy, campaign, g
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(ours)) > 1e-3
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
-    found = metrics.dead_groups, metrics.kl, metrics.clipped, metrics.reward
+    found = metrics.without_signal, metrics.kl, metrics.clipped, metrics.reward
     np.testing.assert_allclose(found, [1 / 3, 0.0, 0.0, REWARDS.mean()], atol=1e-6)
 
 
 def test_equal_rewards_give_no_gradient(policy, campaign, gradient):
     equal = with_rewards(campaign[0], np.full((STEPS, GROUP), 0.3))
     (loss, metrics), gradients = gradient(policy, equal)
-    assert loss == 0 and metrics.dead_groups == 1
+    assert loss == 0 and metrics.without_signal == 1
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
 
