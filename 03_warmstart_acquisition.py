@@ -15,11 +15,11 @@ surrogate.eqx is in its folder): the same problems, noise and random keys; other
 no reference policy. What is logged per GRPO iteration (`lib.grpo.GRPOMetrics`): `reward`, mean
 total of an experiment, and its components before weighting; `entropy` of the policy and `kl` to the
 cloned one in nats; `without_signal`, the share of groups whose rewards do not differ; `clipped`,
-the share of ratios outside the clip. Entropy that falls to that of a single cell, or a share without
-signal that approaches one, would be a collapse. At every checkpoint the averaged policy plays the
-same validation problems: `validation` in curves.npz is what its recommendations have gained after
-each experiment. The reward of sampled candidates on ever new problems is too noisy to compare two
-policies by.
+the share of ratios outside the clip. Entropy that falls to that of a single cell, or a share
+without signal that approaches one, would be a collapse. At every checkpoint the averaged policy
+plays the same validation problems: `validation` in curves.npz is what its recommendations have
+gained after each experiment. The reward of sampled candidates on ever new problems is too noisy to
+compare two policies by.
 
 Deviations from textbook GRPO are numbered in lib/grpo.py. Here: the policy that is written is a
 moving average over the iterations (`average`), because a reward is a rare jump of the

@@ -1,9 +1,9 @@
 """Random directed acyclic graphs of several families.
 
 A family is a function `(u, size)` of uniform random numbers and of the number of variables, at
-least two; it gives the adjacency `[parent, child]` over `d` positions of a topological order, whatever
-it has outside the first `size` of them. A graph is of one family, so all may use the same numbers;
-all are computed and one is kept, for under `vmap` a branch would compute them all too.
+least two; it gives the adjacency `[parent, child]` over `d` positions of a topological order, of
+which only the first `size` count. A graph is of one family, so all may use the same numbers; all
+are computed and one is kept, for under `vmap` a branch would compute them all too.
 """
 
 from collections.abc import Callable, Sequence

@@ -113,8 +113,8 @@ def bootstrap(statistic: Callable[..., float], *data: np.ndarray) -> Estimate:
 
 
 def f1(predicted: np.ndarray, truth: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """F1 = 2 TP / (2 TP + FP + FN) of decisions `predicted`, zeros and ones, against true parents; 1
-    where there is nothing to find and nothing was predicted.
+    """F1 = 2 TP / (2 TP + FP + FN) of the parents `predicted`, zeros and ones, against the true
+    ones; 1 where there is nothing to find and nothing was predicted.
     """
     total = predicted.sum(axis) + truth.sum(axis)
     return np.where(total > 0, 2 * (predicted * truth).sum(axis) / np.maximum(total, 1), 1.0)
