@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import lib.training
-from lib import settings
+from lib import documents, settings
 from lib.accuracy import accuracy
 from lib.artifacts import ArtifactError, load, read_header, read_log
 from lib.check import check
@@ -190,6 +190,18 @@ def test_a_stage_killed_and_started_again_ends_byte_for_byte_the_same(
     assert not (finished / product).exists()
     assert main(config) == finished / product
     assert (finished / product).read_bytes() == before
+
+
+def test_the_documents_functions_give_what_the_scripts_give(finished):
+    """Without files, and with the whole batch of demonstrations in one piece."""
+    demos, header = load_trajectories(finished / "demos.npz", "train")
+    _, second, third, fourth = (
+        replace(config, prior=inherit(config.prior, header)) for config in configs(finished)
+    )
+    system = documents.train_complete_acbo_system(demos, SURROGATE, third, second, config=fourth)
+    written = TrainedACBOSystem.load(finished / "acbo.eqx")
+    for one, two in zip(jax.tree.leaves(system), jax.tree.leaves(written), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
 
 
 def test_a_stage_refuses_what_an_earlier_stage_did_not_write(finished, tmp_path):
