@@ -77,9 +77,8 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
 
 
 def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
-    """Less observations that have a value far outside the rest in some column, and less experiments
-    whose outcome is: those that gave another when they were made again, and slips of a power of
-    ten. What an experiment gave may truly lie far from all that was observed.
+    """Less observations that have a value far outside the rest in some column, and less slips among
+    the experiments. What an experiment gave may truly lie far from all that was observed.
     """
     at = [c.name for c in rows.columns].index(target)
     seen = np.where(rows.observed[:, None], rows.values, np.nan)
@@ -90,26 +89,30 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
         "rest, left out"
         for i, r in np.argwhere(stray.T)
     ]
-    kept, single, outcome = np.logical_not(stray.any(1)), rows.flags.sum(1) == 1, rows.values[:, at]
-    if not several[at]:
-        return rows.only(kept)
-    odd = single & isolated(np.where(kept, outcome, np.nan))
-    usual = outcome[kept & ~odd]
+    rows = rows.only(np.logical_not(stray.any(1)))
+    return without_slips(rows, at, notes) if several[at] else rows
+
+
+def without_slips(rows: Rows, target: int, notes: list[str]) -> Rows:
+    """Less experiments whose outcome is far outside the rest, and a power of ten away from it or
+    from what the same experiment gave; unless one with nearly the same setting is so as well.
+    """
+    outcome, single = rows.values[:, target], rows.flags.sum(1) == 1
+    odd = single & isolated(outcome)
+    kept = np.ones(len(odd), bool)
     for r in np.flatnonzero(odd):
-        i, value = rows.flags[r].argmax(), rows.values[r]
-        near = np.abs(rows.values[:, i] - value[i]) <= 0.2 * max(np.ptp(rows.values[:, i]), 1e-300)
-        like = single & rows.flags[:, i] & (np.arange(len(odd)) != r)
-        again = outcome[like & ~odd & (rows.values[:, i] == value[i])]
-        with np.errstate(divide="ignore", invalid="ignore"):  # of zero nothing is a power of ten
-            powers = np.abs(np.log10(np.abs(outcome[r] / again)))
-        contradicted = (np.abs(powers - np.maximum(powers.round(), 1)) < 0.15).any()
+        i = rows.flags[r].argmax()
+        setting, like = rows.values[:, i], single & rows.flags[:, i] & (np.arange(len(odd)) != r)
+        near = np.abs(setting - setting[r]) <= 0.2 * max(np.ptp(setting), 1e-300)
         confirmed = (like & odd & near).any()
-        slip = slips(outcome[[r]], usual, POWERS[np.abs(np.log10(POWERS)) > 1.5]).any()
-        kept[r] = confirmed or not (contradicted or (slip and not again.size))
-        what = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from"
+        again = outcome[like & ~odd & (setting == setting[r])]
+        usual = np.append(0.7 * again, 1.4 * again) if again.size else outcome[~odd]
+        powers = POWERS if again.size else POWERS[np.abs(np.log10(POWERS)) > 1.5]
+        kept[r] = confirmed or not slips(outcome[[r]], usual, powers).any()
+        what = f"row {rows.lines[r]}: '{rows.columns[target].name}' = {outcome[r]:.15g} is far from"
+        rest = "what the same experiment gave" if again.size else "all others, by powers of ten"
         notes += told(
-            (not kept[r] and again.size, f"{what} what the same experiment gave, left out"),
-            (not kept[r] and not again.size, f"{what} all others, by powers of ten, left out"),
+            (not kept[r], f"{what} {rest}, left out"),
             (kept[r] and not confirmed, f"{what} all others: see that it is no typing error"),
         )
     return rows.only(kept)
@@ -157,15 +160,14 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
-    if not len(rows.lines):
-        return rows
-    spare = [c.name != target and (c.source or c.name) not in ranges for c in rows.columns]
-    share = np.isnan(rows.values).mean(0)
-    sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)
-    empty = [c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse)]
+    listed = [c.name == target or (c.source or c.name) in ranges for c in rows.columns]
+    share, acted = np.isnan(rows.values).mean(0), rows.flags.any(0)
+    sparse = (share == 1) | ((share > MOST_MISSING) & ~np.logical_or(acted, listed))
+    empty = [
+        c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse & acted)
+    ]
     demand(
-        not set(empty)
-        & {c.name for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))},
+        not empty,
         f"columns {', '.join(empty)}: set in some rows, empty in most: give the usual values",
     )
     notes += [
@@ -185,7 +187,7 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
         )
         if which.any()
     ]
-    values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
+    values = np.where(missing, np.nanmedian(rows.values, axis=0), rows.values)
     return rows._replace(values=values).only(~out)
 
 
@@ -201,24 +203,29 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
         for c in itertools.compress(rows.columns, still)
     ]
     rows = rows.without(still)
-    values, flags, names = rows.values, rows.flags.copy(), [c.name for c in rows.columns]
-    listed = [(c.source or c.name) in ranges for c in rows.columns]
-    centred = (values - values.mean(0)) / deviation(values)
-    same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
-    rank = [
-        (name != target, not listed[i], not flags[:, i].any(), i) for i, name in enumerate(names)
-    ]
-    # what can be set is never a copy of the target, even where nothing else moves that
+    flags, names = rows.flags.copy(), [c.name for c in rows.columns]
     own = np.array([name == target for name in names])
-    can = np.any(flags, axis=0) | np.array(listed)
-    same &= ~(np.outer(own, can) | np.outer(can, own))
+    listed = np.array([(c.source or c.name) in ranges for c in rows.columns])
+    acted = flags.any(0)
+    same = alike(rows.values, 1 - SAME)
+    # what can be set is never a copy of the target, even where nothing else moves that
+    apart_from_it = np.outer(own, acted | listed)
+    same &= ~(apart_from_it | apart_from_it.T)
     gone = np.zeros(len(names), bool)
-    for *_, i in sorted(rank):
-        copies = [j for j in np.flatnonzero(same[i] & ~gone & ~gone[i]) if rank[j] > rank[i]]
+    for i in np.lexsort((~acted, ~listed, ~own)):
+        copies = np.flatnonzero(same[i] & ~gone & ~gone[i])
         flags[:, i] |= flags[:, copies].any(1)
         gone[copies] = True
         notes += [f"'{names[j]}' says the same as '{names[i]}' and is left out" for j in copies]
     return rows._replace(flags=flags).without(gone)
+
+
+def alike(values: np.ndarray, least: float) -> np.ndarray:
+    """Which two columns of `values[rows, columns]` have more than some correlation of any sign."""
+    centred = (values - values.mean(0)) / deviation(values)
+    return (np.abs(centred.T @ centred) / len(values) > least) & ~np.eye(
+        values.shape[1], dtype=bool
+    )
 
 
 def as_design(rows: Rows, notes: list[str]) -> Rows:
@@ -271,19 +278,25 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     return slopes[0] * (order[-1] - order) if alone else none
 
 
-def lots_of(rows: Rows, target: int, fixed: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Columns of those that are `fixed` with few values, in runs, between which the observed
+def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Columns of those that cannot be set with few values, in runs, between which the observed
     target differs more than within them, as it does between lots: name and each row's lot.
     """
-    found, outcome = [], np.where(rows.observed, rows.values[:, target], np.nan)
-    for name in dict.fromkeys(c.source or c.name for c in itertools.compress(rows.columns, fixed)):
-        own = [name in (c.source, c.name) for c in rows.columns]
+    found, outcome = [], rows.values[:, target]
+    variables = np.array([c.source or c.name for c in rows.columns])
+    for name in dict.fromkeys(np.delete(variables, target).tolist()):
+        own = variables == name
         levels, lot = np.unique(rows.values[:, own], axis=0, return_inverse=True)
         lot, few = lot.ravel(), len(levels) <= MOST_LOTS
-        runs = 1 + np.count_nonzero(np.diff(lot))
         groups = [outcome[(lot == k) & rows.observed] for k in range(few * len(levels))]
         groups = [one for one in groups if len(one) > 2 and np.ptp(one) > 0]
-        if len(groups) > 1 and runs <= 2 * len(levels) and f_oneway(*groups).pvalue < 1e-4:
+        in_runs = 1 + np.count_nonzero(np.diff(lot)) <= 2 * len(levels)
+        if (
+            len(groups) > 1
+            and in_runs
+            and not settable[own].any()
+            and f_oneway(*groups).pvalue < 1e-4
+        ):
             found.append((name, lot))
     return found
 
@@ -330,11 +343,9 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
 def together(rows: Rows, settable: np.ndarray) -> list[str]:
     """Pairs of settings that hardly ever moved apart, and of which none was set alone."""
     which = np.flatnonzero(settable & ~rows.flags.any(0) & ~constant(rows.values))
-    values = rows.values[:, which]
-    centred = (values - values.mean(0)) / deviation(values)
-    alike = np.argwhere(np.triu(np.abs(centred.T @ centred) / len(values) > ALIKE, 1))
-    names = [" and ".join(f"'{rows.columns[which[i]].name}'" for i in pair) for pair in alike[:4]]
-    some = "; ".join(names) + "; ..." * (len(alike) > 4)
+    pairs = np.argwhere(np.triu(alike(rows.values[:, which], ALIKE)))
+    names = [" and ".join(f"'{rows.columns[which[i]].name}'" for i in pair) for pair in pairs[:4]]
+    some = "; ".join(names) + "; ..." * (len(pairs) > 4)
     return told(
         (names, f"{some} moved together: which of two matters cannot be told from these rows")
     )
