@@ -46,7 +46,7 @@ from lib.problems import initial_buffer
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import DataError, demand, read_bounds, refuse, told
+from lib.table import demand, read_bounds, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
@@ -146,11 +146,11 @@ def suggest(config: Suggest) -> dict:
     """
     bounds = read_bounds(config.bounds) if config.bounds else ()
     data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    if len(data.names) > BUCKETS[-1]:
-        raise DataError(
-            f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
-            "leave out columns that cannot matter"
-        )
+    demand(
+        len(data.names) <= BUCKETS[-1],
+        f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
+        "leave out columns that cannot matter",
+    )
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
@@ -168,19 +168,19 @@ def suggest(config: Suggest) -> dict:
         return asked if config.target_value is None else toward(asked, goal, data.task)
 
     said = ask(data.buffer)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
-        raise DataError(
-            f"{config.data}: the answer is not finite: look for cells far from the others, and for "
-            "columns in different units"
-        )
+    demand(
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))),
+        f"{config.data}: the answer is not finite: look for cells far from the others, and for "
+        "columns in different units",
+    )
     following = []
     for _ in range(config.batch):
         ahead = [*data.planned, *(asked.experiment for asked in following)]
         asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
         following.append(elsewhere(data, asked, ahead))
     answer = in_own_units(config, data, said, following)
-    answer["warnings"] += [] if data.blocked else resting_on_one(data, said, ask)
-    answer["warnings"] += [] if data.blocked else within_lots(data, ask)
+    if not data.blocked:
+        answer["warnings"] += resting_on_one(data, said, ask) + within_lots(data, ask)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 
@@ -190,17 +190,16 @@ def demo(config: Demo) -> list[float]:
     E[Y | do(recommended)] per seed.
     """
     system, num_vars = TrainedACBOSystem.load(config.system), BUCKETS[0]
-    scm, nothing = Benchmark(config.benchmark, num_vars), Intervention.none(num_vars)
-    optimum = scm.optimum()
+    scm = Benchmark(config.benchmark, num_vars)
+    optimum, nothing = scm.optimum(), Intervention.none(num_vars)
     print(
         f"{config.benchmark}: optimum {float(optimum.mean):.3f} at "
         f"{scm.names[int(optimum.variable)]} = {float(optimum.value):.3f}, "
         f"doing nothing {float(scm.mean_outcome(nothing)):.3f}"
     )
+    counts = config.num_obs, config.per_variable
     capacity = config.num_obs + config.per_variable * num_vars
-    first = eqx.filter_jit(
-        lambda key: initial_buffer(key, scm, config.num_obs, config.per_variable, capacity)
-    )
+    first = eqx.filter_jit(lambda key: initial_buffer(key, scm, *counts, capacity))
     scores = []
     for seed in range(config.seeds):
         data_key, play_key = (settings.stage_key(seed, "demo", use) for use in ("data", "play"))

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def imagined(buffer, said, experiments, target: int) -> ExperienceBuffer:
     for variable, value in experiments:
         outcome = np.interp(value, said.grid[variable], said.mean[variable])
         row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
-        intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
-        buffer = buffer.grow(1).add_intervention(intervention, row)
+        set_by_hand = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+        buffer = buffer.grow(1).add_intervention(set_by_hand, row)
     return buffer
 
 
@@ -50,14 +51,11 @@ def elsewhere(data: Experience, asked, ahead: list):
     costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
     candidates, taken = np.asarray(data.task.candidates), np.zeros(grid.shape, bool)
     for i, x in ((int(i), x) for i, x in ahead if candidates[i]):
-        taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
-        ran = data.value(i, x)
-        taken[i] |= [data.value(i, v) == ran for v in grid[i]]
+        same = [data.value(i, v) == data.value(i, x) for v in grid[i]]
+        taken[i] |= same | (np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0]))
     own = taken[variable, np.abs(grid[variable] - value).argmin()]
-    if not own and (costs == costs[0]).all():
-        return asked
     free = candidates[:, None] & ~taken[:count]
-    if not free.any():
+    if not free.any() or (not own and (costs == costs[0]).all()):
         return asked
     worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
     return asked._replace(experiment=largest(grid, worth))
@@ -70,10 +68,8 @@ def within_lots(data: Experience, ask: Callable[[ExperienceBuffer], Any]) -> lis
         outcome = data.buffer.values[:, target]
         mean = (np.bincount(lot, outcome) / np.bincount(lot))[lot]
         values = data.buffer.values.at[:, target].set(outcome - mean + outcome.mean())
-        buffer = ExperienceBuffer(values, data.buffer.intervened, data.buffer.valid)
-        action = ask(buffer).action
-        i = int(action[0])
-        setting = data.setting(i, data.value(i, action[1])) if i >= 0 else {}
+        i, best = ask(replace(data.buffer, values=values)).action
+        setting = data.setting(int(i), data.value(int(i), best)) if i >= 0 else {}
         found.append(
             f"'{name}' looks like a lot or a batch, between which '{data.names[target]}' differs "
             "more than within: if it is one, within it the recommendation would be to set "
@@ -104,8 +100,7 @@ def toward(said, goal: float, task: Task):
     """
     nodes = ndtri((np.arange(64) + 0.5) / 64) / 3.29  # in widths of a band of 90 %
     away = np.abs(said.mean[..., None] + (said.high - said.low)[..., None] * nodes - goal)
-    candidates = np.asarray(task.candidates)
-    allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
+    allowed = np.isin(np.arange(len(said.mean)), np.flatnonzero(task.candidates))[:, None]
     idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
     i, b = np.unravel_index(np.where(allowed, miss, np.inf).argmin(), miss.shape)
     pays = away[i, b].mean() < idle
@@ -121,6 +116,7 @@ def in_own_units(config, data, said, following) -> dict:
     """
     names, target, units = data.names, data.target, data.units
     places = units.shown[target] + 2  # of predictions, or a narrow band would be rounded away
+    surfaces = said.grid, said.mean, said.low, said.high
 
     def outcomes(*numbers) -> dict:
         """Mean and band of the target, within what it can be; of logarithms, the median."""
@@ -138,16 +134,16 @@ def in_own_units(config, data, said, following) -> dict:
         """do(variable i = value) as a person reads it, and what is predicted there."""
         written = data.value(int(i), value)
         at = units.one(int(i)).exact(written).item()
-        curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
-        return {"settings": data.setting(int(i), written), **outcomes(*curves)}
+        here = (np.interp(at, said.grid[i], surface[i]) for surface in surfaces[1:])
+        return {"settings": data.setting(int(i), written), **outcomes(*here)}
 
     def curve(i) -> dict:
         """Predictions over the range of variable i."""
         each = [
-            outcomes(*point) for point in zip(said.mean[i], said.low[i], said.high[i], strict=True)
+            {"values": units.written(i, value), **outcomes(*point)}
+            for value, *point in zip(*(surface[i] for surface in surfaces), strict=True)
         ]
-        values = [units.written(i, value) for value in said.grid[i]]
-        return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
+        return {key: [one[key] for one in each] for key in each[0]}
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
@@ -165,18 +161,18 @@ def in_own_units(config, data, said, following) -> dict:
     def experiment(asked) -> dict:
         """The next experiment of an answer, what it is expected to gain, and why."""
         tried, value = asked.experiment
-        gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
+        gain = gained(asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()])
         reason = REASONS[asked.experiment == said.action]
-        return effect(tried, value) | {"expected_gain": gained(gain), "reason": reason}
+        return effect(tried, value) | {"expected_gain": gain, "reason": reason}
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
-    surfaces = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
+    believed = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
     check = {
         "experiments": int(said.experiments),
         "in_band": int(said.in_band),
         "widened_by": round(float(said.widened_by), 2),
-        "surface": max(surfaces, key=surfaces.__getitem__),
+        "surface": max(believed, key=believed.__getitem__),
         "surrogate_weight": round(surrogate, 3),
     }
     answer = {
@@ -215,12 +211,10 @@ def in_own_units(config, data, said, following) -> dict:
             "stop": {"expected_gain": 0.0, "worth_it": False},
             "best_effects": [],
         }
-        answer["warnings"].append(f"{data.blocked}: none is suggested")
     elif config.batch > 1:
-        each = {}
-        for one in map(experiment, following):
-            each.setdefault(str(one["settings"]), one)  # where all have been chosen, no more
-        answer["batch"] = list(each.values())
+        each = [experiment(asked) for asked in following]
+        settings = [one["settings"] for one in each]  # again the same, where all have been chosen
+        answer["batch"] = [one for i, one in enumerate(each) if settings.index(settings[i]) == i]
     if config.curves:
         answer["curves"] = {names[i]: curve(i) for i in settable}
     return answer
@@ -231,8 +225,8 @@ def warnings_of(data, check) -> list[str]:
     names, buffer, task = data.names, data.buffer, data.task
     done, in_band, settable = check["experiments"], check["in_band"], np.asarray(task.candidates)
     observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
-    ends = np.stack([task.low, task.high])
-    reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
+    away = np.abs(np.stack([task.low, task.high]) - observed.mean(0)).max(0)
+    reach = away / np.maximum(observed.std(0), 1e-6)
     tried = np.asarray(buffer.intervened.any(0)) | [i in data.bounds for i in range(len(names))]
     return told(
         (
@@ -265,6 +259,7 @@ def warnings_of(data, check) -> list[str]:
             )
             for i, name in enumerate(names)
         ),
+        (data.blocked, f"{data.blocked}: none is suggested"),
     )
 
 
@@ -280,9 +275,9 @@ def as_text(answer: dict) -> str:
 
     def setting(one: dict) -> list[str]:
         """Variable, value, and what is expected of it."""
-        name, value = next(iter(one["settings"].items()), ("(nothing)", None))
-        chosen = "" if value is None else text(value)
-        return [name, chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+        name, value = next(iter(one["settings"].items()), ("(nothing)", ""))
+        band = f"{text(one['low'])} to {text(one['high'])}"
+        return [name, text(value), text(one["predicted"]), band]
 
     def sentence(one: dict) -> str:
         name, value, predicted, band = setting(one)
