@@ -160,7 +160,7 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
-    listed = [c.name == target or (c.source or c.name) in ranges for c in rows.columns]
+    listed = [c.name == target or c.name in ranges for c in rows.columns]
     share, acted = np.isnan(rows.values).mean(0), rows.flags.any(0)
     sparse = (share == 1) | ((share > MOST_MISSING) & ~np.logical_or(acted, listed))
     empty = [
@@ -205,7 +205,7 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
     rows = rows.without(still)
     flags, names = rows.flags.copy(), [c.name for c in rows.columns]
     own = np.array([name == target for name in names])
-    listed = np.array([(c.source or c.name) in ranges for c in rows.columns])
+    listed = np.array([name in ranges for name in names])
     acted = flags.any(0)
     same = alike(rows.values, 1 - SAME)
     # what can be set is never a copy of the target, even where nothing else moves that
@@ -257,9 +257,8 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     columns = columns[:, ~constant(columns)]
     scaled = (columns - columns.mean(0)) / deviation(columns)
     scaled = scaled[:, np.abs((x - x.mean()) @ scaled) < (1 - 1e-9) * x.std() * len(x)]
-    if len(x) < MIN_OBSERVATIONS + 2 * scaled.shape[1] or np.ptp(y) == 0:
-        return none
-    drift, chance = np.array(spearmanr(x, y))
+    enough = len(x) >= MIN_OBSERVATIONS + 2 * scaled.shape[1] and np.ptp(y) > 0
+    drift, chance = np.array(spearmanr(x, y)) if enough else (0.0, 1.0)
     if chance > 1e-5 or abs(np.sign(np.diff(y)).mean()) > 0.5:
         return none
     design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
@@ -287,8 +286,8 @@ def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np
     for name in dict.fromkeys(np.delete(variables, target).tolist()):
         own = variables == name
         levels, lot = np.unique(rows.values[:, own], axis=0, return_inverse=True)
-        lot, few = lot.ravel(), len(levels) <= MOST_LOTS
-        groups = [outcome[(lot == k) & rows.observed] for k in range(few * len(levels))]
+        several = range(len(levels) if len(levels) <= MOST_LOTS else 0)
+        groups = [outcome[(lot == k) & rows.observed] for k in several]
         groups = [one for one in groups if len(one) > 2 and np.ptp(one) > 0]
         in_runs = 1 + np.count_nonzero(np.diff(lot)) <= 2 * len(levels)
         if (
@@ -308,7 +307,6 @@ def repeats_of(rows: Rows, target: int, settable: np.ndarray) -> list[str]:
     outcome, own = rows.values[:, target], np.where(rows.observed[:, None], settable, rows.flags)
     settings = np.column_stack([own, np.where(own, rows.values, 0.0)])
     _, which, times = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
-    which = which.ravel()
     means, freedom = np.bincount(which, outcome) / times, len(outcome) - len(times)
     noise = np.sqrt(np.sum((outcome - means[which]) ** 2) / max(freedom, 1))
     _, first = np.unique(np.column_stack([rows.flags, rows.values]), axis=0, return_index=True)
@@ -328,11 +326,11 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
     found, name, outcome = [], rows.columns[target].name, rows.values[:, target]
     for column, x in zip(rows.columns, rows.values.T, strict=True):
         if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
-            own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
-            in_turn = abs(np.corrcoef(x[1:], x[:-1])[0, 1]) > 0.4  # as designs in cycles are
+            pairs = (x[1:], outcome[1:]), (x[:-1], outcome[1:]), (x[1:], x[:-1])
+            own, before, in_turn = (abs(np.corrcoef(*pair)[0, 1]) for pair in pairs)
             found += told(
                 (
-                    before > max(0.6, own + 0.3) and not in_turn,
+                    before > max(0.6, own + 0.3) and in_turn <= 0.4,  # unlike designs in cycles
                     f"'{column.name}' of the row before explains '{name}' better than that of its "
                     "own row: is the file shifted by one?",
                 )

@@ -24,8 +24,11 @@ from lib.table import (
 MOST_LEVELS = 8  # different words of a column that are levels, not names
 EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
 MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
-NOT_SET = EMPTY | {"0", "-", "no", "none", "false", "n"} | {"control", "ctrl", "baseline"}
-NOT_SET |= {"observed", "observation"}
+NOT_SET = {
+    *EMPTY,
+    *("0", "-", "no", "none", "false", "n"),
+    *("control", "ctrl", "baseline", "observed", "observation"),
+}
 THOUSAND = {"k": 1e3, "M": 1e6}  # behind numbers of which some have the k
 SET = {"1", "yes", "true", "y", "x"}
 SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
@@ -165,9 +168,7 @@ def settings_of(
     usual = np.array([cell.lower() in NOT_SET for cell in cells]) & ~named
     marks = {cell.lower() for cell in cells} <= NOT_SET | SET and not named.any()
     stars = np.array([cell == "*" for cell in cells]) | (marks and not usual.any())
-    settable = np.array(
-        [c.name != target and (not ranges or (c.source or c.name) in ranges) for c in columns]
-    )
+    settable = np.array([c.name != target and (not ranges or c.name in ranges) for c in columns])
     # a column without a usual value cannot have left it
     settable &= np.isfinite(values[usual]).any(0) | (not usual.any())
     flags = np.outer(stars, settable)

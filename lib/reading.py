@@ -121,7 +121,7 @@ def read_experiments(
         + ("; ".join(notes) or "add observations"),
     )
     rows = varied(without_gaps(rows, wanted, ranges, notes), wanted, ranges, notes)
-    acted = {c.source for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))}
+    acted = {c.source for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))} - {""}
     rows = as_design(rows, notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
     demand(
@@ -148,13 +148,15 @@ def read_experiments(
     notes += order_of_rows(rows, at) + sums_of_settings(rows, number & others & ~counts)
     deviations = units.exact(values)
     deviations[:, at] += drift_of(rows, at, deviations[:, at], notes)
-    still = sorted({c.source for c in rows.columns if c.source} - acted - set(ranges))
-    kept = {c.source or c.name for c in rows.columns}
+    still = {c.source for c in rows.columns} - acted - {rows.columns[i].source for i in bounded}
     repeated = counts & [len(np.unique(x)) < len(x) for x in values.T]
     ends = ends_of(values[:, at], rows.columns[at])
     notes += [
-        *(f"'{name}': nobody set it and it has no range, so it is no setting" for name in still),
-        *(f"'{name}' has a range, but is left out" for name in ranges if name not in kept),
+        *(
+            f"'{name}': nobody set it and it has no range, so it is no setting"
+            for name in sorted(still - {""})
+        ),
+        *(f"'{name}' has a range, but is left out" for name in ranges if name not in found),
         *repeats_of(rows, at, ~number | free | repeated),
         *together(rows, free & number),
         *told((min(ends) == 0, f"'{wanted}': no prediction is outside {ends[0]:g} to {ends[1]:g}")),
@@ -189,13 +191,14 @@ def read_experiments(
 def bounds_by_name(
     bounds: Sequence[Bound], names: list[str], columns: list[Column], problems: list[str]
 ) -> dict[str, Bound]:
-    """The bounds of every column that has some, their words spelled as the column does; a problem
-    for each that fits no column, and for a word that no cell has.
+    """The bounds of every column that has some, those of words by their levels; a problem for each
+    that fits no column, and for a word that no cell has.
     """
     found = {}
     for bound in bounds:
         name, where = find(bound.name, names), f"{bound.where}, column"
-        levels = sorted({w for c in columns if c.source == name for w in c.words if w})
+        own = [c for c in columns if name and c.source == name]
+        levels = sorted({word for c in own for word in c.words if word})
         words = {word: find(word, levels) for word in bound.words or ()}
         problems += told(
             (
@@ -204,7 +207,7 @@ def bounds_by_name(
                 f"{', '.join(names)}",
             ),
             (
-                name and name in found,
+                name and found.keys() & {name, *(c.name for c in own)},
                 f"{where} 'variable': '{bound.name}' has a range already: keep one of the two",
             ),
             (
@@ -212,16 +215,20 @@ def bounds_by_name(
                 f"{where}s 'low' and 'high': give the range of '{name}'",
             ),
             *(
-                (
-                    levels and not level,
-                    f"{where} 'levels': '{word}' is none of {', '.join(levels)}",
-                )
+                (levels and not level, f"{where} 'levels': '{word}' is none of {', '.join(levels)}")
                 for word, level in words.items()
             ),
         )
-        spelled = tuple(words.values()) if levels else None
-        found.setdefault(name, bound._replace(words=spelled or bound.words))
+        listed = {*words.values()} - {""} or set(levels)
+        found |= {c.name: of_levels(c, listed, bound) for c in own if listed & set(c.words)}
+        found |= {} if own else {name: bound}
     return found
+
+
+def of_levels(column: Column, listed: set[str], bound: Bound) -> Bound:
+    """The bound of a column of words: 1 for its level, or 0 and 1 where both are words."""
+    values = [float(k) for k, word in enumerate(column.words) if word and word in listed]
+    return bound._replace(low=values[0], high=values[-1], values=tuple(values), scale="")
 
 
 def choice_of(rows: Rows, target: int, ranges: dict[str, Bound], acted: set[str]):
@@ -229,32 +236,20 @@ def choice_of(rows: Rows, target: int, ranges: dict[str, Bound], acted: set[str]
     the settings because they count or name the rows. Where there are `ranges`, nothing else can be
     set; else all but the columns of words of which none was `acted` upon.
     """
-    ranged = ((i, bound_of(c, ranges, acted)) for i, c in enumerate(rows.columns))
-    bounded = {i: bound for i, bound in ranged if bound}
+    bounds = ranges or {
+        c.name: of_levels(c, set(c.words), Bound(c.source))
+        for c in rows.columns
+        if c.source in acted
+    }
+    bounded = {i: bounds[c.name] for i, c in enumerate(rows.columns) if c.name in bounds}
     named = np.array([i in bounded for i in range(len(rows.columns))])
-    others = np.arange(len(named)) != target
-    counts = others & ~named & ~rows.flags.any(0)
-    counts &= [
-        not c.source and is_counter(c.name, x)
-        for c, x in zip(rows.columns, rows.values.T, strict=True)
-    ]
-    open_to_all = [not c.source and not ranges for c in rows.columns]
-    return bounded, others & (named | (open_to_all & ~counts)), counts
-
-
-def bound_of(column: Column, ranges: dict[str, Bound], acted: set[str]) -> Bound | None:
-    """The range of a column; of a level of words, 1, or 0 and 1 where both are words: those that
-    are listed, or all where some were `acted` upon and nothing has a range.
-    """
-    bound = ranges.get(column.source or column.name)
-    if not column.source or not (bound or (column.source in acted and not ranges)):
-        return bound
-    listed = (bound.words if bound else ()) or column.words
-    values = tuple(float(k) for k, word in enumerate(column.words) if word and word in listed)
-    cost, where = (bound.cost, bound.where) if bound else (1.0, "")
-    if not values:
-        return None
-    return Bound(column.name, values[0], values[-1], values, "", cost, where)
+    others, numbers = (
+        np.arange(len(named)) != target,
+        np.array([not c.source for c in rows.columns]),
+    )
+    counts = others & numbers & ~named & ~rows.flags.any(0)
+    counts &= [is_counter(c.name, x) for c, x in zip(rows.columns, rows.values.T, strict=True)]
+    return bounded, others & (named | (numbers & ~counts & (not ranges))), counts
 
 
 def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], target: int, path):

@@ -84,12 +84,12 @@ class Bound(NamedTuple):
     """
 
     name: str
-    low: float
-    high: float
-    values: tuple[float, ...]
-    scale: str
-    cost: float
-    where: str
+    low: float = 0.0
+    high: float = 1.0
+    values: tuple[float, ...] = ()
+    scale: str = ""
+    cost: float = 1.0
+    where: str = ""
     words: tuple[str, ...] | None = None  # instead of a range: its levels, all if empty
 
 
