@@ -190,16 +190,15 @@ def demo(config: Demo) -> list[float]:
     E[Y | do(recommended)] per seed.
     """
     system, num_vars = TrainedACBOSystem.load(config.system), BUCKETS[0]
-    scm = Benchmark(config.benchmark, num_vars)
-    optimum, nothing = scm.optimum(), Intervention.none(num_vars)
+    scm, nothing = Benchmark(config.benchmark, num_vars), Intervention.none(num_vars)
+    optimum = scm.optimum()
     print(
         f"{config.benchmark}: optimum {float(optimum.mean):.3f} at "
         f"{scm.names[int(optimum.variable)]} = {float(optimum.value):.3f}, "
         f"doing nothing {float(scm.mean_outcome(nothing)):.3f}"
     )
-    counts = config.num_obs, config.per_variable
-    capacity = config.num_obs + config.per_variable * num_vars
-    first = eqx.filter_jit(lambda key: initial_buffer(key, scm, *counts, capacity))
+    counts = config.num_obs, config.per_variable, config.num_obs + config.per_variable * num_vars
+    first = eqx.filter_jit(lambda key: initial_buffer(key, scm, *counts))
     scores = []
     for seed in range(config.seeds):
         data_key, play_key = (settings.stage_key(seed, "demo", use) for use in ("data", "play"))
@@ -207,12 +206,13 @@ def demo(config: Demo) -> list[float]:
             scm, config.steps, config.online, buffer=first(data_key), key=play_key
         )
         if seed == 0:
-            columns = map(np.asarray, (result.variable, result.value, result.outcome))
-            rows = [
-                [t, scm.names[i], f"{v:.3f}", f"{y:.3f}"]
-                for t, (i, v, y) in enumerate(zip(*columns, strict=True), start=1)
-            ]
-            print(tabulate(rows, headers=["step", "set", "to", "outcome"]))
+            columns = {
+                "step": range(1, config.steps + 1),
+                "set": [scm.names[i] for i in result.variable.tolist()],
+                "to": result.value.tolist(),
+                "outcome": result.outcome.tolist(),
+            }
+            print(tabulate(columns, headers="keys", floatfmt=".3f"))
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
         setting = f"{scm.names[variable]} = {value:.3f}" if variable >= 0 else "to set nothing"
         action = Intervention.single(variable, value, num_vars) if variable >= 0 else nothing

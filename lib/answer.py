@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +32,8 @@ def imagined(buffer, said, experiments, target: int) -> ExperienceBuffer:
     for variable, value in experiments:
         outcome = np.interp(value, said.grid[variable], said.mean[variable])
         row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
-        set_by_hand = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
-        buffer = buffer.grow(1).add_intervention(set_by_hand, row)
+        action = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+        buffer = buffer.grow(1).add_intervention(action, row)
     return buffer
 
 
@@ -110,60 +110,75 @@ def toward(said, goal: float, task: Task):
     return said._replace(action=action, experiment=experiment, gain=gain, better=better)
 
 
+class Predictions(NamedTuple):
+    """What a system `said` of the target, in the columns' own units and digits."""
+
+    data: Experience
+    said: Any
+
+    def written(self, outcome: float) -> float:
+        """With two digits more than the column's, or a narrow band would be rounded away."""
+        return next(rounded(outcome, self.data.units.shown[self.data.target] + 2))
+
+    def outcomes(self, *deviations) -> dict:
+        """Mean and band of the target, within what it can be; of logarithms, the median."""
+        raw = [self.data.units.one(self.data.target).raw(x).item() for x in deviations]
+        kept = np.clip(raw, *self.data.ends).tolist()
+        return dict(zip(("predicted", "low", "high"), map(self.written, kept), strict=True))
+
+    def gain(self, deviations: np.floating, predicted: float) -> float:
+        """A gain in the target's unit: of logarithms, that on a value that is `predicted`."""
+        units, target = self.data.units, self.data.target
+        share = float(units.spread[target] * deviations)
+        return self.written(abs(predicted) * math.expm1(share) if units.logs[target] else share)
+
+    def effect(self, i, value) -> dict:
+        """do(variable i = value) as a person reads it, and what is predicted there."""
+        said, written = self.said, self.data.value(int(i), value)
+        at = self.data.units.one(int(i)).exact(written).item()
+        here = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
+        return {"settings": self.data.setting(int(i), written), **self.outcomes(*here)}
+
+    def curve(self, i) -> dict:
+        """Predictions over the range of variable i."""
+        said, written = self.said, self.data.units.written
+        each = [
+            {"values": written(i, value), **self.outcomes(*point)}
+            for value, *point in zip(
+                said.grid[i], said.mean[i], said.low[i], said.high[i], strict=True
+            )
+        ]
+        return {key: [one[key] for one in each] for key in each[0]}
+
+
 def in_own_units(config, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
     """
-    names, target, units = data.names, data.target, data.units
-    places = units.shown[target] + 2  # of predictions, or a narrow band would be rounded away
-    surfaces = said.grid, said.mean, said.low, said.high
-
-    def outcomes(*numbers) -> dict:
-        """Mean and band of the target, within what it can be; of logarithms, the median."""
-        raw = [units.one(target).raw(number).item() for number in numbers]
-        kept = (next(rounded(y, places)) for y in np.clip(raw, *data.ends).tolist())
-        return dict(zip(("predicted", "low", "high"), kept, strict=True))
-
-    def gained(deviations: np.floating) -> float:
-        """A gain in the target's unit: of logarithms, that on the value that is recommended."""
-        share = float(units.spread[target] * deviations)
-        gain = abs(action["predicted"]) * math.expm1(share) if units.logs[target] else share
-        return next(rounded(gain, places))
-
-    def effect(i, value) -> dict:
-        """do(variable i = value) as a person reads it, and what is predicted there."""
-        written = data.value(int(i), value)
-        at = units.one(int(i)).exact(written).item()
-        here = (np.interp(at, said.grid[i], surface[i]) for surface in surfaces[1:])
-        return {"settings": data.setting(int(i), written), **outcomes(*here)}
-
-    def curve(i) -> dict:
-        """Predictions over the range of variable i."""
-        each = [
-            {"values": units.written(i, value), **outcomes(*point)}
-            for value, *point in zip(*(surface[i] for surface in surfaces), strict=True)
-        ]
-        return {key: [one[key] for one in each] for key in each[0]}
+    names, predictions = data.names, Predictions(data, said)
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
         return {"min": outcome, "max": -outcome}.get(config.objective, np.abs(outcome - goal))
 
-    settable = np.flatnonzero(np.asarray(data.task.candidates))
-    goal = config.target_value or 0.0
-    cells = worse(said.mean, units.one(target).exact(goal))
-    effects = [effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
+    settable, goal = np.flatnonzero(data.task.candidates), config.target_value or 0.0
+    cells = worse(said.mean, data.units.one(data.target).exact(goal))
+    effects = [predictions.effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
     lowest = min(settable, key=lambda i: cells[i].min())
     better = float(said.better[lowest, cells[lowest].argmin()])
-    nothing = outcomes(*said.nothing)
-    action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
+    nothing = predictions.outcomes(*said.nothing)
+    idle = {"settings": {}, **nothing}
+    action = idle if said.action[0] < 0 else predictions.effect(*said.action)
 
     def experiment(asked) -> dict:
         """The next experiment of an answer, what it is expected to gain, and why."""
         tried, value = asked.experiment
-        gain = gained(asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()])
-        reason = REASONS[asked.experiment == said.action]
-        return effect(tried, value) | {"expected_gain": gain, "reason": reason}
+        gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
+        about = {
+            "expected_gain": predictions.gain(gain, action["predicted"]),
+            "reason": REASONS[asked.experiment == said.action],
+        }
+        return predictions.effect(tried, value) | about
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
@@ -176,19 +191,19 @@ def in_own_units(config, data, said, following) -> dict:
         "surrogate_weight": round(surrogate, 3),
     }
     answer = {
-        "target": names[target],
+        "target": names[data.target],
         "objective": config.objective or "value",
         "nothing": nothing,
         "recommended_action": action | {"probability_better_than_nothing": round(better, 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
-            "expected_gain": gained(most),
+            "expected_gain": predictions.gain(most, action["predicted"]),
             "worth_it": bool(most > config.worth * said.spread),
         },
         "parents": {
             names[i]: float(said.marginals[i])
             for i in np.argsort(-said.marginals[: len(names)])
-            if i != target
+            if i != data.target
         },
         "parent_sets": [
             {"parents": sorted(members), "probability": p}
@@ -204,7 +219,6 @@ def in_own_units(config, data, said, following) -> dict:
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
     if data.blocked:
-        idle = {"settings": {}} | nothing
         answer |= {
             "recommended_action": idle | {"probability_better_than_nothing": 0.0},
             "next_experiment": idle | {"expected_gain": 0.0, "reason": data.blocked},
@@ -216,7 +230,7 @@ def in_own_units(config, data, said, following) -> dict:
         settings = [one["settings"] for one in each]  # again the same, where all have been chosen
         answer["batch"] = [one for i, one in enumerate(each) if settings.index(settings[i]) == i]
     if config.curves:
-        answer["curves"] = {names[i]: curve(i) for i in settable}
+        answer["curves"] = {names[i]: predictions.curve(i) for i in settable}
     return answer
 
 
@@ -284,7 +298,6 @@ def as_text(answer: dict) -> str:
         chosen = f"set {name} = {value}" if value else "set nothing"
         return f"{chosen}   ({target} {predicted} expected, {band})"
 
-    effects = *answer["best_effects"], {"settings": {}, **answer["nothing"]}
     tables = {
         (f"parent of {target}?", "probability"): [
             [name, f"{p:.2f}"] for name, p in answer["parents"].items()
@@ -293,7 +306,9 @@ def as_text(answer: dict) -> str:
             [f"{{{', '.join(one['parents'])}}}", f"{one['probability']:.2f}"]
             for one in answer["parent_sets"]
         ],
-        ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
+        ("set", "to", f"expected {target}", "90 % band"): [
+            setting(one) for one in (*answer["best_effects"], {"settings": {}, **answer["nothing"]})
+        ],
     }
     parts = (
         *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),

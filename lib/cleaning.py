@@ -68,10 +68,10 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
             f"(failed or still pending), left out: {rows_in_words(rows.lines[without])}",
         )
     )
-    alone = rows.flags.sum(1) == 1
+    alone = without & ~unusable & (rows.flags.sum(1) == 1)
     planned = [
         (rows.columns[i].name, rows.values[r, i])
-        for r, i in np.argwhere(rows.flags & (without & ~unusable & alone)[:, None])
+        for r, i in np.argwhere(rows.flags & alone[:, None])
     ]
     return rows.only(~without & ~unusable), planned
 
@@ -187,8 +187,8 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
         )
         if which.any()
     ]
-    values = np.where(missing, np.nanmedian(rows.values, axis=0), rows.values)
-    return rows._replace(values=values).only(~out)
+    filled = np.where(missing, np.nanmedian(rows.values, axis=0), rows.values)
+    return rows._replace(values=filled).only(~out)
 
 
 def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:
@@ -282,9 +282,8 @@ def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np
     target differs more than within them, as it does between lots: name and each row's lot.
     """
     found, outcome = [], rows.values[:, target]
-    variables = np.array([c.source or c.name for c in rows.columns])
-    for name in dict.fromkeys(np.delete(variables, target).tolist()):
-        own = variables == name
+    for name in dict.fromkeys(c.source or c.name for c in rows.columns):
+        own = [name in (c.source, c.name) for c in rows.columns]
         levels, lot = np.unique(rows.values[:, own], axis=0, return_inverse=True)
         several = range(len(levels) if len(levels) <= MOST_LOTS else 0)
         groups = [outcome[(lot == k) & rows.observed] for k in several]
@@ -293,7 +292,7 @@ def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np
         if (
             len(groups) > 1
             and in_runs
-            and not settable[own].any()
+            and not (own[target] or settable[own].any())
             and f_oneway(*groups).pvalue < 1e-4
         ):
             found.append((name, lot))
@@ -358,11 +357,11 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
         return []
     _, lengths, directions = np.linalg.svd((values - values.mean(0)) / spread, full_matrices=False)
     weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
-    alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
+    equal = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
     names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
     return told(
         (
-            lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1,
+            lengths[-1] <= 0.02 * lengths[0] and equal and parts.sum() > 1,
             f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be "
             "set alone",
         )

@@ -247,8 +247,8 @@ def choice_of(rows: Rows, target: int, ranges: dict[str, Bound], acted: set[str]
         np.arange(len(named)) != target,
         np.array([not c.source for c in rows.columns]),
     )
-    counts = others & numbers & ~named & ~rows.flags.any(0)
-    counts &= [is_counter(c.name, x) for c, x in zip(rows.columns, rows.values.T, strict=True)]
+    count = [is_counter(c.name, x) for c, x in zip(rows.columns, rows.values.T, strict=True)]
+    counts = others & numbers & ~named & ~rows.flags.any(0) & count
     return bounded, others & (named | (numbers & ~counts & (not ranges))), counts
 
 

@@ -132,8 +132,8 @@ def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
     limit, digits, unit = match.group("limit", "digits", "unit") if match else ("", "", "")
     text = plain(digits, comma)
     value = float(Decimal(text, Context(traps=[])))  # NaN where that is no number, as `1.2.3`
-    usable = abs(value) <= 1e30  # no unit of anything is larger
-    return value if usable else math.nan, decimals(text), unit or "", bool(limit)
+    value = value if abs(value) <= 1e30 else math.nan  # no unit of anything is larger
+    return value, decimals(text), unit or "", bool(limit)
 
 
 def decimals(number: str) -> int:
@@ -185,10 +185,10 @@ def written_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
 
 def apart_from_frame(rows: list, comma: bool) -> tuple[list, list, list]:
     """A first row of units, the rows of data, and the summaries at the end."""
-    last = itertools.takewhile(
+    ends = itertools.takewhile(
         lambda one: SUMMARY.fullmatch(next(filter(None, one[1]))), rows[::-1]
     )
-    count = len(rows) - len(list(last))
+    count = len(rows) - len(list(ends))
     count = count if 0 < count >= len(rows) - MOST_SUMMARIES else len(rows)
     numeric = [any(number_of(cell, comma)[0] < np.inf for cell in row) for _, row in rows[:2]]
     first = int(numeric[:count] == [False, True])
@@ -265,8 +265,7 @@ def find(name: str, names: Sequence[str]) -> str:
     """The column called `name`, whatever its case and blanks, if there is one alone; else ''."""
     wanted = " ".join(name.lower().split())
     alike = [one for one in names if " ".join(one.lower().split()) == wanted]
-    same = [name] if name in names else alike
-    return same[0] if len(same) == 1 else ""
+    return name if name in names else alike[0] if len(alike) == 1 else ""
 
 
 def read_bounds(path: Path) -> list[Bound]:
