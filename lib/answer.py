@@ -290,8 +290,8 @@ def as_text(answer: dict) -> str:
     def setting(one: dict) -> list[str]:
         """Variable, value, and what is expected of it."""
         name, value = next(iter(one["settings"].items()), ("(nothing)", ""))
-        band = f"{text(one['low'])} to {text(one['high'])}"
-        return [name, text(value), text(one["predicted"]), band]
+        low, high, mean = (text(one[key]) for key in ("low", "high", "predicted"))
+        return [name, text(value), mean, f"{low} to {high}"]
 
     def sentence(one: dict) -> str:
         name, value, predicted, band = setting(one)

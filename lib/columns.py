@@ -175,13 +175,6 @@ def settings_of(
     told_apart = marks and usual.any() and not usual.all() and settable.any()
     if told_apart:
         flags[:, settable] = knobs(values[:, settable], usual) & ~usual[:, None]
-    notes += told(
-        (not table.acted, f"no column '{INTERVENED}': every row is read as an observation"),
-        (
-            told_apart,
-            f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one",
-        ),
-    )
     unusable = ~usual & ~flags.any(1) & marks
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
         several = ";" in cells[r] or find(cells[r].removesuffix("?"), names)
@@ -207,6 +200,11 @@ def settings_of(
             ]
     lacking = (flags & np.isnan(values)).any(1)
     notes += told(
+        (not table.acted, f"no column '{INTERVENED}': every row is read as an observation"),
+        (
+            told_apart,
+            f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one",
+        ),
         (
             unusable.any(),
             f"{rows_in_words(table.lines[unusable])}: what was set, or to what, is not told: left "

@@ -29,14 +29,7 @@ from lib.cleaning import (
 )
 from lib.columns import columns_of, is_counter, settings_of
 from lib.scm import Task
-from lib.table import (
-    Bound,
-    demand,
-    find,
-    read_table,
-    refuse,
-    told,
-)
+from lib.table import Bound, demand, find, read_table, refuse, told
 from lib.units import FARTHEST_VALUE, Units, ends_of, in_logarithms, rounded
 
 
@@ -220,8 +213,11 @@ def bounds_by_name(
             ),
         )
         listed = {*words.values()} - {""} or set(levels)
-        found |= {c.name: of_levels(c, listed, bound) for c in own if listed & set(c.words)}
-        found |= {} if own else {name: bound}
+        found |= (
+            {c.name: of_levels(c, listed, bound) for c in own if listed & set(c.words)}
+            if own
+            else {name: bound}
+        )
     return found
 
 

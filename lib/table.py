@@ -209,8 +209,9 @@ def read_table(path: Path, strict: bool = False) -> Table:
     title, (header_line, header), rows = filled[:head], filled[head], filled[head + 1 :]
     commas, _, decimal, points = marked(cell for _, row in rows for cell in row)
     # where all commas could be of thousands, they are if there is a point or they stand in quotes
-    written_so = len(decimal) >= len(points) if decimal else delimiter != "," and not points
-    comma = bool(commas) and written_so
+    comma = bool(commas) and (
+        len(decimal) >= len(points) if decimal else delimiter != "," and not points
+    )
     units, rows, footer = ([], rows, []) if strict else apart_from_frame(rows, comma)
     width = max(i for i, name in enumerate(header, 1) if name)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
