@@ -46,7 +46,7 @@ from lib.problems import DataDesign, draw_data
 from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
 from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import DataError, demand, read_bounds, refuse, told
+from lib.table import demand, read_bounds, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
@@ -146,11 +146,11 @@ def suggest(config: Suggest) -> dict:
     """
     bounds = read_bounds(config.bounds) if config.bounds else ()
     data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    if len(data.names) > BUCKETS[-1]:
-        raise DataError(
-            f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
-            "leave out columns that cannot matter"
-        )
+    demand(
+        len(data.names) <= BUCKETS[-1],
+        f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
+        "leave out columns that cannot matter",
+    )
     data, edges = known_edges(
         within(data, config.constraint), config.require, config.forbid, config.tiers
     )
@@ -168,19 +168,19 @@ def suggest(config: Suggest) -> dict:
         return asked if config.target_value is None else toward(asked, goal, data.task)
 
     said = ask(data.buffer)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))):
-        raise DataError(
-            f"{config.data}: the answer is not finite: look for cells far from the others, and for "
-            "columns in different units"
-        )
+    demand(
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))),
+        f"{config.data}: the answer is not finite: look for cells far from the others, and for "
+        "columns in different units",
+    )
     following = []
     for _ in range(config.batch):
         ahead = [*data.planned, *(asked.experiment for asked in following)]
         asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
         following.append(elsewhere(data, asked, ahead))
     answer = in_own_units(config, data, said, following)
-    answer["warnings"] += [] if data.blocked else resting_on_one(data, said, ask)
-    answer["warnings"] += [] if data.blocked else within_lots(data, ask)
+    if not data.blocked:
+        answer["warnings"] += resting_on_one(data, said, ask) + within_lots(data, ask)
     print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
     return answer
 
@@ -206,12 +206,13 @@ def demo(config: Demo) -> list[float]:
             scm, config.steps, config.online, buffer=first(data_key), key=play_key
         )
         if seed == 0:
-            columns = map(np.asarray, (result.variable, result.value, result.outcome))
-            rows = [
-                [t, scm.names[i], f"{v:.3f}", f"{y:.3f}"]
-                for t, (i, v, y) in enumerate(zip(*columns, strict=True), start=1)
-            ]
-            print(tabulate(rows, headers=["step", "set", "to", "outcome"]))
+            columns = {
+                "step": range(1, config.steps + 1),
+                "set": [scm.names[i] for i in result.variable.tolist()],
+                "to": result.value.tolist(),
+                "outcome": result.outcome.tolist(),
+            }
+            print(tabulate(columns, headers="keys", floatfmt=".3f"))
         variable, value = int(result.recommended_variable[-1]), float(result.recommended_value[-1])
         setting = f"{scm.names[variable]} = {value:.3f}" if variable >= 0 else "to set nothing"
         action = Intervention.single(variable, value, num_vars) if variable >= 0 else nothing

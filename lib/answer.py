@@ -3,7 +3,8 @@
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,8 @@ def imagined(buffer, said, experiments, target: int) -> ExperienceBuffer:
     for variable, value in experiments:
         outcome = np.interp(value, said.grid[variable], said.mean[variable])
         row = jnp.mean(buffer.values, 0).at[variable].set(value).at[target].set(outcome)
-        intervention = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
-        buffer = buffer.grow(1).add_intervention(intervention, row)
+        action = Intervention.single(jnp.array(variable), jnp.array(value), len(row))
+        buffer = buffer.grow(1).add_intervention(action, row)
     return buffer
 
 
@@ -50,14 +51,11 @@ def elsewhere(data: Experience, asked, ahead: list):
     costs = np.array([data.bounds[i].cost if i in data.bounds else 1.0 for i in range(count)])
     candidates, taken = np.asarray(data.task.candidates), np.zeros(grid.shape, bool)
     for i, x in ((int(i), x) for i, x in ahead if candidates[i]):
-        taken[i] |= np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0])
-        ran = data.value(i, x)
-        taken[i] |= [data.value(i, v) == ran for v in grid[i]]
+        same = [data.value(i, v) == data.value(i, x) for v in grid[i]]
+        taken[i] |= same | (np.abs(grid[i] - x) <= 1.01 * (grid[i, 1] - grid[i, 0]))
     own = taken[variable, np.abs(grid[variable] - value).argmin()]
-    if not own and (costs == costs[0]).all():
-        return asked
     free = candidates[:, None] & ~taken[:count]
-    if not free.any():
+    if not free.any() or (not own and (costs == costs[0]).all()):
         return asked
     worth = np.where(free, asked.gain[:count] / costs[:, None], -1.0)
     return asked._replace(experiment=largest(grid, worth))
@@ -70,10 +68,8 @@ def within_lots(data: Experience, ask: Callable[[ExperienceBuffer], Any]) -> lis
         outcome = data.buffer.values[:, target]
         mean = (np.bincount(lot, outcome) / np.bincount(lot))[lot]
         values = data.buffer.values.at[:, target].set(outcome - mean + outcome.mean())
-        buffer = ExperienceBuffer(values, data.buffer.intervened, data.buffer.valid)
-        action = ask(buffer).action
-        i = int(action[0])
-        setting = data.setting(i, data.value(i, action[1])) if i >= 0 else {}
+        i, best = ask(replace(data.buffer, values=values)).action
+        setting = data.setting(int(i), data.value(int(i), best)) if i >= 0 else {}
         found.append(
             f"'{name}' looks like a lot or a batch, between which '{data.names[target]}' differs "
             "more than within: if it is one, within it the recommendation would be to set "
@@ -104,8 +100,7 @@ def toward(said, goal: float, task: Task):
     """
     nodes = ndtri((np.arange(64) + 0.5) / 64) / 3.29  # in widths of a band of 90 %
     away = np.abs(said.mean[..., None] + (said.high - said.low)[..., None] * nodes - goal)
-    candidates = np.asarray(task.candidates)
-    allowed = np.pad(candidates, (0, len(said.mean) - len(candidates)))[:, None]
+    allowed = np.isin(np.arange(len(said.mean)), np.flatnonzero(task.candidates))[:, None]
     idle, miss = np.abs(said.nothing[0] - goal), np.abs(said.mean - goal)
     i, b = np.unravel_index(np.where(allowed, miss, np.inf).argmin(), miss.shape)
     pays = away[i, b].mean() < idle
@@ -115,84 +110,100 @@ def toward(said, goal: float, task: Task):
     return said._replace(action=action, experiment=experiment, gain=gain, better=better)
 
 
+class Predictions(NamedTuple):
+    """What a system `said` of the target, in the columns' own units and digits."""
+
+    data: Experience
+    said: Any
+
+    def written(self, outcome: float) -> float:
+        """With two digits more than the column's, or a narrow band would be rounded away."""
+        return next(rounded(outcome, self.data.units.shown[self.data.target] + 2))
+
+    def outcomes(self, *deviations) -> dict:
+        """Mean and band of the target, within what it can be; of logarithms, the median."""
+        raw = [self.data.units.one(self.data.target).raw(x).item() for x in deviations]
+        kept = np.clip(raw, *self.data.ends).tolist()
+        return dict(zip(("predicted", "low", "high"), map(self.written, kept), strict=True))
+
+    def gain(self, deviations: np.floating, predicted: float) -> float:
+        """A gain in the target's unit: of logarithms, that on a value that is `predicted`."""
+        units, target = self.data.units, self.data.target
+        share = float(units.spread[target] * deviations)
+        return self.written(abs(predicted) * math.expm1(share) if units.logs[target] else share)
+
+    def effect(self, i, value) -> dict:
+        """do(variable i = value) as a person reads it, and what is predicted there."""
+        said, written = self.said, self.data.value(int(i), value)
+        at = self.data.units.one(int(i)).exact(written).item()
+        here = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
+        return {"settings": self.data.setting(int(i), written), **self.outcomes(*here)}
+
+    def curve(self, i) -> dict:
+        """Predictions over the range of variable i."""
+        said, written = self.said, self.data.units.written
+        each = [
+            {"values": written(i, value), **self.outcomes(*point)}
+            for value, *point in zip(
+                said.grid[i], said.mean[i], said.low[i], said.high[i], strict=True
+            )
+        ]
+        return {key: [one[key] for one in each] for key in each[0]}
+
+
 def in_own_units(config, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
     """
-    names, target, units = data.names, data.target, data.units
-    places = units.shown[target] + 2  # of predictions, or a narrow band would be rounded away
-
-    def outcomes(*numbers) -> dict:
-        """Mean and band of the target, within what it can be; of logarithms, the median."""
-        raw = [units.one(target).raw(number).item() for number in numbers]
-        kept = (next(rounded(y, places)) for y in np.clip(raw, *data.ends).tolist())
-        return dict(zip(("predicted", "low", "high"), kept, strict=True))
-
-    def gained(deviations: np.floating) -> float:
-        """A gain in the target's unit: of logarithms, that on the value that is recommended."""
-        share = float(units.spread[target] * deviations)
-        gain = abs(action["predicted"]) * math.expm1(share) if units.logs[target] else share
-        return next(rounded(gain, places))
-
-    def effect(i, value) -> dict:
-        """do(variable i = value) as a person reads it, and what is predicted there."""
-        written = data.value(int(i), value)
-        at = units.one(int(i)).exact(written).item()
-        curves = [np.interp(at, said.grid[i], s[i]) for s in (said.mean, said.low, said.high)]
-        return {"settings": data.setting(int(i), written), **outcomes(*curves)}
-
-    def curve(i) -> dict:
-        """Predictions over the range of variable i."""
-        each = [
-            outcomes(*point) for point in zip(said.mean[i], said.low[i], said.high[i], strict=True)
-        ]
-        values = [units.written(i, value) for value in said.grid[i]]
-        return {"values": values} | {key: [one[key] for one in each] for key in each[0]}
+    names, predictions = data.names, Predictions(data, said)
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
         return {"min": outcome, "max": -outcome}.get(config.objective, np.abs(outcome - goal))
 
-    settable = np.flatnonzero(np.asarray(data.task.candidates))
-    goal = config.target_value or 0.0
-    cells = worse(said.mean, units.one(target).exact(goal))
-    effects = [effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
+    settable, goal = np.flatnonzero(data.task.candidates), config.target_value or 0.0
+    cells = worse(said.mean, data.units.one(data.target).exact(goal))
+    effects = [predictions.effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
     lowest = min(settable, key=lambda i: cells[i].min())
     better = float(said.better[lowest, cells[lowest].argmin()])
-    nothing = outcomes(*said.nothing)
-    action = {"settings": {}, **nothing} if said.action[0] < 0 else effect(*said.action)
+    nothing = predictions.outcomes(*said.nothing)
+    idle = {"settings": {}, **nothing}
+    action = idle if said.action[0] < 0 else predictions.effect(*said.action)
 
     def experiment(asked) -> dict:
         """The next experiment of an answer, what it is expected to gain, and why."""
         tried, value = asked.experiment
         gain = asked.gain[tried, np.abs(asked.grid[tried] - value).argmin()]
-        reason = REASONS[asked.experiment == said.action]
-        return effect(tried, value) | {"expected_gain": gained(gain), "reason": reason}
+        about = {
+            "expected_gain": predictions.gain(gain, action["predicted"]),
+            "reason": REASONS[asked.experiment == said.action],
+        }
+        return predictions.effect(tried, value) | about
 
     most = following[0].gain.max()
     surrogate, flat = (float(weight[settable].mean()) for weight in said.weights)
-    surfaces = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
+    believed = {"the surrogate's": surrogate, "the flat": flat, "their own": 1 - surrogate - flat}
     check = {
         "experiments": int(said.experiments),
         "in_band": int(said.in_band),
         "widened_by": round(float(said.widened_by), 2),
-        "surface": max(surfaces, key=surfaces.__getitem__),
+        "surface": max(believed, key=believed.__getitem__),
         "surrogate_weight": round(surrogate, 3),
     }
     answer = {
-        "target": names[target],
+        "target": names[data.target],
         "objective": config.objective or "value",
         "nothing": nothing,
         "recommended_action": action | {"probability_better_than_nothing": round(better, 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
-            "expected_gain": gained(most),
+            "expected_gain": predictions.gain(most, action["predicted"]),
             "worth_it": bool(most > config.worth * said.spread),
         },
         "parents": {
             names[i]: float(said.marginals[i])
             for i in np.argsort(-said.marginals[: len(names)])
-            if i != target
+            if i != data.target
         },
         "parent_sets": [
             {"parents": sorted(members), "probability": p}
@@ -208,21 +219,18 @@ def in_own_units(config, data, said, following) -> dict:
         "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
     }
     if data.blocked:
-        idle = {"settings": {}} | nothing
         answer |= {
             "recommended_action": idle | {"probability_better_than_nothing": 0.0},
             "next_experiment": idle | {"expected_gain": 0.0, "reason": data.blocked},
             "stop": {"expected_gain": 0.0, "worth_it": False},
             "best_effects": [],
         }
-        answer["warnings"].append(f"{data.blocked}: none is suggested")
     elif config.batch > 1:
-        each = {}
-        for one in map(experiment, following):
-            each.setdefault(str(one["settings"]), one)  # where all have been chosen, no more
-        answer["batch"] = list(each.values())
+        each = [experiment(asked) for asked in following]
+        settings = [one["settings"] for one in each]  # again the same, where all have been chosen
+        answer["batch"] = [one for i, one in enumerate(each) if settings.index(settings[i]) == i]
     if config.curves:
-        answer["curves"] = {names[i]: curve(i) for i in settable}
+        answer["curves"] = {names[i]: predictions.curve(i) for i in settable}
     return answer
 
 
@@ -231,8 +239,8 @@ def warnings_of(data, check) -> list[str]:
     names, buffer, task = data.names, data.buffer, data.task
     done, in_band, settable = check["experiments"], check["in_band"], np.asarray(task.candidates)
     observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
-    ends = np.stack([task.low, task.high])
-    reach = np.abs(ends - observed.mean(0)).max(0) / np.maximum(observed.std(0), 1e-6)
+    away = np.abs(np.stack([task.low, task.high]) - observed.mean(0)).max(0)
+    reach = away / np.maximum(observed.std(0), 1e-6)
     tried = np.asarray(buffer.intervened.any(0)) | [i in data.bounds for i in range(len(names))]
     return told(
         (
@@ -265,6 +273,7 @@ def warnings_of(data, check) -> list[str]:
             )
             for i, name in enumerate(names)
         ),
+        (data.blocked, f"{data.blocked}: none is suggested"),
     )
 
 
@@ -280,16 +289,15 @@ def as_text(answer: dict) -> str:
 
     def setting(one: dict) -> list[str]:
         """Variable, value, and what is expected of it."""
-        name, value = next(iter(one["settings"].items()), ("(nothing)", None))
-        chosen = "" if value is None else text(value)
-        return [name, chosen, text(one["predicted"]), f"{text(one['low'])} to {text(one['high'])}"]
+        name, value = next(iter(one["settings"].items()), ("(nothing)", ""))
+        low, high, mean = (text(one[key]) for key in ("low", "high", "predicted"))
+        return [name, text(value), mean, f"{low} to {high}"]
 
     def sentence(one: dict) -> str:
         name, value, predicted, band = setting(one)
         chosen = f"set {name} = {value}" if value else "set nothing"
         return f"{chosen}   ({target} {predicted} expected, {band})"
 
-    effects = *answer["best_effects"], {"settings": {}, **answer["nothing"]}
     tables = {
         (f"parent of {target}?", "probability"): [
             [name, f"{p:.2f}"] for name, p in answer["parents"].items()
@@ -298,7 +306,9 @@ def as_text(answer: dict) -> str:
             [f"{{{', '.join(one['parents'])}}}", f"{one['probability']:.2f}"]
             for one in answer["parent_sets"]
         ],
-        ("set", "to", f"expected {target}", "90 % band"): [setting(one) for one in effects],
+        ("set", "to", f"expected {target}", "90 % band"): [
+            setting(one) for one in (*answer["best_effects"], {"settings": {}, **answer["nothing"]})
+        ],
     }
     parts = (
         *(tabulate(rows, headers=head, disable_numparse=True) for head, rows in tables.items()),

@@ -68,18 +68,17 @@ def with_outcome(rows: Rows, unusable: np.ndarray, target: str, notes: list[str]
             f"(failed or still pending), left out: {rows_in_words(rows.lines[without])}",
         )
     )
-    alone = rows.flags.sum(1) == 1
+    alone = without & ~unusable & (rows.flags.sum(1) == 1)
     planned = [
         (rows.columns[i].name, rows.values[r, i])
-        for r, i in np.argwhere(rows.flags & (without & ~unusable & alone)[:, None])
+        for r, i in np.argwhere(rows.flags & alone[:, None])
     ]
     return rows.only(~without & ~unusable), planned
 
 
 def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
-    """Less observations that have a value far outside the rest in some column, and less experiments
-    whose outcome is: those that gave another when they were made again, and slips of a power of
-    ten. What an experiment gave may truly lie far from all that was observed.
+    """Less observations that have a value far outside the rest in some column, and less slips among
+    the experiments. What an experiment gave may truly lie far from all that was observed.
     """
     at = [c.name for c in rows.columns].index(target)
     seen = np.where(rows.observed[:, None], rows.values, np.nan)
@@ -90,26 +89,30 @@ def without_strays(rows: Rows, target: str, notes: list[str]) -> Rows:
         "rest, left out"
         for i, r in np.argwhere(stray.T)
     ]
-    kept, single, outcome = np.logical_not(stray.any(1)), rows.flags.sum(1) == 1, rows.values[:, at]
-    if not several[at]:
-        return rows.only(kept)
-    odd = single & isolated(np.where(kept, outcome, np.nan))
-    usual = outcome[kept & ~odd]
+    rows = rows.only(np.logical_not(stray.any(1)))
+    return without_slips(rows, at, notes) if several[at] else rows
+
+
+def without_slips(rows: Rows, target: int, notes: list[str]) -> Rows:
+    """Less experiments whose outcome is far outside the rest, and a power of ten away from it or
+    from what the same experiment gave; unless one with nearly the same setting is so as well.
+    """
+    outcome, single = rows.values[:, target], rows.flags.sum(1) == 1
+    odd = single & isolated(outcome)
+    kept = np.ones(len(odd), bool)
     for r in np.flatnonzero(odd):
-        i, value = rows.flags[r].argmax(), rows.values[r]
-        near = np.abs(rows.values[:, i] - value[i]) <= 0.2 * max(np.ptp(rows.values[:, i]), 1e-300)
-        like = single & rows.flags[:, i] & (np.arange(len(odd)) != r)
-        again = outcome[like & ~odd & (rows.values[:, i] == value[i])]
-        with np.errstate(divide="ignore", invalid="ignore"):  # of zero nothing is a power of ten
-            powers = np.abs(np.log10(np.abs(outcome[r] / again)))
-        contradicted = (np.abs(powers - np.maximum(powers.round(), 1)) < 0.15).any()
+        i = rows.flags[r].argmax()
+        setting, like = rows.values[:, i], single & rows.flags[:, i] & (np.arange(len(odd)) != r)
+        near = np.abs(setting - setting[r]) <= 0.2 * max(np.ptp(setting), 1e-300)
         confirmed = (like & odd & near).any()
-        slip = slips(outcome[[r]], usual, POWERS[np.abs(np.log10(POWERS)) > 1.5]).any()
-        kept[r] = confirmed or not (contradicted or (slip and not again.size))
-        what = f"row {rows.lines[r]}: '{target}' = {outcome[r]:.15g} is far from"
+        again = outcome[like & ~odd & (setting == setting[r])]
+        usual = np.append(0.7 * again, 1.4 * again) if again.size else outcome[~odd]
+        powers = POWERS if again.size else POWERS[np.abs(np.log10(POWERS)) > 1.5]
+        kept[r] = confirmed or not slips(outcome[[r]], usual, powers).any()
+        what = f"row {rows.lines[r]}: '{rows.columns[target].name}' = {outcome[r]:.15g} is far from"
+        rest = "what the same experiment gave" if again.size else "all others, by powers of ten"
         notes += told(
-            (not kept[r] and again.size, f"{what} what the same experiment gave, left out"),
-            (not kept[r] and not again.size, f"{what} all others, by powers of ten, left out"),
+            (not kept[r], f"{what} {rest}, left out"),
             (kept[r] and not confirmed, f"{what} all others: see that it is no typing error"),
         )
     return rows.only(kept)
@@ -157,15 +160,14 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
     observations with a missing cell; in experiments, and where too few observations would be left,
     the column's median stands in.
     """
-    if not len(rows.lines):
-        return rows
-    spare = [c.name != target and (c.source or c.name) not in ranges for c in rows.columns]
-    share = np.isnan(rows.values).mean(0)
-    sparse = (share == 1) | ((share > MOST_MISSING) & ~rows.flags.any(0) & spare)
-    empty = [c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse)]
+    listed = [c.name == target or c.name in ranges for c in rows.columns]
+    share, acted = np.isnan(rows.values).mean(0), rows.flags.any(0)
+    sparse = (share == 1) | ((share > MOST_MISSING) & ~np.logical_or(acted, listed))
+    empty = [
+        c.name for c in itertools.compress(rows.columns, (share > MOST_MISSING) & ~sparse & acted)
+    ]
     demand(
-        not set(empty)
-        & {c.name for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))},
+        not empty,
         f"columns {', '.join(empty)}: set in some rows, empty in most: give the usual values",
     )
     notes += [
@@ -185,8 +187,8 @@ def without_gaps(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[
         )
         if which.any()
     ]
-    values = np.where(missing, np.nanmedian(rows.values, axis=0)[None], rows.values)
-    return rows._replace(values=values).only(~out)
+    filled = np.where(missing, np.nanmedian(rows.values, axis=0), rows.values)
+    return rows._replace(values=filled).only(~out)
 
 
 def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) -> Rows:
@@ -201,24 +203,29 @@ def varied(rows: Rows, target: str, ranges: dict[str, Bound], notes: list[str]) 
         for c in itertools.compress(rows.columns, still)
     ]
     rows = rows.without(still)
-    values, flags, names = rows.values, rows.flags.copy(), [c.name for c in rows.columns]
-    listed = [(c.source or c.name) in ranges for c in rows.columns]
-    centred = (values - values.mean(0)) / deviation(values)
-    same = np.abs(centred.T @ centred) / len(values) > 1 - SAME
-    rank = [
-        (name != target, not listed[i], not flags[:, i].any(), i) for i, name in enumerate(names)
-    ]
-    # what can be set is never a copy of the target, even where nothing else moves that
+    flags, names = rows.flags.copy(), [c.name for c in rows.columns]
     own = np.array([name == target for name in names])
-    can = np.any(flags, axis=0) | np.array(listed)
-    same &= ~(np.outer(own, can) | np.outer(can, own))
+    listed = np.array([name in ranges for name in names])
+    acted = flags.any(0)
+    same = alike(rows.values, 1 - SAME)
+    # what can be set is never a copy of the target, even where nothing else moves that
+    apart_from_it = np.outer(own, acted | listed)
+    same &= ~(apart_from_it | apart_from_it.T)
     gone = np.zeros(len(names), bool)
-    for *_, i in sorted(rank):
-        copies = [j for j in np.flatnonzero(same[i] & ~gone & ~gone[i]) if rank[j] > rank[i]]
+    for i in np.lexsort((~acted, ~listed, ~own)):
+        copies = np.flatnonzero(same[i] & ~gone & ~gone[i])
         flags[:, i] |= flags[:, copies].any(1)
         gone[copies] = True
         notes += [f"'{names[j]}' says the same as '{names[i]}' and is left out" for j in copies]
     return rows._replace(flags=flags).without(gone)
+
+
+def alike(values: np.ndarray, least: float) -> np.ndarray:
+    """Which two columns of `values[rows, columns]` have more than some correlation of any sign."""
+    centred = (values - values.mean(0)) / deviation(values)
+    return (np.abs(centred.T @ centred) / len(values) > least) & ~np.eye(
+        values.shape[1], dtype=bool
+    )
 
 
 def as_design(rows: Rows, notes: list[str]) -> Rows:
@@ -250,9 +257,8 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     columns = columns[:, ~constant(columns)]
     scaled = (columns - columns.mean(0)) / deviation(columns)
     scaled = scaled[:, np.abs((x - x.mean()) @ scaled) < (1 - 1e-9) * x.std() * len(x)]
-    if len(x) < MIN_OBSERVATIONS + 2 * scaled.shape[1] or np.ptp(y) == 0:
-        return none
-    drift, chance = np.array(spearmanr(x, y))
+    enough = len(x) >= MIN_OBSERVATIONS + 2 * scaled.shape[1] and np.ptp(y) > 0
+    drift, chance = np.array(spearmanr(x, y)) if enough else (0.0, 1.0)
     if chance > 1e-5 or abs(np.sign(np.diff(y)).mean()) > 0.5:
         return none
     design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
@@ -271,19 +277,24 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     return slopes[0] * (order[-1] - order) if alone else none
 
 
-def lots_of(rows: Rows, target: int, fixed: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Columns of those that are `fixed` with few values, in runs, between which the observed
+def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Columns of those that cannot be set with few values, in runs, between which the observed
     target differs more than within them, as it does between lots: name and each row's lot.
     """
-    found, outcome = [], np.where(rows.observed, rows.values[:, target], np.nan)
-    for name in dict.fromkeys(c.source or c.name for c in itertools.compress(rows.columns, fixed)):
+    found, outcome = [], rows.values[:, target]
+    for name in dict.fromkeys(c.source or c.name for c in rows.columns):
         own = [name in (c.source, c.name) for c in rows.columns]
         levels, lot = np.unique(rows.values[:, own], axis=0, return_inverse=True)
-        lot, few = lot.ravel(), len(levels) <= MOST_LOTS
-        runs = 1 + np.count_nonzero(np.diff(lot))
-        groups = [outcome[(lot == k) & rows.observed] for k in range(few * len(levels))]
+        several = range(len(levels) if len(levels) <= MOST_LOTS else 0)
+        groups = [outcome[(lot == k) & rows.observed] for k in several]
         groups = [one for one in groups if len(one) > 2 and np.ptp(one) > 0]
-        if len(groups) > 1 and runs <= 2 * len(levels) and f_oneway(*groups).pvalue < 1e-4:
+        in_runs = 1 + np.count_nonzero(np.diff(lot)) <= 2 * len(levels)
+        if (
+            len(groups) > 1
+            and in_runs
+            and not (own[target] or settable[own].any())
+            and f_oneway(*groups).pvalue < 1e-4
+        ):
             found.append((name, lot))
     return found
 
@@ -295,7 +306,6 @@ def repeats_of(rows: Rows, target: int, settable: np.ndarray) -> list[str]:
     outcome, own = rows.values[:, target], np.where(rows.observed[:, None], settable, rows.flags)
     settings = np.column_stack([own, np.where(own, rows.values, 0.0)])
     _, which, times = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
-    which = which.ravel()
     means, freedom = np.bincount(which, outcome) / times, len(outcome) - len(times)
     noise = np.sqrt(np.sum((outcome - means[which]) ** 2) / max(freedom, 1))
     _, first = np.unique(np.column_stack([rows.flags, rows.values]), axis=0, return_index=True)
@@ -315,11 +325,11 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
     found, name, outcome = [], rows.columns[target].name, rows.values[:, target]
     for column, x in zip(rows.columns, rows.values.T, strict=True):
         if column.name != name and min(x[1:].std(), x[:-1].std(), outcome[1:].std()) > 0:
-            own, before = (abs(np.corrcoef(a, outcome[1:])[0, 1]) for a in (x[1:], x[:-1]))
-            in_turn = abs(np.corrcoef(x[1:], x[:-1])[0, 1]) > 0.4  # as designs in cycles are
+            pairs = (x[1:], outcome[1:]), (x[:-1], outcome[1:]), (x[1:], x[:-1])
+            own, before, in_turn = (abs(np.corrcoef(*pair)[0, 1]) for pair in pairs)
             found += told(
                 (
-                    before > max(0.6, own + 0.3) and not in_turn,
+                    before > max(0.6, own + 0.3) and in_turn <= 0.4,  # unlike designs in cycles
                     f"'{column.name}' of the row before explains '{name}' better than that of its "
                     "own row: is the file shifted by one?",
                 )
@@ -330,11 +340,9 @@ def order_of_rows(rows: Rows, target: int) -> list[str]:
 def together(rows: Rows, settable: np.ndarray) -> list[str]:
     """Pairs of settings that hardly ever moved apart, and of which none was set alone."""
     which = np.flatnonzero(settable & ~rows.flags.any(0) & ~constant(rows.values))
-    values = rows.values[:, which]
-    centred = (values - values.mean(0)) / deviation(values)
-    alike = np.argwhere(np.triu(np.abs(centred.T @ centred) / len(values) > ALIKE, 1))
-    names = [" and ".join(f"'{rows.columns[which[i]].name}'" for i in pair) for pair in alike[:4]]
-    some = "; ".join(names) + "; ..." * (len(alike) > 4)
+    pairs = np.argwhere(np.triu(alike(rows.values[:, which], ALIKE)))
+    names = [" and ".join(f"'{rows.columns[which[i]].name}'" for i in pair) for pair in pairs[:4]]
+    some = "; ".join(names) + "; ..." * (len(pairs) > 4)
     return told(
         (names, f"{some} moved together: which of two matters cannot be told from these rows")
     )
@@ -349,11 +357,11 @@ def sums_of_settings(rows: Rows, settable: np.ndarray) -> list[str]:
         return []
     _, lengths, directions = np.linalg.svd((values - values.mean(0)) / spread, full_matrices=False)
     weights, parts = directions[-1] / spread, np.abs(directions[-1]) > 0.05
-    alike = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
+    equal = np.ptp(weights[parts]) < 0.05 * np.abs(weights[parts]).max()
     names = ", ".join(f"'{rows.columns[i].name}'" for i in which[parts])
     return told(
         (
-            lengths[-1] <= 0.02 * lengths[0] and alike and parts.sum() > 1,
+            lengths[-1] <= 0.02 * lengths[0] and equal and parts.sum() > 1,
             f"{names} always sum to {values[:, parts].sum(1).mean():.4g}: one of them cannot be "
             "set alone",
         )

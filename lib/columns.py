@@ -1,21 +1,34 @@
 """The columns of a person's table as numbers, and what was set by hand in each of its rows."""
 
-import itertools
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lib.cleaning import Column
-from lib.table import INTERVENED, Table, decimal_comma, find, number_of, rows_in_words, told
+from lib.table import (
+    INTERVENED,
+    Bound,
+    Table,
+    decimal_comma,
+    demand,
+    find,
+    number_of,
+    rows_in_words,
+    told,
+)
 
 
 MOST_LEVELS = 8  # different words of a column that are levels, not names
 EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
 MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
-NOT_SET = EMPTY | {"0", "-", "no", "none", "false", "n"}
-NOT_SET |= {"control", "ctrl", "baseline", "observed", "observation"}
+NOT_SET = {
+    *EMPTY,
+    *("0", "-", "no", "none", "false", "n"),
+    *("control", "ctrl", "baseline", "observed", "observation"),
+}
 THOUSAND = {"k": 1e3, "M": 1e6}  # behind numbers of which some have the k
 SET = {"1", "yes", "true", "y", "x"}
 SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
@@ -32,13 +45,11 @@ CLOCK = re.compile(r"time|date|day|timestamp|unix.*|clock|seq(uence)?", re.IGNOR
 
 def is_counter(name: str, values: np.ndarray) -> bool:
     """Whether a column numbers the rows, in order or not, or is called as if it did."""
-    whole = bool((values == np.round(values)).all())
-    steps, sorted_steps = np.diff(values), np.diff(np.sort(values))
-    even = whole and np.ptp(steps) == 0
-    monotone = (steps > 0).all() or (steps < 0).all()
-    named = bool(COUNTER.fullmatch(name.strip())) and (whole or monotone)
-    named |= bool(CLOCK.fullmatch(name.strip())) and bool((steps >= 0).all())
-    return bool(even or named or (whole and (sorted_steps == 1).all()))
+    steps, whole = np.diff(values), bool((values == np.round(values)).all())
+    numbered = whole and (np.ptp(steps) == 0 or bool((np.diff(np.sort(values)) == 1).all()))
+    ordered = whole or (steps > 0).all() or (steps < 0).all()
+    called_so = COUNTER.fullmatch(name.strip()) and ordered
+    return bool(numbered or called_so or (CLOCK.fullmatch(name.strip()) and (steps >= 0).all()))
 
 
 def unit_key(unit: str) -> str:
@@ -46,103 +57,125 @@ def unit_key(unit: str) -> str:
     return re.sub("r?s?$", "", unicodedata.normalize("NFKC", unit).casefold().removeprefix("°"))
 
 
-def columns_of(table: Table, path: Path, target: str, notes: list[str], problems: list[str]):
-    """The columns that hold numbers, and indicators of levels for those of few words."""
+def columns_of(table: Table, path: Path, target: str, notes: list[str]) -> list[Column]:
+    """The columns that hold numbers, and indicators of levels for those of few words. Raises
+    `DataError` where the target is none of them.
+    """
     columns = []
     for name, cells in zip(table.names, zip(*table.rows, strict=True), strict=True):
         comma = decimal_comma(cells, table.comma)
         parsed = zip(*(number_of(cell, comma) for cell in cells), strict=True)
         values, digits, units, limits = map(np.array, parsed)
-        there = np.array([cell.lower() not in MISSING for cell in cells])
-        words, known = list(itertools.compress(cells, there)), np.isfinite(values) & there
+        known = np.isfinite(values)
         below = np.array([bool(BELOW.fullmatch(cell)) for cell in cells]) & known.any()
-        numeric = 2 * (known | below).sum() >= len(words)
-        spelled = {unit_key(unit): unit for unit in units[known] if unit}
-        if "k" in units[known] and set(units[known]) <= {"", *THOUSAND}:
-            values, spelled = values * [THOUSAND.get(unit, 1.0) for unit in units], {}
-        if len(spelled) > 1 and all(re.fullmatch("[a-g]{1,3}", unit) for unit in spelled.values()):
-            spelled = {}  # letters of significance
-        kinds = sorted(spelled.values())
-        if not numeric:
-            there = np.array([cell.lower() not in EMPTY for cell in cells])
-            known_as = {}
-            cells = [known_as.setdefault(cell.casefold(), cell) for cell in cells]
-            words = list(itertools.compress(cells, there))
-        levels = sorted(set(words))
-        if name.lower() == INTERVENED or not words:
-            notes += told((name.lower() != INTERVENED, f"'{name}': empty, left out"))
-        elif numeric and len(kinds) > 1:
-            several = f"numbers with several units ({', '.join(kinds)}): write them in one"
-            problems += told((name == target, f"{path}, column '{name}': {several}"))
+        words = np.array([cell.lower() not in MISSING for cell in cells]) & ~known & ~below
+        values, kinds = in_one_unit(values, units)
+        several = f"numbers with several units ({', '.join(kinds)}): write them in one"
+        if not (known | words).any():
+            notes.append(f"'{name}': empty, left out")
+        elif words.sum() > (known | below).sum():
+            columns += levels_of(name, cells, notes) if name != target else []
+        elif len(kinds) > 1:
+            demand(name != target, f"{path}, column '{name}': {several}")
             notes.append(f"'{name}': {several}; left out")
-        elif numeric:
-            code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells]) & known
-            rest = values[known & ~code]
-            code &= (values < 0) | (sum(code) > 1)  # a single 999 may be a value
-            if len(rest):
-                far = np.abs(values - np.median(rest)) > 2 * max(np.ptp(rest), 1e-300)
-                code &= far | ((values < 0) & (rest >= 0).all())
+        else:
+            code = codes_in(cells, values)
             notes += [
                 f"'{name}': {rows_in_words(table.lines[which])}: "
                 f"'{cells[int(which.argmax())]}' {meaning}"
                 for which, meaning in (
-                    (there & ~known & ~below, "is no number, read as missing"),
+                    (words, "is no number, read as missing"),
                     (code, "stands for no value, read as missing"),
                     (limits & known, "is a limit, read as its end"),
                     (below, "is below all numbers, read as the least of them"),
                     (
-                        (units == "") & known & (len(kinds) > 0),
+                        (units == "") & known & bool(kinds),
                         f"has no unit, read as {''.join(kinds)} like the others",
                     ),
                 )
                 if which.any()
             ]
-            known &= ~code
-            numbers, finest = np.where(known, values, np.nan), int(digits[known].max(initial=-99))
-            numbers[below] = np.min(numbers, where=known, initial=np.inf) if known.any() else np.nan
-            columns.append(Column(name, numbers, finest, next(iter(kinds), "")))
-        elif name != target and 1 < len(levels) <= min(MOST_LEVELS, len(words) // 3):
-            notes.append(f"'{name}': read as levels ({', '.join(levels)})")
-            two = len(levels) == 2 and bool(there.all())  # where one word says both
-            columns += [
-                Column(
-                    f"{name} = {level}",
-                    np.array([float(cell == level) for cell in cells]),
-                    0,
-                    source=name,
-                    words=(levels[0] if two else "", level),
-                )
-                for level in levels[two:]
-            ]
-        else:
-            notes.append(f"'{name}': text that is no number and no level, left out")
+            values[code] = np.nan
+            values[below] = np.fmin.reduce(values)
+            finest = int(digits[known & ~code].max(initial=-99))
+            columns.append(Column(name, values, finest, "".join(kinds)))
+    demand(
+        target in [c.name for c in columns],
+        f"{path}, column '{target}': holds no numbers: give the outcomes",
+    )
     return columns
 
 
-def settings_of(table, path, columns, ranges, target, notes, problems):
+def in_one_unit(values: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Values, and the units behind them, each in one spelling. A `k` that others lack is of
+    thousands, and letters are of significance: neither is a unit.
+    """
+    known = units[np.isfinite(values)]
+    kinds = sorted({unit_key(unit): unit for unit in known if unit}.values())
+    if "k" in known and set(known) <= {"", *THOUSAND}:
+        return values * [THOUSAND.get(unit, 1.0) for unit in units], []
+    letters = len(kinds) > 1 and all(re.fullmatch("[a-g]{1,3}", unit) for unit in kinds)
+    return values, [] if letters else kinds
+
+
+def codes_in(cells: Sequence[str], values: np.ndarray) -> np.ndarray:
+    """Which cells have a number such as -999 that stands for none, far from the others or alone
+    below zero; a single 999 may be a value.
+    """
+    code = np.array([bool(SENTINEL.fullmatch(cell)) for cell in cells]) & np.isfinite(values)
+    rest = values[np.isfinite(values) & ~code]
+    middle, width = (np.median(rest), max(np.ptp(rest), 1e-300)) if len(rest) else (0.0, 0.0)
+    far, negative = np.abs(values - middle) > 2 * width, values < 0
+    return code & (negative | (code.sum() > 1)) & (far | (negative & (rest >= 0).all()))
+
+
+def levels_of(name: str, cells: Sequence[str], notes: list[str]) -> list[Column]:
+    """Indicators of the levels of a column of words, if these are few; of two, of the second."""
+    spelled = {cell.casefold(): cell for cell in reversed(cells) if cell.lower() not in EMPTY}
+    words, levels = [spelled.get(cell.casefold()) for cell in cells], sorted(spelled.values())
+    few = 1 < len(levels) <= min(MOST_LEVELS, (len(words) - words.count(None)) // 3)
+    listed = f"read as levels ({', '.join(levels)})"
+    notes.append(f"'{name}': {listed if few else 'text that is no number and no level, left out'}")
+    two = len(levels) == 2 and None not in words  # where one word says both
+    return [
+        Column(
+            f"{name} = {level}",
+            np.array([float(word == level) for word in words]),
+            0,
+            source=name,
+            words=(levels[0] if two else "", level),
+        )
+        for level in (levels[two:] if few else ())
+    ]
+
+
+def settings_of(
+    table: Table,
+    path: Path,
+    columns: list[Column],
+    ranges: dict[str, Bound],
+    target: str,
+    notes: list[str],
+    problems: list[str],
+) -> tuple[np.ndarray, np.ndarray]:
     """What was set by hand `[rows, columns]`, and which rows cannot be used because it is not known
     to what, or which of the columns it was.
     """
     names = list(dict.fromkeys(c.source or c.name for c in columns))
-    place = [i for i, name in enumerate(table.names) if name.lower() == INTERVENED]
-    notes += told((not place, f"no column '{INTERVENED}': every row is read as an observation"))
-    cells = [row[place[0]] if place else "" for row in table.rows]
+    values = np.stack([c.values for c in columns], axis=1)
+    cells = table.acted or [""] * len(values)
     named = np.array([bool(find(cell, names)) for cell in cells])
     usual = np.array([cell.lower() in NOT_SET for cell in cells]) & ~named
-    marks = bool({cell.lower() for cell in cells} <= NOT_SET | SET) and not named.any()
+    marks = {cell.lower() for cell in cells} <= NOT_SET | SET and not named.any()
     stars = np.array([cell == "*" for cell in cells]) | (marks and not usual.any())
-    settable = np.array(
-        [c.name != target and (not ranges or (c.source or c.name) in ranges) for c in columns]
-    )
+    settable = np.array([c.name != target and (not ranges or c.name in ranges) for c in columns])
     # a column without a usual value cannot have left it
-    settable &= [not usual.any() or np.isfinite(c.values[usual]).any() for c in columns]
+    settable &= np.isfinite(values[usual]).any(0) | (not usual.any())
     flags = np.outer(stars, settable)
-    if marks and usual.any() and not usual.all() and settable.any():
-        settings = np.stack([c.values for c in itertools.compress(columns, settable)], axis=1)
-        flags[:, settable] = knobs(settings, usual) & ~usual[:, None]
-        notes.append(f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one")
+    told_apart = marks and usual.any() and not usual.all() and settable.any()
+    if told_apart:
+        flags[:, settable] = knobs(values[:, settable], usual) & ~usual[:, None]
     unusable = ~usual & ~flags.any(1) & marks
-    alone = [sum(c.source == other.source for other in columns) == 1 for c in columns]
     for r in np.flatnonzero(~usual & ~stars & (not marks)):
         several = ";" in cells[r] or find(cells[r].removesuffix("?"), names)
         parts = re.split(";" if several else r"[+|,]", cells[r])
@@ -160,18 +193,29 @@ def settings_of(table, path, columns, ranges, target, notes, problems):
                 (acted == target, f"{where} the target, which cannot be set: correct the row"),
             )
             unusable[r] |= name.endswith("?") and name != acted
+            # of several levels, that of the row; of two, the one column for both
             flags[r] |= [
-                acted == c.name or (acted == c.source and (c.values[r] == 1 or one))
-                for c, one in zip(columns, alone, strict=True)
+                acted == c.name or (acted == c.source and bool(c.values[r] == 1 or c.words[0]))
+                for c in columns
             ]
+    lacking = (flags & np.isnan(values)).any(1)
     notes += told(
+        (not table.acted, f"no column '{INTERVENED}': every row is read as an observation"),
+        (
+            told_apart,
+            f"'{INTERVENED}' marks rows: the variable furthest from its usual is the one",
+        ),
         (
             unusable.any(),
             f"{rows_in_words(table.lines[unusable])}: what was set, or to what, is not told: left "
             "out",
-        )
+        ),
+        (
+            lacking.any(),
+            f"{rows_in_words(table.lines[lacking])}: the value that was set is missing: left out",
+        ),
     )
-    return flags, unusable
+    return flags, unusable | lacking
 
 
 def knobs(values: np.ndarray, usual: np.ndarray) -> np.ndarray:

@@ -67,9 +67,8 @@ def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
         i: b._replace(values=tuple(v for v in b.values if low[i] <= v <= high[i]))
         for i, b in data.bounds.items()
     }
-    gone = [i for i, b in bounds.items() if data.bounds[i].values and not b.values]
     which = np.asarray(data.task.candidates) & kept & (low <= high)
-    which[gone] = False
+    which[[i for i, b in bounds.items() if data.bounds[i].values and not b.values]] = False
     if not which.any():
         return data._replace(blocked=f"{where} forbids every setting of one variable alone")
     task = task_of(data.units, low, high, which, data.target)
@@ -83,8 +82,8 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
     Raises `DataError` for one that cannot be read.
     """
     low, high, kept = data.low, data.high, np.ones(len(data.names), bool)
-    observed = np.asarray(data.buffer.observational)
-    usual = data.units.raw(np.asarray(data.buffer.values)[observed].mean(0))
+    observed = np.asarray(data.buffer.values)[np.asarray(data.buffer.observational)]
+    usual = data.units.raw(observed.mean(0))
     others = sorted((x for x in data.names if x != data.names[data.target]), key=len, reverse=True)
     one = TERM % "|".join(r"\s+".join(map(re.escape, name.split())) for name in others)
     for text in constraints:
@@ -100,9 +99,9 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
             f"{where}: '{parts[0].strip()}' is no sum of numbers times variables; these are "
             f"{', '.join(others)}",
         )
-        factors = np.zeros(len(usual))
-        for term in terms:
-            factors[index_of(term[3], data, where)] += float(f"{term[1]}{term[2] or 1}")
+        which = [index_of(term[3], data, where) for term in terms]
+        numbers = [float(f"{term[1]}{term[2] or 1}") for term in terms]
+        factors = np.bincount(which, numbers, minlength=len(usual))
         # of each variable alone, others being as usual; NaN for those that the limit does not name
         rest = total - factors @ usual + factors * usual
         limit = np.divide(rest, factors, where=factors != 0, out=np.full(len(usual), np.nan))

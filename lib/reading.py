@@ -29,17 +29,7 @@ from lib.cleaning import (
 )
 from lib.columns import columns_of, is_counter, settings_of
 from lib.scm import Task
-from lib.table import (
-    INTERVENED,
-    Bound,
-    bounds_by_name,
-    demand,
-    find,
-    read_table,
-    refuse,
-    rows_in_words,
-    told,
-)
+from lib.table import Bound, demand, find, read_table, refuse, told
 from lib.units import FARTHEST_VALUE, Units, ends_of, in_logarithms, rounded
 
 
@@ -104,43 +94,27 @@ def read_experiments(
     `DataError`, a line for each of all that cannot be used.
     """
     table = read_table(path)
-    notes, problems = table.notes, []
-    names = [name for name in table.names if name.lower() != INTERVENED]
-    wanted = find(target, names)
+    notes, wanted = table.notes, find(target, table.names)
     demand(
         wanted,
-        f"{path}: no column '{target}' to use as target; the variables are {', '.join(names)}",
+        f"{path}: no column '{target}' to use as target; the variables are "
+        f"{', '.join(table.names)}",
     )
     demand(table.rows, f"{path}: no rows below the header: add observations")
-    ranges = bounds_by_name(bounds, names, problems)
-    columns = columns_of(table, path, wanted, notes, problems)
+    problems, columns = [], columns_of(table, path, wanted, notes)
+    ranges = bounds_by_name(bounds, table.names, columns, problems)
     flags, unusable = settings_of(table, path, columns, ranges, wanted, notes, problems)
-    problems += told(
-        (
-            not problems and wanted not in [c.name for c in columns],
-            f"{path}, column '{wanted}': holds no numbers: give the outcomes",
-        )
-    )
-    words_of_bounds(ranges, columns, problems)
     refuse(problems)
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, table.lines)
-    lacking = (rows.flags & np.isnan(rows.values)).any(1)
-    notes += told(
-        (
-            lacking.any(),
-            f"{rows_in_words(table.lines[lacking])}: the value that was set is missing: left out",
-        )
-    )
-    rows, pending = with_outcome(rows, unusable | lacking, wanted, notes)
-    rows = without_gaps(without_strays(rows, wanted, notes), wanted, ranges, notes)
+    rows, pending = with_outcome(rows, unusable, wanted, notes)
+    rows = without_strays(rows, wanted, notes)
     demand(
         len(rows.lines) >= MIN_OBSERVATIONS,
         f"{path}: {len(rows.lines)} rows can be used, at least {MIN_OBSERVATIONS} are needed: "
         + ("; ".join(notes) or "add observations"),
     )
-    rows = varied(rows, wanted, ranges, notes)
-    acted = itertools.compress(rows.columns, np.any(rows.flags, axis=0))
-    worded = {c.source for c in acted} | set(ranges)
+    rows = varied(without_gaps(rows, wanted, ranges, notes), wanted, ranges, notes)
+    acted = {c.source for c in itertools.compress(rows.columns, np.any(rows.flags, axis=0))} - {""}
     rows = as_design(rows, notes)
     found, values = tuple(c.name for c in rows.columns), rows.values
     demand(
@@ -158,47 +132,28 @@ def read_experiments(
             for r, i in np.argwhere(units.far(values))
         ]
     )
-    free = np.array([c.name != wanted and allowed(c, worded, ranges) for c in rows.columns])
-    counts = free & ~rows.flags.any(0) & [name not in ranges for name in found]
-    counts &= [
-        not c.source and is_counter(c.name, x) for c, x in zip(rows.columns, values.T, strict=True)
-    ]
+    number, others = np.array([not c.source for c in rows.columns]), np.arange(len(found)) != at
+    bounded, free, counts = choice_of(rows, at, ranges, acted)
     notes += [
         f"'{found[i]}': counts or names the rows, so it is no setting"
         for i in np.flatnonzero(counts)
     ]
-    number = np.array([not c.source for c in rows.columns])
-    repeated = [len(np.unique(x)) < len(x) for x in values.T]
-    notes += order_of_rows(rows, at)
-    notes += sums_of_settings(rows, free & ~counts & number)
+    notes += order_of_rows(rows, at) + sums_of_settings(rows, number & others & ~counts)
     deviations = units.exact(values)
     deviations[:, at] += drift_of(rows, at, deviations[:, at], notes)
-    still = sorted({c.source for c in rows.columns if c.source} - worded)
-    notes += [f"'{name}': nobody set it and it has no range, so it is no setting" for name in still]
-    planned = [
-        (found.index(name), units.one(found.index(name)).deviations(value).item())
-        for name, value in pending
-        if name in found
-    ]
-    bounded = {
-        i: bound_of(c, ranges.get(c.source or c.name))
-        for i, c in enumerate(rows.columns)
-        if c.name in ranges or (c.source and free[i])
-    }
-    kept = {c.source or c.name for c in rows.columns}
-    notes += [f"'{name}' has a range, but is left out" for name in ranges if name not in kept]
-    free = np.array([i in bounded for i in range(len(found))]) & free if ranges else free & ~counts
-    notes += repeats_of(rows, at, ~number | free | (counts & repeated))
-    notes += together(rows, free & number)
-    chosen = {c.source for c in itertools.compress(rows.columns, free)} - {""}
-    fixed = [
-        c.name != wanted and not can and c.source not in chosen
-        for c, can in zip(rows.columns, free, strict=True)
-    ]
+    still = {c.source for c in rows.columns} - acted - {rows.columns[i].source for i in bounded}
+    repeated = counts & [len(np.unique(x)) < len(x) for x in values.T]
     ends = ends_of(values[:, at], rows.columns[at])
-    notes += told(
-        (min(ends) == 0, f"'{wanted}': no prediction is outside {ends[0]:g} to {ends[1]:g}")
-    )
+    notes += [
+        *(
+            f"'{name}': nobody set it and it has no range, so it is no setting"
+            for name in sorted(still - {""})
+        ),
+        *(f"'{name}' has a range, but is left out" for name in ranges if name not in found),
+        *repeats_of(rows, at, ~number | free | repeated),
+        *together(rows, free & number),
+        *told((min(ends) == 0, f"'{wanted}': no prediction is outside {ends[0]:g} to {ends[1]:g}")),
+    ]
     low, high, task = ranges_of(rows, units, free, bounded, at, path)
     return Experience(
         names=found,
@@ -214,55 +169,83 @@ def read_experiments(
         high=high,
         bounds=bounded,
         ends=ends,
-        planned=planned,
+        planned=[
+            (found.index(name), units.one(found.index(name)).deviations(value).item())
+            for name, value in pending
+            if name in found
+        ],
         lines=rows.lines,
         words={i: (c.source, c.words) for i, c in enumerate(rows.columns) if c.source},
-        lots=lots_of(rows, at, np.array(fixed)),
+        lots=lots_of(rows, at, free),
         notes=notes,
     )
 
 
-def words_of_bounds(ranges: dict[str, Bound], columns: list[Column], problems: list[str]) -> None:
-    """Spell the words of bounds as the columns do; a problem for each that no cell has, and for a
-    column of numbers without a range.
+def bounds_by_name(
+    bounds: Sequence[Bound], names: list[str], columns: list[Column], problems: list[str]
+) -> dict[str, Bound]:
+    """The bounds of every column that has some, those of words by their levels; a problem for each
+    that fits no column, and for a word that no cell has.
     """
-    for name, bound in ranges.items():
-        levels = sorted({w for c in columns if c.source == name for w in c.words if w})
+    found = {}
+    for bound in bounds:
+        name, where = find(bound.name, names), f"{bound.where}, column"
+        own = [c for c in columns if name and c.source == name]
+        levels = sorted({word for c in own for word in c.words if word})
         words = {word: find(word, levels) for word in bound.words or ()}
-        numeric = bound.words is not None and name in [c.name for c in columns]
         problems += told(
-            (numeric, f"{bound.where}, columns 'low' and 'high': give the range of '{name}'"),
+            (
+                not name,
+                f"{where} 'variable': '{bound.name}' is not in the data; the variables are "
+                f"{', '.join(names)}",
+            ),
+            (
+                name and found.keys() & {name, *(c.name for c in own)},
+                f"{where} 'variable': '{bound.name}' has a range already: keep one of the two",
+            ),
+            (
+                bound.words is not None and name in [c.name for c in columns],
+                f"{where}s 'low' and 'high': give the range of '{name}'",
+            ),
             *(
-                (
-                    levels and not level,
-                    f"{bound.where}, column 'levels': '{word}' is none of {', '.join(levels)}",
-                )
+                (levels and not level, f"{where} 'levels': '{word}' is none of {', '.join(levels)}")
                 for word, level in words.items()
             ),
         )
-        if levels and words:
-            ranges[name] = bound._replace(words=tuple(words.values()))
+        listed = {*words.values()} - {""} or set(levels)
+        found |= (
+            {c.name: of_levels(c, listed, bound) for c in own if listed & set(c.words)}
+            if own
+            else {name: bound}
+        )
+    return found
 
 
-def allowed(column: Column, worded: set[str], ranges: dict[str, Bound]) -> bool:
-    """Whether a column may be set as far as its words go: those that were set or have a range, and
-    of their levels the listed ones.
+def of_levels(column: Column, listed: set[str], bound: Bound) -> Bound:
+    """The bound of a column of words: 1 for its level, or 0 and 1 where both are words."""
+    values = [float(k) for k, word in enumerate(column.words) if word and word in listed]
+    return bound._replace(low=values[0], high=values[-1], values=tuple(values), scale="")
+
+
+def choice_of(rows: Rows, target: int, ranges: dict[str, Bound], acted: set[str]):
+    """The bounds of the columns that have some, which can be set `[vars]`, and which are none of
+    the settings because they count or name the rows. Where there are `ranges`, nothing else can be
+    set; else all but the columns of words of which none was `acted` upon.
     """
-    bound = ranges.get(column.source)
-    listed = bound.words if bound else None
-    return not column.source or (
-        column.source in worded and (not listed or not set(listed).isdisjoint(column.words))
+    bounds = ranges or {
+        c.name: of_levels(c, set(c.words), Bound(c.source))
+        for c in rows.columns
+        if c.source in acted
+    }
+    bounded = {i: bounds[c.name] for i, c in enumerate(rows.columns) if c.name in bounds}
+    named = np.array([i in bounded for i in range(len(rows.columns))])
+    others, numbers = (
+        np.arange(len(named)) != target,
+        np.array([not c.source for c in rows.columns]),
     )
-
-
-def bound_of(column: Column, bound: Bound | None) -> Bound:
-    """The range of a column; of a level of words, 1, or 0 and 1 where both are words."""
-    if bound and not column.source:
-        return bound
-    listed = (bound.words if bound else ()) or column.words
-    values = tuple(float(k) for k, word in enumerate(column.words) if word and word in listed)
-    cost, where = (bound.cost, bound.where) if bound else (1.0, "")
-    return Bound(column.name, values[0], values[-1], values, "", cost, where)
+    count = [is_counter(c.name, x) for c, x in zip(rows.columns, rows.values.T, strict=True)]
+    counts = others & numbers & ~named & ~rows.flags.any(0) & count
+    return bounded, others & (named | (numbers & ~counts & (not ranges))), counts
 
 
 def ranges_of(rows: Rows, units: Units, settable, bounds: dict[int, Bound], target: int, path):

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from decimal import Context, Decimal
 from pathlib import Path
@@ -18,7 +20,6 @@ NUMBER = re.compile(
     r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?\s*\**",
     re.IGNORECASE,
 )
-DIRECT = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)  # nothing to change: most cells
 INTERVENED = "intervened"  # the column of what was set by hand, however it is called
 ACTED = re.compile(r"interven\w*( on)?|manipulated|perturbed|set by hand", re.IGNORECASE)
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
@@ -35,7 +36,7 @@ MOST_STEPS = 10_000  # of a range: more are as good as none
 MOST_SUMMARIES = 6  # rows at the end of a file
 # a comment, neither an error of Excel nor an id
 COMMENT = re.compile(r"#(?!N/?A|DIV|VALUE|REF|NAME|NUM|\d|$)")
-THOUSANDS = r"[-+]?[1-9]\d{0,2}(?:%s\d{3})+"
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}([.,])\d{3}(\1\d{3})*")  # as such a number is marked
 SUMMARY = re.compile(
     r"\W*(mean|average|avg|total|sum|std|stdev|sd|sem|min|max|median|count|n|\d+ rows)\W*",
     re.IGNORECASE,
@@ -65,11 +66,14 @@ def refuse(problems: list[str]) -> None:
 
 
 class Table(NamedTuple):
-    """Cells of a file, stripped: the header, and rows with their line numbers."""
+    """Cells of a file, stripped: the header, and rows with their line numbers; apart from these,
+    the cells that name what was set by hand, none where there is no column of them.
+    """
 
     names: list[str]
     lines: np.ndarray
     rows: list[list[str]]
+    acted: list[str]
     comma: bool  # between a number and its decimals
     notes: list[str]
 
@@ -80,51 +84,44 @@ class Bound(NamedTuple):
     """
 
     name: str
-    low: float
-    high: float
-    values: tuple[float, ...]
-    scale: str
-    cost: float
-    where: str
+    low: float = 0.0
+    high: float = 1.0
+    values: tuple[float, ...] = ()
+    scale: str = ""
+    cost: float = 1.0
+    where: str = ""
     words: tuple[str, ...] | None = None  # instead of a range: its levels, all if empty
 
 
 def plain(digits: str, comma: bool) -> str:
-    """A number with a decimal point and without thousands; where it has a comma alone, thousands
-    are taken for such unless `comma` says that the file has decimal commas.
+    """A number with a decimal point and without thousands; where it has one kind of mark alone that
+    could be of thousands, `comma` says whether the file has decimal commas.
     """
-    if not comma and DIRECT.fullmatch(digits):
-        return digits
     digits = re.sub(r"['\s]", "", digits.replace("−", "-"))
-    point, other = (",", ".") if digits.rfind(",") > digits.rfind(".") else (".", ",")
-    grouped = re.fullmatch(THOUSANDS % re.escape(point), digits)
-    if grouped and (other == ".,"[comma] or digits.count(point) > 1):
-        point, other = other, point
-    return digits.replace(other, "").replace(point, ".")
+    point = max(".,", key=digits.rfind)  # the last of both
+    if THOUSANDS.fullmatch(digits) and (point != ".,"[comma] or digits.count(point) > 1):
+        return digits.replace(point, "")
+    return digits.replace(",."[point == ","], "").replace(point, ".")
 
 
 def marked(cells: Iterable[str]) -> list[list[str]]:
-    """The numbers of some cells that have one comma and no point, and those of one point alone."""
-    likely = (cell for cell in cells if cell.count(",") == 1 or cell.count(".") == 1)
-    digits = [match["digits"] for cell in likely if (match := NUMBER.fullmatch(cell))]
-    return [[x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")]
+    """The numbers of some cells that have one comma and no point, those of one point alone, and of
+    both those whose mark cannot be of thousands.
+    """
+    digits = [match["digits"] for cell in cells if (match := NUMBER.fullmatch(cell))]
+    alone = [[x for x in digits if x.count(m) == 1 and o not in x] for m, o in (",.", ".,")]
+    return alone + [[x for x in some if not THOUSANDS.fullmatch(x)] for some in alone]
 
 
 def decimal_comma(cells: Sequence[str], comma: bool) -> bool:
     """Whether a column has decimal commas; `comma` says whether its file has them, where it does
     not tell. Marks that could all be of thousands are, beside whole numbers of hundreds.
     """
-    commas, points = marked(cells)
-    decimal_commas, decimal_points = (
-        any(not re.fullmatch(THOUSANDS % mark, x) for x in marked)
-        for mark, marked in ((",", commas), (r"\.", points))
-    )
+    commas, points, decimal_commas, decimal_points = map(bool, marked(cells))
     if decimal_commas != decimal_points:
         return decimal_commas
     hundreds = any(re.fullmatch(r"[-+]?\d{3}", cell) for cell in cells)
-    if hundreds and not decimal_commas and bool(commas) != bool(points):
-        return bool(points)
-    return comma
+    return points if hundreds and not decimal_commas and commas != points else comma
 
 
 def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
@@ -135,8 +132,8 @@ def number_of(cell: str, comma: bool) -> tuple[float, int, str, bool]:
     limit, digits, unit = match.group("limit", "digits", "unit") if match else ("", "", "")
     text = plain(digits, comma)
     value = float(Decimal(text, Context(traps=[])))  # NaN where that is no number, as `1.2.3`
-    usable = abs(value) <= 1e30  # no unit of anything is larger
-    return value if usable else math.nan, decimals(text), unit or "", bool(limit)
+    value = value if abs(value) <= 1e30 else math.nan  # no unit of anything is larger
+    return value, decimals(text), unit or "", bool(limit)
 
 
 def decimals(number: str) -> int:
@@ -186,6 +183,18 @@ def written_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
         ) from None
 
 
+def apart_from_frame(rows: list, comma: bool) -> tuple[list, list, list]:
+    """A first row of units, the rows of data, and the summaries at the end."""
+    ends = itertools.takewhile(
+        lambda one: SUMMARY.fullmatch(next(filter(None, one[1]))), rows[::-1]
+    )
+    count = len(rows) - len(list(ends))
+    count = count if 0 < count >= len(rows) - MOST_SUMMARIES else len(rows)
+    numeric = [any(number_of(cell, comma)[0] < np.inf for cell in row) for _, row in rows[:2]]
+    first = int(numeric[:count] == [False, True])
+    return rows[:first], rows[first:count], rows[count:]
+
+
 def read_table(path: Path, strict: bool = False) -> Table:
     """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
     points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
@@ -196,25 +205,14 @@ def read_table(path: Path, strict: bool = False) -> Table:
     filled = [(line, row) for line, row in found if any(row) and not COMMENT.match(row[0])]
     demand(filled, f"{path}: empty: the first row names the columns")
     widths = [len(row) for _, row in filled]
-    head = widths.index(max(widths, key=widths.count)) if not strict else 0
+    head = 0 if strict else widths.index(statistics.mode(widths))
     title, (header_line, header), rows = filled[:head], filled[head], filled[head + 1 :]
-    cells = [cell for _, row in rows for cell in row]
-    # without a comma nothing is to be decided
-    commas, points = marked(cells if any("," in cell for cell in cells) else ())
-    decimal = [x for x in commas if not re.fullmatch(THOUSANDS % ",", x)]
-    points = [x for x in points if not re.fullmatch(THOUSANDS % r"\.", x)]
+    commas, _, decimal, points = marked(cell for _, row in rows for cell in row)
     # where all commas could be of thousands, they are if there is a point or they stand in quotes
-    comma = len(decimal) >= len(points) if decimal else delimiter != "," and not points
-    comma = bool(commas) and comma
-    summaries = [bool(SUMMARY.fullmatch(next(filter(None, row)))) for _, row in rows]
-    last = len(rows) - (summaries[::-1].index(False) if False in summaries else 0)
-    last = len(rows) if strict or len(rows) - last > MOST_SUMMARIES else last
-    rows, footer = rows[:last], rows[last:]
-    numeric = [
-        any(not math.isnan(number_of(cell, comma)[0]) for cell in row) for _, row in rows[:2]
-    ]
-    first = int(numeric == [False, True] and not strict)
-    rows, units = rows[first:], rows[:first]
+    comma = bool(commas) and (
+        len(decimal) >= len(points) if decimal else delimiter != "," and not points
+    )
+    units, rows, footer = ([], rows, []) if strict else apart_from_frame(rows, comma)
     width = max(i for i, name in enumerate(header, 1) if name)
     header = [name or f"column {i}" for i, name in enumerate(header[:width], 1)]
     beyond = [line for line, row in rows if any(row[width:])]
@@ -252,21 +250,23 @@ def read_table(path: Path, strict: bool = False) -> Table:
         (units, f"{rows_in_words([line for line, _ in units])}: holds no number, read as units"),
         (ragged, f"{', '.join(ragged)} cells for {width} columns: left out"),
     )
-    rows = [(line, row) for line, row in rows if len(row) == width]
-    if INTERVENED not in map(str.lower, header):
-        likely = [i for i, name in enumerate(header) if ACTED.fullmatch(name)]
-        acting = [i for i in likely if any(find(row[i], header) for _, row in rows)]
-        header = [INTERVENED if i in acting else name for i, name in enumerate(header)]
-    lines = [line for line, _ in rows]
-    return Table(header, np.array(lines), [row for _, row in rows], comma, notes)
+    lines = np.array([line for line, row in rows if len(row) == width])
+    cells = [row for _, row in rows if len(row) == width]
+    acting = [i for i, name in enumerate(header) if name.lower() == INTERVENED] or [
+        i
+        for i, name in enumerate(header)
+        if ACTED.fullmatch(name) and any(find(row[i], header) for row in cells)
+    ]
+    acted = [row[acting[0]] for row in cells] if acting else []
+    names, *rest = ([x for i, x in enumerate(row) if i not in acting] for row in (header, *cells))
+    return Table(names, lines, rest, acted, comma, notes)
 
 
 def find(name: str, names: Sequence[str]) -> str:
     """The column called `name`, whatever its case and blanks, if there is one alone; else ''."""
     wanted = " ".join(name.lower().split())
     alike = [one for one in names if " ".join(one.lower().split()) == wanted]
-    same = [name] if name in names else alike
-    return same[0] if len(same) == 1 else ""
+    return name if name in names else alike[0] if len(alike) == 1 else ""
 
 
 def read_bounds(path: Path) -> list[Bound]:
@@ -281,25 +281,30 @@ def read_bounds(path: Path) -> list[Bound]:
         f"{path}, row 1: the columns are {', '.join(table.names)}; write variable,low,high and, if "
         f"need be, {', '.join(sorted(known[3:]))}",
     )
+    between = r"[;|\s]+" if table.comma else r"[;|,\s]+"
     for line, row in zip(table.lines, table.rows, strict=True):
         cells = COLUMNS | {name: cell for name, cell in zip(columns, row, strict=True) if cell}
-        scale, where = cells["scale"].lower(), f"{path}, row {line}"
-        words = tuple(filter(None, map(str.strip, re.split("[;|]", cells["levels"]))))
-        worded = not (cells["low"] or cells["high"] or cells["step"] != "0")
-        cells |= {"low": "0", "high": "1", "levels": ""} if worded else {}
+        scale, where, words = cells["scale"].lower(), f"{path}, row {line}", None
+        if not (cells["low"] or cells["high"] or cells["step"] != "0"):
+            words = tuple(filter(None, map(str.strip, re.split("[;|]", cells["levels"]))))
+            cells |= {"low": "0", "high": "1", "levels": ""}
         numbers = {name: cells[name] for name in ("low", "high", "step", "cost")}
-        between = r"[;|\s]+" if table.comma else r"[;|,\s]+"
-        levels = filter(None, re.split(between, cells["levels"]))
-        numbers |= {f"levels {x}": x for x in levels}
+        numbers |= {f"levels {x}": x for x in re.split(between, cells["levels"]) if x}
         read = {name: number_of(cell, table.comma)[0] for name, cell in numbers.items()}
         low, high, step, cost, *values = read.values()
-        problems += [
-            f"{where}, column '{name.split()[0]}': '{numbers[name]}' is not a number below 1e30: "
-            "correct it"
-            for name, value in read.items()
-            if math.isnan(value)
-        ]
+        if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
+            steps = range(math.floor((high - low) / (step or 1.0) + 1e-9) + 1)
+            values = [float(f"{low + step * i:.12g}") for i in steps]
+        inside = tuple(sorted(x for x in values if low <= x <= high))
         problems += told(
+            *(
+                (
+                    math.isnan(value),
+                    f"{where}, column '{name.split()[0]}': '{numbers[name]}' is not a number below "
+                    "1e30: correct it",
+                )
+                for name, value in read.items()
+            ),
             (
                 scale not in ("", "linear", "log"),
                 f"{where}, column 'scale': '{cells['scale']}': write linear or log",
@@ -309,31 +314,11 @@ def read_bounds(path: Path) -> list[Bound]:
                 f"{where}, columns 'low' and 'high': {cells['low']} is not below {cells['high']}, "
                 "or step or cost is negative: correct them",
             ),
-        )
-        if 0 <= high - low <= MOST_STEPS * step:  # a single value as well, with no step
-            count = math.floor((high - low) / (step or 1.0) + 1e-9) + 1
-            values = [float(f"{low + step * i:.12g}") for i in range(count)]
-        inside = tuple(sorted(x for x in values if low <= x <= high))
-        problems += told(
             (
                 len(inside) < len(values),
                 f"{where}, column 'levels': some lie outside {low:g} to {high:g}: correct them",
-            )
+            ),
         )
-        known_words = words if worded else None
-        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where, known_words))
+        found.append(Bound(cells["variable"], low, high, inside, scale, cost, where, words))
     refuse(problems)
-    return found
-
-
-def bounds_by_name(bounds: Sequence[Bound], names: list[str], problems) -> dict[str, Bound]:
-    """The bounds of every column that has some."""
-    found = {}
-    for bound in bounds:
-        name, where = find(bound.name, names), f"{bound.where}, column 'variable': '{bound.name}'"
-        problems += told(
-            (not name, f"{where} is not in the data; the variables are {', '.join(names)}"),
-            (name and name in found, f"{where} has a range already: keep one of the two"),
-        )
-        found.setdefault(name, bound)
     return found

@@ -119,9 +119,8 @@ def in_logarithms(rows, ranges, target, scale, notes) -> np.ndarray:
             said != "log" or least > 0,
             f"'{column.name}': has values of 0 or below, no scale of logarithms",
         )
-        decades = least > 0 and high >= 100 * low and not column.source
-        skewed = np.median(seen) < low + 0.1 * (high - low)
-        logs.append(bool(said == "log" or (said != "linear" and decades and skewed)))
+        skewed = high >= 100 * low and np.median(seen) < low + 0.1 * (high - low)
+        logs.append(bool(said == "log" or (said != "linear" and least > 0 and skewed)))
         notes += told((logs[-1], f"'{column.name}': worked in logarithms ({low:g} to {high:g})"))
     return np.array(logs)
 
