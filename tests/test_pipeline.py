@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
