@@ -41,7 +41,8 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 AMPLITUDES = (0.5, 2.0)  # of a process, in units of what the outcomes span
 LENGTHSCALE = 0.3  # of a process, in widths of a range
 NOISES = np.array([0.05, 0.3, 1.0])  # variance of an outcome around its mean, in variances of Y
-PLACES = np.linspace(0.0, 1.0, 6)  # in a range, at which a process is known if it is anywhere
+# inducing points of a process, in widths of a range: its values there determine it
+INDUCING = np.linspace(0.0, 1.0, 6)
 REPEATS = 3  # of an experiment, when it is asked what it is worth
 
 
@@ -96,7 +97,7 @@ class Experiments(NamedTuple):
 
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, most: int) -> "Experiments":
-        """The first `most` of them; places behind the last are not valid."""
+        """The first `most` of them; entries behind the last are not valid."""
         margin = 0.05 * (task.high - task.low)
         inside = (buffer.values >= (task.low - margin)[None]) & (
             buffer.values <= (task.high + margin)[None]
@@ -192,14 +193,14 @@ class Belief(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What the surrogate says of a data set, and what is believed of it; `said` is the mean and
-    deviation `[done]` that it predicted for each experiment without knowing any.
+    """What the surrogate says of a data set, and what is believed of it; `predicted` are the mean
+    and standard deviation `[done]` that it predicted for each experiment without knowing any.
     """
 
     output: SurrogateOutput
     belief: Belief
     done: Experiments
-    said: tuple[Float[Array, " done"], Float[Array, " done"]]
+    predicted: tuple[Float[Array, " done"], Float[Array, " done"]]
 
     @property
     def averaged(self) -> SurrogateOutput:
@@ -219,7 +220,7 @@ class Checked(NamedTuple):
     @property
     def in_band(self) -> Bool[Array, " done"]:
         """Which outcomes lay in the 90 % band that the surrogate predicted for them."""
-        mean, std = self.said
+        mean, std = self.predicted
         band = 1.645 * jnp.sqrt(std**2 + self.output.spread**2)
         return self.done.valid & (jnp.abs(self.done.outcome - mean) <= band)
 
@@ -237,8 +238,8 @@ class Checked(NamedTuple):
         self, preference: Float[Array, "vars bins"], enough: float = BELIEFS.enough
     ) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The next experiment: the cell of the highest `preference` among those that are expected
-        to gain at least the share `enough` of the most that one can. So an experiment that has
-        taught what it can is not repeated, whatever a policy thinks of it.
+        to gain at least the share `enough` of the most that one can. So an experiment
+        from which no more can be learnt is not repeated, whatever the policy prefers.
         """
         worth = self.gain
         allowed = worth >= enough * worth.max()
@@ -261,8 +262,8 @@ def check(
     before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
     made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
     both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add(made, task))
-    told = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
-    first, output = (jax.tree.map(lambda leaf, i=i: leaf[i], told) for i in (0, 1))
+    outputs = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
+    first, output = (jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in (0, 1))
     mean, std = (
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
@@ -296,13 +297,14 @@ def log_outcome(y, mean, std, broad):
     and deviation then. So one outcome cannot say more against a surface than that.
     """
     share, middle, wide = broad
-    usual = np.log1p(-share) + norm.logpdf(y, mean, std)
-    return jnp.logaddexp(usual, jnp.log(share) + norm.logpdf(y, middle, wide))
+    expected = np.log1p(-share) + norm.logpdf(y, mean, std)
+    return jnp.logaddexp(expected, jnp.log(share) + norm.logpdf(y, middle, wide))
 
 
-def average(output, said, done, usual, reach, observed, config) -> Belief:
-    """The mixture, from the surrogate's answer to all rows, what it `said` (mean and deviation) of
-    every experiment knowing none, the `usual` values of variables and how far their ranges reach.
+def average(output, predicted, done, usual, reach, observed, config) -> Belief:
+    """The mixture, from the surrogate's answer to all rows, what it `predicted` (mean and standard
+    deviation) for every experiment knowing none, the `usual` values of variables (their means
+    over the other rows), and how far their ranges reach.
     """
     num_vars, task = len(reach), output.task
     nothing, moved = output.shift, jnp.where(done.valid, done.outcome - output.shift, 0.0)
@@ -316,8 +318,8 @@ def average(output, said, done, usual, reach, observed, config) -> Belief:
     own = done.by_variable(num_vars).astype(noise.dtype)
 
     # of the surrogate's surface and the flat one: [done, noises, 2]
-    mean = jnp.stack([said[0], jnp.full_like(said[0], nothing)], -1)[:, None]
-    std = jnp.stack([said[1], jnp.zeros_like(said[1])], -1)[:, None]
+    mean = jnp.stack([predicted[0], jnp.full_like(predicted[0], nothing)], -1)[:, None]
+    std = jnp.stack([predicted[1], jnp.zeros_like(predicted[1])], -1)[:, None]
     std = jnp.hypot(std, jnp.sqrt(noise)[None, :, None])
     given = log_outcome(done.outcome[:, None, None], mean, std, broad)
     process_evidence, means, stds = processes(output, done, own, noise, unit, usual, config.anchor)
@@ -350,17 +352,17 @@ def average(output, said, done, usual, reach, observed, config) -> Belief:
     return Belief(weights, means, stds, nothing, nothing_std)
 
 
-def functions(place: Float[Array, " places"]) -> Float[Array, "places functions"]:
-    """Functions along a range, at places in widths of it, whose sums with independent standard
-    normal weights are Gaussian processes of amplitude one with a squared exponential kernel: the
-    process as its values at `PLACES` give it (Rasmussen and Williams 2006, section 8.1; the rest of
-    the variance is below 1e-3).
+def basis_functions(points: Float[Array, " points"]) -> Float[Array, "points functions"]:
+    """Functions along a range, at points in widths of it, whose sums with independent standard
+    normal weights are Gaussian processes of amplitude one with a squared exponential kernel k:
+    k(x, u) L^-T, with k(u, u) = L L' at the inducing points u (subset of regressors, Rasmussen and
+    Williams 2006, section 8.3.1; less than 1e-3 of the variance is lost).
     """
 
     def kernel(a, to):
-        return to.exp(-0.5 * ((a[:, None] - PLACES[None]) / LENGTHSCALE) ** 2)
+        return to.exp(-0.5 * ((a[:, None] - INDUCING[None]) / LENGTHSCALE) ** 2)
 
-    return kernel(place, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(PLACES, np))).T
+    return kernel(points, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(INDUCING, np))).T
 
 
 def processes(output, done, own, noise, unit, usual, anchor):
@@ -370,7 +372,7 @@ def processes(output, done, own, noise, unit, usual, anchor):
     To set a variable to its `usual` value is much like doing nothing (deviation `anchor`): that is
     one more row, whose density is no evidence.
     """
-    nothing, on_grid = output.shift, functions(jnp.linspace(0.0, 1.0, output.grid.shape[1]))
+    nothing, on_grid = output.shift, basis_functions(jnp.linspace(0.0, 1.0, output.grid.shape[1]))
     noise = noise + 100 * jnp.finfo(noise.dtype).eps * unit**2  # float32 tells no less apart
     anchor_variance = (anchor * output.spread) ** 2
     moved = jnp.append(done.outcome - nothing, 0.0)
@@ -378,19 +380,24 @@ def processes(output, done, own, noise, unit, usual, anchor):
     def of_variable(grid, usual, own):
         """All of one variable, whose experiments are `own` `[done]` (zeros and ones)."""
         width = jnp.where(grid[-1] > grid[0], grid[-1] - grid[0], 1.0)
-        reached = functions((jnp.append(done.value, usual) - grid[0]) / width)
+        reached = basis_functions((jnp.append(done.value, usual) - grid[0]) / width)
 
         def process(amplitude, noise):
             """One of them: evidence, and mean and deviation `[bins]`."""
             trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
-            made, told = (amplitude * unit * each for each in (trust[:, None] * reached, on_grid))
-            weights, covariance, log_det = weight_posterior(
-                made.T @ made, made.T @ (trust * moved), noise, positive_inverse_and_log_det
+            design, at_grid = (
+                amplitude * unit * each for each in (trust[:, None] * reached, on_grid)
             )
-            evidence = log_evidence(made, trust * moved, own.sum() + 1, noise, weights, log_det)
-            evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((made[-1] ** 2).sum() + noise))
-            variance = jnp.maximum(((told @ covariance) * told).sum(1), 1e-6 * (told**2).sum(1))
-            return evidence, nothing + told @ weights, jnp.sqrt(variance)
+            weights, covariance, log_det = weight_posterior(
+                design.T @ design, design.T @ (trust * moved), noise, positive_inverse_and_log_det
+            )
+            evidence = log_evidence(design, trust * moved, own.sum() + 1, noise, weights, log_det)
+            evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((design[-1] ** 2).sum() + noise))
+            # float32 leaves no digits of less
+            variance = jnp.maximum(
+                ((at_grid @ covariance) * at_grid).sum(1), 1e-6 * (at_grid**2).sum(1)
+            )
+            return evidence, nothing + at_grid @ weights, jnp.sqrt(variance)
 
         over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
         return over(jnp.array(AMPLITUDES), noise)

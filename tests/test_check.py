@@ -179,7 +179,7 @@ def test_experiments_are_predicted_from_the_other_rows():
     np.testing.assert_array_equal(found.done.row, NUM_OBS + np.arange(18))
     before, after = (eqx.filter_jit(surrogate.predict)(buffer.first(n), task) for n in (40, 58))
     wanted = [np.interp(v, before.grid[i], before.effect_mean[i]) for i, v, _ in experiments]
-    np.testing.assert_allclose(found.said[0], wanted, atol=1e-4)
+    np.testing.assert_allclose(found.predicted[0], wanted, atol=1e-4)
     np.testing.assert_allclose(found.output.effect_mean, after.effect_mean, atol=1e-4)
 
 
