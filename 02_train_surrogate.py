@@ -10,7 +10,7 @@ effect from any data set.
 Every step has problems of every size: they are padded to a few buckets, whose losses share one
 program.
 
-Deviations from phase4_training_infrastructure.md, section 2:
+Departures from phase4_training_infrastructure.md, section 2:
 1. besides the expert's posterior (KL on its demonstrations) the network learns the true parents
    by NLL on fresh draws of the simulator: the expert sees only the target's regression on a set, so
    imitating it alone would cap the student at its teacher. And the expert is listened to early on

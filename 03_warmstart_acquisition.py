@@ -21,7 +21,7 @@ plays the same validation problems: `validation` in curves.npz is what its recom
 gained after each experiment. The reward of sampled candidates on ever new problems is too noisy to
 compare two policies by.
 
-Deviations from textbook GRPO are numbered in lib/grpo.py. Here: the policy that is written is a
+Departures from textbook GRPO are numbered in lib/grpo.py. Here: the policy that is written is a
 moving average over the iterations (`average`), because a reward is a rare jump of the
 recommendation and every gradient mostly noise.
 """

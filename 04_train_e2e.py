@@ -10,7 +10,7 @@ A round: the policy plays a batch of campaigns on problems of the present diffic
 by GRPO; the surrogate is then updated on fresh simulations and on the data that the policy has just
 collected, cut at a random moment. The surrogate thus learns on what it will be asked about.
 
-Deviations from multi_stage_training.md, stage 3:
+Departures from multi_stage_training.md, stage 3:
 1. models are simulated, so the surrogate learns from the true parents and effects of every problem
    instead of from one buffer at a time;
 2. both updates use batches of problems and groups of candidates, not one problem and one action.

@@ -26,7 +26,7 @@ export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/artifacts/cache
 COMMON := lib/settings.py lib/artifacts.py lib/training.py lib/scm.py lib/graphs.py lib/scm_prior.py lib/buffer.py
 DATA := $(COMMON) lib/problems.py lib/posterior.py lib/linalg.py lib/regression.py
 EXPERT := $(DATA) lib/campaign.py $(wildcard lib/expert*.py) lib/improvement.py lib/trajectories.py
-NETWORK := $(DATA) lib/surrogate.py lib/evidence.py lib/pairs.py lib/sums.py
+NETWORK := $(DATA) lib/surrogate.py lib/statistics.py lib/pairs.py lib/sums.py
 POLICY := $(NETWORK) lib/campaign.py lib/policy.py lib/improvement.py lib/rewards.py lib/grpo.py lib/imitation.py
 TABLES := lib/methods.py lib/metrics.py lib/accuracy.py lib/baselines.py lib/literature.py
 

@@ -11,10 +11,10 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import regression_surfaces
 from lib.pairs import target_test
 from lib.regression import Scale, usable_rows
 from lib.scm import Task
+from lib.statistics import regression_surfaces
 from lib.sums import Summary
 
 
@@ -46,20 +46,19 @@ def additive_ridge(buffer: ExperienceBuffer, task: Task) -> Choice:
 def surfaces(
     buffer: ExperienceBuffer, task: Task, bins: int
 ) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
-    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, in observational deviations
-    of the target from its mean, if all other variables were direct causes: of a linear regression,
-    and of an additive cubic one (`regression_surfaces` of lib/evidence.py, which the surrogate sees
-    too).
+    """Predicted E[Y | do(X_i = v)] over `value_grid(low, high, bins)`, in observational standard
+    deviations of the target from its mean, if all other variables were direct causes: of a linear
+    regression, and of an additive cubic one (`regression_surfaces`, which the surrogate sees too).
     """
-    frame, sums = Summary.of(buffer, task, bins)
-    return regression_surfaces(sums.regression, frame.grid, task)
+    units, sums = Summary.of(buffer, task, bins)
+    return regression_surfaces(sums.powers, units.grid, task)
 
 
 # --- who are the parents: scores in [0, 1], zero for the target and for padding ---
 
 
 def all_ones(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
-    """Everything is a parent: the F1 that costs nothing."""
+    """Everything is a parent: all parents are found, and the F1 is what such a guess gets."""
     return task.possible_parents.astype(buffer.values.dtype)
 
 
@@ -75,4 +74,4 @@ def f_test(buffer: ExperienceBuffer, task: Task) -> Float[Array, " vars"]:
     """1 - 1 / sqrt(1 + F), F that of the three powers of a variable in the regression of the target
     on those of all others (`target_test` of lib/pairs.py, which the surrogate sees too).
     """
-    return 1.0 - jnp.exp(-target_test(Summary.of(buffer, task, 2).sums.regression, task))
+    return 1.0 - jnp.exp(-target_test(Summary.of(buffer, task, 2).sums.powers, task))

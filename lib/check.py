@@ -268,7 +268,7 @@ def check(
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
     )
-    scale = before.frame.scale
+    scale = before.units.scale
     reach = jnp.abs(scale(jnp.stack([task.low, task.high]))).max(0)
     observed = jnp.maximum(buffer.observational.sum(), 1)
     belief = average(output, (mean, std), done, scale.shift, reach, observed, config)

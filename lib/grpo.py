@@ -1,10 +1,10 @@
 """Group-relative policy optimisation on simulated campaigns.
 
-Deviations from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbered where it happens:
+Departures from GRPO as published (DeepSeekMath, arXiv 2402.03300), each numbered where it happens:
 1. a group shares state, model and exogenous noise (common random numbers), and only its first
    member enters the buffer;
-2. advantages are centred per group but scaled by the batch's deviation, not the group's, which
-   would blow up groups without signal (Lite-PPO);
+2. advantages are centred per group but scaled by the batch's standard deviation, not the group's,
+   which would enlarge the noise of groups whose rewards hardly differ (Lite-PPO, arXiv 2508.08221);
 3. groups whose rewards do not differ are masked out and leave the denominator;
 4. the divergence from the reference policy is the exact KL over cells instead of a per-sample
    estimate.
@@ -37,9 +37,10 @@ from lib.surrogate import ParentSetPredictionModel
 from lib.training import Learner, clipped_adam, merged
 
 
-CLIP = 0.2  # of the probability ratio
-# rewards of a group that differ by less are equal to rounding: such a group carries no signal
-MIN_DIFFERENCE = 1e-4
+CLIP = 0.2  # of the probability ratio, as in PPO (arXiv 1707.06347)
+# A group whose rewards lie within this range carries no signal: rewards are of the order of one, and
+# float32 tells some 1e-6 of them apart.
+MIN_RANGE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Simulator(NamedTuple):
     rewards: RewardConfig
 
     def start(self, buffer: ExperienceBuffer, num_steps: int) -> tuple[AcquisitionState, Summary]:
-        """The state before the first of `num_steps` experiments, and the sums it is read from."""
+        """The state before the first of `num_steps` experiments, and the sums it rests on."""
         summary = Summary.of(buffer, self.scm.task, self.surrogate.config.num_bins)
         output = self.surrogate.predict(summary, self.scm.task)
         return AcquisitionState(buffer, output, jnp.array(0), jnp.array(num_steps)), summary
@@ -139,7 +140,7 @@ def collect_campaign(
         action_key, noise_key = jr.split(jr.fold_in(key, t))
         distribution = policy(known[0])
         variable, value = sample_group(action_key, distribution, config.group_size)
-        # deviation 1: the same exogenous noise for the whole group
+        # departure 1: the same exogenous noise for the whole group
         noise = simulator.scm.draw_noise(noise_key, 1)
         after, reward = jax.vmap(lambda i, v: simulator.experiment(known, i, v, noise))(
             variable, value
@@ -206,11 +207,11 @@ def group_advantages(
     """Advantages, centred per group and scaled by the standard deviation over all groups that carry
     a signal, and which these are (1 or 0). The others get zeros.
     """
-    # deviation 3
-    informative = (rewards.max(1) - rewards.min(1) > MIN_DIFFERENCE).astype(rewards.dtype)
+    # departure 3
+    informative = (rewards.max(1) - rewards.min(1) > MIN_RANGE).astype(rewards.dtype)
     centred = (rewards - rewards.mean(1, keepdims=True)) * informative[:, None]
     variance = (centred**2).mean(1).sum() / jnp.maximum(informative.sum(), 1.0)
-    return centred / jnp.sqrt(variance + 1e-12), informative  # deviation 2
+    return centred / jnp.sqrt(variance + 1e-12), informative  # departure 2
 
 
 def grpo_loss(
@@ -219,15 +220,16 @@ def grpo_loss(
     groups: Groups,
     config: GRPOConfig,
 ) -> tuple[Float[Array, ""], GRPOMetrics]:
-    """Clipped surrogate objective plus KL and entropy terms over a batch of groups (leading axis
-    `batch`).
+    """PPO's clipped objective, -mean(min(r A, clip(r, 1 - CLIP, 1 + CLIP) A)), r the ratio of
+    probabilities and A the advantage, with KL and entropy terms; over a batch of groups (leading
+    axis `batch`).
     """
     advantages, informative = group_advantages(groups.reward.total)
 
     def per_group(group):
         distribution = policy(group.state)
         log_prob = jax.vmap(distribution.log_prob)(group.variable, group.value)
-        # deviation 4
+        # departure 4
         return log_prob, distribution.kl(reference(group.state)), distribution.entropy()
 
     log_prob, kl, entropy = jax.vmap(per_group)(groups)

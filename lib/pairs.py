@@ -1,5 +1,24 @@
-"""What the data say of every ordered pair of variables: products of features, and what regressions
-and interventions say of the two. Nothing here is learned.
+"""What the data say of every ordered pair of variables: mean products of features, and what
+regressions and interventions say of the two. Nothing here is learned.
+
+Three facts about Gram matrices give nearly all of it. G is one of centred or standardised columns,
+P its inverse, and A, B are blocks of columns:
+
+- Regression of a column i on all others: coefficients -P_ij / P_ii, residual sum of squares
+  1 / P_ii, partial correlations -P_ij / sqrt(P_ii P_jj) (Lauritzen 1996, section 5.1.3). Of a block
+  A on all others: coefficients -R P_AB, residual Gram matrix R = (P_AA)^-1.
+- The inverse of G without A: P_BB - P_BA R P_AB (that of a partitioned matrix, Horn and Johnson
+  2013, section 0.7.3).
+- Leaving q columns with coefficients b out of a regression adds b' V^-1 b to its residual sum of
+  squares, V their block of the inverse Gram matrix of its columns (Wald's form of the F-test, Seber
+  and Lee 2003, theorem 4.1).
+
+Before they are inverted, Gram matrices of standardised columns get the identity added, a ridge
+penalty of one: it is what one more row of independent variables of variance one would add on
+average. So they have an inverse whatever the number of rows.
+
+Numbers are compressed by log1p and arcsinh and divided by a round number, so that the network reads
+inputs of the order of one.
 """
 
 import jax
@@ -9,73 +28,92 @@ from jaxtyping import Array, Float
 from lib.linalg import positive_inverse
 from lib.regression import centred_moments, ridge
 from lib.scm import Task
-from lib.sums import FARTHEST, NUM_FEATURES, Sums
+from lib.sums import NUM_FEATURES, Sums
 
 
-NUM_LIKELY = 5  # candidates whose subsets are compared as the parents of a variable
-NUM_PAIR = NUM_FEATURES**2 + 36  # numbers of every ordered pair of variables
+NUM_LIKELY = 5  # variables whose subsets are compared as the parents of another: 32 of them
+NUM_PAIR_STATISTICS = NUM_FEATURES**2 + 36
+MAX_STATISTIC = 5.0  # beyond, clipped: compressed numbers are that large only where data degenerate
+# Floor of sums of squares where a column's own is of the order of the number of rows, or one: less
+# is rounding in float32, after sums over some hundred rows.
+MIN_SQUARES = 1e-3
 Pairs = Float[Array, "vars vars"]
 
 
 def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
-    """What the data say of each ordered pair (i, j), all of the order of one.
+    """What the data say of each ordered pair (i, j).
 
-    Mean products of features of i and j. Covariance; t-statistics of i on j alone and of i on j and
-    all others, observational. Then, for i on j and the reverse, what `linear_regressions`,
-    `cubic_regressions`, `target_test`, `local_posteriors` and `responses` give. Then what is known
-    of the pair: whether i, and j, is the target, whether they are the same, and how many rows there
-    are, observed and intervened.
+    ======  ========================================================================
+    number  what
+    ======  ========================================================================
+    196     mean products of the 14 features of i and the 14 of j
+    1       covariance, observational
+    2       t-statistics of i on j alone, and given all others, observational
+    4       `linear_regressions`, of i on j
+    2       `cubic_regressions`, of i on j
+    1       `target_test`, of j, where i is the target; zero elsewhere
+    2       `local_posteriors`, of j as a parent of i
+    5       `responses`, of i to do(j)
+    14      the five lines above, of j on i
+    3       whether i is the target, whether j is, whether they are the same
+    2       log(1 + rows) / 5: observational, interventional
+    ======  ========================================================================
     """
     num_vars, present = task.var_mask.shape[0], task.var_mask
     own = jnp.eye(num_vars, dtype=bool)
     is_target = (jnp.arange(num_vars) == task.target)[:, None]
 
-    # Mean products [i, j, feature of i, feature of j], their digits spread by a signed logarithm.
-    moments = (sums.features / jnp.maximum(sums.count, 1.0)).reshape(
-        num_vars, NUM_FEATURES, num_vars, NUM_FEATURES
+    # Mean products [i, j, feature of i, feature of j]. The signed logarithm is linear below 1 / 5,
+    # where noise of some 1 / sqrt(rows) is, and keeps the largest, He_3(5)^2 / 6, below 10.
+    moments = (
+        (sums.features / jnp.maximum(sums.count, 1.0))
+        .reshape(num_vars, NUM_FEATURES, num_vars, NUM_FEATURES)
+        .transpose(0, 2, 1, 3)
+        .reshape(num_vars, num_vars, -1)
     )
-    moments = moments.transpose(0, 2, 1, 3).reshape(num_vars, num_vars, -1)
     moments = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
 
-    # Gram matrix [vars, vars] of the observations, with one row's worth of independence. Scaled, it
-    # is the correlation, and its inverse minus the partial correlation (Lauritzen 1996, 5.1.3).
-    gram = first_powers(sums.observed) + jnp.eye(num_vars)
+    # Gram matrix of the observations, plus the pseudo-row: n + 1 of them. Scaled to a diagonal of
+    # one it is the correlation, and its inverse minus the partial correlation.
+    gram = linear_terms(sums.observed) + jnp.eye(num_vars)
     precision = positive_inverse(gram)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
-    correlated = t_statistic(cosine(gram), sums.observational)
-    symmetric = [
-        gram / (sums.observational + 1.0),
-        correlated,
-        t_statistic(-cosine(precision), freedom),
-    ]
+    marginal = t_statistic(unit_diagonal(gram), sums.observational)
+    partial = t_statistic(-unit_diagonal(precision), freedom)
+    symmetric = jnp.stack([gram / (sums.observational + 1.0), marginal, partial], -1)
 
     # Who may be a parent of whom: what correlates with it, or stays in its regression.
     linear = linear_regressions(sums, precision, task)
-    likely = jnp.where(~own & present[None], jnp.abs(correlated) + jnp.abs(linear[0]), -1.0)
-    directed = [
-        *linear,
-        *cubic_regressions(sums, task),
-        jnp.where(is_target, target_test(sums.regression, task)[None], 0.0),
-        *local_posteriors(sums, likely),
-        *responses(sums, gram, precision, freedom),
-    ]
-    directed = jnp.stack(directed, -1)
-    statistics = jnp.concatenate([jnp.stack(symmetric, -1), directed, directed.swapaxes(0, 1)], -1)
+    likely = jnp.where(~own & present[None], jnp.abs(marginal) + jnp.abs(linear[0]), -1.0)
+    directed = jnp.stack(
+        [
+            *linear,
+            *cubic_regressions(sums, task),
+            jnp.where(is_target, target_test(sums.powers, task)[None], 0.0),
+            *local_posteriors(sums, likely),
+            *responses(sums, gram, precision, freedom),
+        ],
+        -1,
+    )
+    found = jnp.concatenate([symmetric, directed, directed.swapaxes(0, 1)], -1)
     kept = (present[:, None] & (present[None] | own))[..., None]
-    bounded = jnp.where(kept, jnp.clip(statistics, -FARTHEST, FARTHEST), 0.0)
+    found = jnp.where(kept, jnp.clip(found, -MAX_STATISTIC, MAX_STATISTIC), 0.0)
 
+    # / 5: log(150) is five
     rows = jnp.log(jnp.stack([sums.observational, sums.count - sums.observational]) + 1.0) / 5.0
-    marks = [jnp.broadcast_to(x, own.shape) for x in (is_target, is_target.T, own, *rows)]
-    return jnp.concatenate([moments, bounded, jnp.stack(marks, -1)], -1)
+    known = [jnp.broadcast_to(x, own.shape) for x in (is_target, is_target.T, own, *rows)]
+    return jnp.concatenate([moments, found, jnp.stack(known, -1)], -1)
 
 
-def first_powers(powers: Float[Array, "*batch powers powers"]) -> Float[Array, "*batch vars vars"]:
-    """The products of the variables themselves among those of one and three powers of each."""
-    return powers[..., 1::3, 1::3]
+def linear_terms(
+    moments: Float[Array, "*batch polynomials polynomials"],
+) -> Float[Array, "*batch vars vars"]:
+    """Products of the variables themselves, the first of the three polynomials of each."""
+    return moments[..., 1::3, 1::3]
 
 
-def cosine(matrix: Pairs) -> Pairs:
-    """A symmetric positive matrix scaled to a diagonal of one, which is then left out."""
+def unit_diagonal(matrix: Pairs) -> Pairs:
+    """m_ij / sqrt(m_ii m_jj) of a positive matrix, but zeros on the diagonal."""
     scale = jnp.sqrt(jnp.diag(matrix))
     return matrix / scale[:, None] / scale[None] * (1.0 - jnp.eye(matrix.shape[0]))
 
@@ -83,9 +121,11 @@ def cosine(matrix: Pairs) -> Pairs:
 def t_statistic(
     correlation: Float[Array, "*shape"], freedom: Float[Array, "*other"]
 ) -> Float[Array, "*shape"]:
-    """Of a (partial) correlation r, t = r sqrt(freedom / (1 - r^2)), on a logarithmic scale: its
-    tens, not its hundreds, decide who is a parent.
+    """arcsinh(t) / 3 of a (partial) correlation r, t = r sqrt(freedom / (1 - r^2)), Student's where
+    the true one is zero. arcsinh is linear where t is not significant and logarithmic beyond; a
+    third of it is 0.5 for t = 2 and 1.8 for t = 100.
     """
+    # of copies of a variable 1 - r^2 is rounding: t is 32 sqrt(freedom) at most
     scale = jnp.sqrt(jnp.maximum(1.0 - correlation**2, 1e-3))
     return jnp.arcsinh(correlation * jnp.sqrt(freedom) / scale) / 3.0
 
@@ -93,14 +133,16 @@ def t_statistic(
 def f_statistic(
     reduction: Float[Array, "*shape"], residual: Float[Array, "*other"], freedom: Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    """Of three powers of a variable, by what leaving them out adds to a residual sum of squares; on
-    a logarithmic scale.
+    """log(1 + F) / 2 of three powers of a variable, F = (reduction / 3) / (residual / freedom):
+    what leaving the three out adds to the residual sum of squares, and that sum. Half the
+    logarithm, as F is of the order of t^2.
     """
     return jnp.log1p(jnp.maximum(reduction, 0.0) / residual * freedom / 3.0) / 2.0
 
 
 def log_variance(residual: Float[Array, " vars"], freedom: Float[Array, "*vars"]) -> Pairs:
-    """Log of a residual variance of every i, the same for all j `[i, j]`."""
+    """Log of a residual variance, sum of squares over freedom, of every i; the same for all j."""
+    # 1e-4: an error of a hundredth of a standard deviation is as good as none
     return jnp.log(residual / freedom + 1e-4)[:, None] * jnp.ones((1, residual.shape[0]))
 
 
@@ -110,21 +152,19 @@ def log_variance(residual: Float[Array, " vars"], freedom: Float[Array, "*vars"]
 def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
     """The linear regression of i on all others, and the share of j in it, `[i, j]`.
 
-    Over all rows in which i was not set: t-statistic, coefficient, log of the residual variance.
-    Observational: the log. Unlike for `ridge`, i is among the columns, and its row of their inverse
-    says all this; and rows are not centred: standardised, they are nearly.
+    Over all rows in which i was not set: t-statistic, arcsinh(coefficient) / 3, log of the residual
+    variance. Observational: the log, from `precision`. Unlike for `ridge`, i is among the columns,
+    and its row of their inverse says all this; rows are not centred: standardised, they nearly are.
     """
     num_vars = task.var_mask.shape[0]
     own, same, number = jnp.arange(num_vars), jnp.eye(num_vars) > 0, task.var_mask.sum()
 
-    # [i]: Gram matrix [vars, vars] over the rows in which i was not set, and its inverse P
-    free = first_powers(sums.powers[None] - sums.under_do)
-    inverse = jax.vmap(positive_inverse)(free + jnp.eye(num_vars)[None])
-    # Regression of i on the others from the row of i: coefficient -P_ij / P_ii, partial correlation
-    # -P_ij / sqrt(P_ii P_jj), residual sum of squares 1 / P_ii (Lauritzen 1996, 5.1.3).
-    row, scale = inverse[own, own], jax.vmap(jnp.diag)(inverse)
-    of_own = scale.diagonal()
-    correlation = jnp.where(same, 0.0, -row / jnp.sqrt(of_own[:, None] * scale))
+    # [i]: Gram matrix [vars, vars] over the rows in which i was not set, inverted: P
+    inverse = jax.vmap(positive_inverse)(linear_terms(sums.not_set) + jnp.eye(num_vars)[None])
+    # of the P of i: its row P_i., its diagonal, and of this P_ii
+    row, diagonal = inverse[own, own], jax.vmap(jnp.diag)(inverse)
+    of_own = diagonal.diagonal()
+    correlation = jnp.where(same, 0.0, -row / jnp.sqrt(of_own[:, None] * diagonal))
     coefficient = jnp.where(same, 0.0, -row / of_own[:, None])
     freedom = jnp.maximum(sums.count - sums.under_do[:, 0, 0] - number, 1.0)
     return [
@@ -138,49 +178,55 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
 
 
 def cubic_regressions(sums: Sums, task: Task) -> list[Pairs]:
-    """The regression of i on three powers of each other variable, observational: F-statistic of the
-    powers of j, and the log of the residual variance, `[i, j]`.
+    """The regression of i on three polynomials of each other variable, observational: F-statistic
+    of those of j, and the log of the residual variance, `[i, j]`.
 
-    Unlike `target_test`, all outcomes at once, from one inverse.
+    Unlike `target_test`, all outcomes at once, from one inverse P with blocks P_ij `[3, 3]`.
     """
     num_vars = task.var_mask.shape[0]
     own, same = jnp.arange(num_vars), jnp.eye(num_vars)
+    # at least 5: a variance from fewer degrees of freedom is too noisy to divide by
     freedom = jnp.maximum(sums.observational - 3.0 * task.var_mask.sum(), 5.0)
 
-    # centred Gram matrix of all powers, and its inverse by blocks [i, j, power, power]
+    # centred Gram matrix of all polynomials, and P by blocks [i, j, polynomial, polynomial]
     gram = centred_moments(sums.observed)[1:, 1:] + jnp.eye(3 * num_vars)
     joint = positive_inverse(gram).reshape(num_vars, 3, num_vars, 3).transpose(0, 2, 1, 3)
-    # The inverse's own block of i, inverted, is the residual Gram matrix of i's powers given all
-    # others'; its first row gives the slopes of X_i itself on the powers of j.
+    # R_i = (P_ii)^-1, the residual Gram matrix of i's polynomials given all others'; the first row
+    # of -R_i P_ij is the coefficients of X_i itself on the polynomials of j.
     residual = jax.vmap(positive_inverse)(joint[own, own])
     slopes = -jnp.einsum("ip,ijpq->ijq", residual[:, 0], joint)
-    # Covariance of those slopes: j's block of the inverse once i is left out (block inversion).
+    # V: the block of j in the inverse without i, P_jj - P_ji R_i P_ij
     rest = joint[own, own][None] - jnp.einsum("jiap,ipq,ijqb->ijab", joint, residual, joint)
+    # the identity for j = i, where there is none; 1e-6 keeps the others positive under rounding
     unit = jnp.eye(3)[None, None]
     rest = jnp.where(same[..., None, None] > 0, unit, rest + 1e-6 * unit)
-    # What leaving j out adds to the residual sum of squares: slopes' covariance^-1 slopes (Wald).
+    # b' V^-1 b
     inverse = jax.vmap(jax.vmap(positive_inverse))(rest)
     reduction = jnp.einsum("ijp,ijpq,ijq->ij", slopes, inverse, slopes)
-    left = jnp.maximum(residual[:, 0, 0], 1e-3)
+    left = jnp.maximum(residual[:, 0, 0], MIN_SQUARES)
     f = f_statistic(reduction, left[:, None], freedom) * (1.0 - same)
     return [f, log_variance(left, freedom[None])]
 
 
-def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[Array, " vars"]:
+def target_test(moments: Float[Array, "powers powers"], task: Task) -> Float[Array, " vars"]:
     """F-statistic of the three powers of every variable in the regression of the target on all of
-    them, over all rows in which it was not set.
+    them, over all rows in which it was not set (`Sums.powers`).
     """
     num_vars, count = task.var_mask.shape[0], jnp.maximum(moments[0, 0], 1.0)
     centred = centred_moments(moments)
-    # columns scaled to norm one, those that do not vary or are not possible parents left out
+    # Columns scaled to norm one. Left out are those that are not possible parents, and those that
+    # do not vary: a norm of 1e-2 in half-widths of a range, over all rows.
     norm = jnp.diag(centred)[1:-1]
     used = jnp.repeat(task.possible_parents, 3) & (norm > 1e-4)
     scale = jnp.pad(1.0 / jnp.sqrt(jnp.where(used, norm, 1.0)), 1, constant_values=1.0)
     centred = centred * scale[:, None] * scale[None]
+    # 1e-3 of their norm lets float32 solve for powers that are nearly collinear; one, where a
+    # column is left out, gives it an inverse
     slopes, inverse = ridge(centred, used, jnp.where(used, 1e-3, 1.0))
-    total = jnp.maximum(centred[-1, -1], 1e-3)
+    total = jnp.maximum(centred[-1, -1], MIN_SQUARES)
+    # at least a thousandth: float32 cannot tell a better fit from a perfect one
     residual = jnp.maximum(total - centred[1:-1, -1] @ slopes, 1e-3 * total)
-    # what leaving a variable's block out adds to the residual, as above
+    # b' V^-1 b, V the block of a variable
     own, slopes = jnp.arange(num_vars), slopes.reshape(num_vars, 3)
     blocks = jax.vmap(positive_inverse)(inverse.reshape(num_vars, 3, num_vars, 3)[own, :, own])
     reduction = jnp.einsum("ip,ipq,iq->i", slopes, blocks, slopes)
@@ -191,29 +237,30 @@ def target_test(moments: Float[Array, "columns columns"], task: Task) -> Float[A
 
 
 def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
-    """Log-odds that j is among the parents of i `[i, j]`, were the parents of i chosen regardless
-    of all other variables.
+    """arcsinh(log odds) / 2 that j is among the parents of i `[i, j]`, were the parents of i chosen
+    regardless of all other variables.
 
-    From the regressions of i on every subset of the `NUM_LIKELY` variables with the largest
-    `likely[i]`, over all rows in which i was not set (Cooper and Yoo, UAI 1999), compared by BIC;
-    linear, and with three powers of each. Everyone else has the odds of a column that explains
-    nothing.
+    All subsets S of the `NUM_LIKELY` variables with the largest `likely[i]` are equally probable at
+    first; data are all n rows in which i was not set (Cooper and Yoo, UAI 1999). By the BIC
+    (Schwarz 1978), the log evidence of S is -n/2 log(RSS_S / n) - k_S/2 log n, RSS_S the residual
+    sum of squares of i on the k_S columns of S; the odds are a sum over subsets with j to that over
+    those without. Linear, one column a variable, and with three polynomials of each. Everyone else
+    has the odds of a column that explains nothing, -k/2 log n.
     """
     num_vars = likely.shape[0]
     num_likely = min(NUM_LIKELY, num_vars)
     # [subsets, likely]: bit k of a subset's index is member k
     members = (jnp.arange(2**num_likely)[:, None] >> jnp.arange(num_likely)[None] & 1) > 0
 
-    def one(i, likely, powers):
+    def one(i, likely, moments):
         strength, candidates = jax.lax.top_k(likely, num_likely)
-        count = jnp.maximum(powers[0, 0], 1.0)
-        centred = centred_moments(powers) + jnp.eye(powers.shape[0])
+        count = jnp.maximum(moments[0, 0], 1.0)
+        centred = centred_moments(moments) + jnp.eye(moments.shape[0])
         columns = (1 + 3 * candidates[:, None] + jnp.arange(3)[None]).reshape(-1)
         found = []
         for width, chosen in ((1, columns[::3]), (3, columns)):
             chosen = jnp.append(chosen, 1 + 3 * i)
             residual = subset_residuals(centred[chosen][:, chosen], width)
-            # BIC of a subset (Schwarz 1978): -n/2 log(RSS / n) - k/2 log n
             cost = -0.5 * width * jnp.log(count)
             score = -0.5 * count * jnp.log(residual / count) + cost * members.sum(1)
             # padding, and i itself, are in no subset
@@ -226,49 +273,51 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
             found.append(jnp.arcsinh(jnp.full(num_vars, cost).at[candidates].set(odds)) / 2.0)
         return tuple(found)
 
-    return list(jax.vmap(one)(jnp.arange(num_vars), likely, sums.powers[None] - sums.under_do))
+    return list(jax.vmap(one)(jnp.arange(num_vars), likely, sums.not_set))
 
 
 def subset_residuals(gram: Float[Array, "columns columns"], width: int) -> Float[Array, " subsets"]:
     """Residual sum of squares of the last column on every subset of groups of `width` columns;
     group k is in a subset if bit k of its index is set.
 
-    By elimination, one group after the other, each of them once with and once without.
+    By elimination: sweeping column c out of a Gram matrix A leaves A - a_c a_c' / a_cc, that of the
+    residuals on it (Beaton 1964). One group after the other, each both swept and not.
     """
     matrices = gram[None]
     for start in range(0, gram.shape[0] - 1, width):
-        eliminated = matrices
+        swept = matrices
         for column in range(start, start + width):
-            # A - a a' / a_cc, the sweep of one column (Beaton 1964): [subsets, columns, columns]
-            pivot = jnp.maximum(eliminated[:, column, column], 1e-3)[:, None, None]
-            outer = eliminated[:, :, column, None] * eliminated[:, None, column]
-            eliminated = eliminated - outer / pivot
-        matrices = jnp.concatenate([matrices, eliminated])
-    return jnp.maximum(matrices[:, -1, -1], 1e-3)
+            # [subsets, columns, columns]
+            pivot = jnp.maximum(swept[:, column, column], MIN_SQUARES)[:, None, None]
+            swept = swept - swept[:, :, column, None] * swept[:, None, column] / pivot
+        matrices = jnp.concatenate([matrices, swept])
+    return jnp.maximum(matrices[:, -1, -1], MIN_SQUARES)
 
 
 # --- answers to interventions ---
 
 
 def responses(sums: Sums, gram: Pairs, precision: Pairs, freedom: Float[Array, ""]) -> list[Pairs]:
-    """How variable i answered when j was set, `[i, j]`: a parent's regression carries over to
-    do(j), a child's breaks (invariance, Peters et al. 2016).
+    """How variable i answered when j was set, `[i, j]`: a regression on all parents holds under
+    do(j) too, one on a child does not (invariance, Peters et al. 2016).
 
-    Squared residual of i on all others, and of i on j alone, by the observational regressions and
-    in their units; square of i; slope of i on j; how many rows.
+    Mean square under do(j) of the residual of i by its observational regressions on all others, and
+    on j alone, both in units of their residual variance; mean square of i; slope of i on j through
+    the observational means; log(1 + rows).
     """
     off = 1.0 - jnp.eye(gram.shape[0])
     # [j]: Gram matrix over the rows in which j was set; of it, means of x_i^2, x_i x_j and x_j^2
-    count, under_do = sums.under_do[:, 0, 0], first_powers(sums.under_do)
+    count, under_do = sums.under_do[:, 0, 0], linear_terms(sums.under_do)
     rows = jnp.maximum(count, 1.0)[None]
     of_i = jnp.einsum("jii->ij", under_do) / rows
     together = jnp.einsum("jij->ij", under_do) / rows
     of_j = jnp.einsum("jjj->j", under_do)[None] / rows
-    # The residual of i on all others is P_i x / P_ii, of variance 1 / P_ii / freedom: the mean
-    # square under do(j) in that unit, one where the regression carries over.
+    # The residual of i on all others is e = P_i. x / P_ii, of variance 1 / (P_ii freedom) where it
+    # was fitted: the mean of e^2 in units of this is one where the regression holds.
     residual = jnp.einsum("ia,jab,ib->ij", precision, under_do, precision)
     residual = residual / jnp.diag(precision)[:, None] * freedom / rows
-    # of i on j alone, in units of its observational residual variance 1 - r^2
+    # Of i on j alone, slope b: mean of (x_i - b x_j)^2 in units of 1 - r^2, at least the hundredth
+    # that |r| = .995 leaves.
     slope = gram / jnp.diag(gram)[None]
     unexplained = jnp.maximum(1.0 - slope * slope.T, 0.01)
     alone = (of_i - 2.0 * slope * together + slope**2 * of_j) / unexplained
@@ -276,6 +325,7 @@ def responses(sums: Sums, gram: Pairs, precision: Pairs, freedom: Float[Array, "
         jnp.log1p(jnp.maximum(residual, 0.0)) / 3.0 * off,
         jnp.log1p(jnp.maximum(alone, 0.0)) / 2.0 * off,
         jnp.log1p(of_i) * off,
+        # 0.1 shrinks the slope where j was only set within a third of a standard deviation
         jnp.arcsinh(together / (of_j + 0.1)) * off,
         jnp.log1p(count)[None] * jnp.ones_like(off),
     ]

@@ -12,10 +12,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_EVIDENCE
 from lib.improvement import expected_improvement, log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
+from lib.statistics import NUM_EFFECT_STATISTICS
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput, linear, make_mlp, mlp, rms_norm
 
 
@@ -26,12 +26,12 @@ class PolicyConfig:
     policy_hidden_dim: int = 64
     """Width of a (variable, value) cell."""
     policy_n_layers: int = 2
-    """Layers, each followed by a summary over all cells."""
+    """Layers, each of which also reads the mean and the maximum over all cells."""
 
 
 class AcquisitionState(eqx.Module):
-    """What a decision is based on: data, the surrogate's reading of it, and how far the campaign
-    is. Holds no ground truth.
+    """What a decision is based on: data, what the surrogate predicts from them, and how far the
+    campaign is. Holds no ground truth.
     """
 
     buffer: ExperienceBuffer
@@ -63,7 +63,7 @@ def check_state(state: AcquisitionState, target: Int[Array, ""] | int | None = N
     """Raise `ValueError` for a state that no decision can be based on; inside `jit`, where values
     are not known, only shapes are checked.
 
-    Its data must have the variables that the surrogate spoke of, its target must be one of them,
+    Its data must have the variables that the surrogate's task has, its target must be one of them,
     that in `target` if given, and something must have a range.
     """
     task, found = state.task, state.buffer.values.shape[-1]
@@ -171,8 +171,8 @@ def thompson_choice(
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The lowest point of a surface drawn from the predicted one (Thompson sampling).
 
-    The surrogate gives a deviation for every cell but no correlations. Errors along a variable's
-    range share their cause, so they are drawn together, those of different variables apart.
+    The surrogate gives a standard deviation for every cell but no correlations. Errors along a
+    variable's range share their cause: one draw serves them all, and each variable has its own.
     """
     error = jr.normal(key, (output.effect_mean.shape[0], 1))
     return output.task.highest(-(output.effect_mean + output.effect_std * error))
@@ -181,13 +181,16 @@ def thompson_choice(
 # --- the policy ---
 
 
-NUM_CELL_FEATURES = 8 + NUM_EVIDENCE
-LARGEST_FEATURE = 10.0
+NUM_CELL_FEATURES = 8 + NUM_EFFECT_STATISTICS
+LARGEST_FEATURE = 10.0  # beyond, clipped: standard deviations of the target, or logarithms
 
 
 def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
-    """What the policy sees of a (variable, value), in deviations of the target: predicted effect,
-    uncertainty, what was tried nearby, progress.
+    """What the policy sees of a (variable, value), in standard deviations of the target.
+
+    8 numbers: predicted effect above the incumbent, and tanh of it; log of its standard deviation;
+    their ratio; log of the expected improvement; probability that the variable is a parent;
+    experiments to go and made. Then the 13 of `effect_statistics`.
     """
     output = state.output
     std = output.effect_std / output.spread
@@ -197,13 +200,14 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
         gap,
         jnp.tanh(gap),
         jnp.log(std),
-        gap / (std + 0.1),
-        jnp.log(expected_improvement(gap, std, 0.0) + 1e-3),
+        gap / (std + 0.1),  # bounded where the surrogate is sure to a tenth
+        jnp.log(expected_improvement(gap, std, 0.0) + 1e-3),  # less is no improvement at all
         output.marginals()[:, None] * everywhere,
+        # log(20) is three: campaigns of twenty experiments span one
         jnp.log1p(state.steps_left.astype(gap.dtype)) * everywhere / 3.0,
         jnp.log1p(state.step.astype(gap.dtype)) * everywhere / 3.0,
     ]
-    found = jnp.concatenate([jnp.stack(features, -1), output.evidence], -1)
+    found = jnp.concatenate([jnp.stack(features, -1), output.statistics], -1)
     return jnp.clip(found, -LARGEST_FEATURE, LARGEST_FEATURE)
 
 
@@ -215,8 +219,8 @@ def feature_span(state: AcquisitionState) -> Float[Array, "2 features"]:
 
 
 class AcquisitionPolicyNetwork(eqx.Module):
-    """Scores every (variable, value) cell from its features, its variable's token and a summary
-    over all cells; no gradient reaches the surrogate.
+    """Scores every (variable, value) cell from its features, its variable's token and the mean and
+    maximum over all cells; no gradient reaches the surrogate.
 
     The features also reach the score directly: predicted effect and expected improvement are good
     acquisitions already, to be corrected only. They are clipped to `span`, the lowest and highest

@@ -1,7 +1,12 @@
-"""A data set as sums over its rows: one more row is one more term.
+"""What is kept of a data set: sums over its rows, to which one more row adds one term.
 
-Rows are standardised by the observational ones; padding variables have zeros. Nothing here is
-learned. One data set at a time; batch with `vmap`.
+The way from rows to the network is one way: `Summary.of(buffer, task, num_bins)` sums features of
+the rows here, `statistics` (lib/statistics.py) makes two arrays of the sums, and the surrogate
+(lib/surrogate.py) reads these. A simulated campaign calls `Summary.add` for each new row and never
+reads the others again. Nothing here is learned. One data set at a time; batch with `vmap`.
+
+Values are standardised: in standard deviations of the observational rows, from their mean. Padding
+variables are zero.
 """
 
 from typing import NamedTuple
@@ -15,123 +20,139 @@ from lib.regression import Scale, powers_of, usable_rows
 from lib.scm import Task, value_grid
 
 
-MAX_DEVIATIONS = 10.0  # further out, a scalar is clipped: an outlier must not swamp every moment
-# where powers end, in deviations or in half-widths of a range: a sixth power of more would leave
-# float32 no digits for the rest
-FARTHEST = 5.0
-FREQUENCIES = (1.2, 2.4, 3.6)  # of the waves among the features of a scalar, per deviation
-NUM_FEATURES = 14  # of a scalar
+MAX_DEVIATIONS = 10.0  # values are clipped there, lest one outlier decide every sum
+# Polynomials are of values clipped there: the sums hold products of two cubes, and of one row at
+# 5^6 = 15,625 float32 (7 digits) still keeps what rows near the mean add.
+MAX_POWER_BASE = 5.0
+# Of the Fourier features, in radians per standard deviation: one, two and three periods over 5.2
+# standard deviations, where all but 1 % of a Gaussian's values are.
+FREQUENCIES = (1.2, 2.4, 3.6)
+NUM_FEATURES = 14  # of a scalar: `scalar_features`
 
 
-class Frame(NamedTuple):
-    """Units of a data set, and the values in these units at which effects are predicted."""
+class Standardisation(NamedTuple):
+    """Mean and standard deviation of every variable, and its grid of values in these units."""
 
     scale: Scale
     grid: Float[Array, "vars bins"]
 
     @staticmethod
-    def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Frame":
-        """From the observational rows, or all valid rows where there are fewer than two."""
+    def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Standardisation":
+        """Of the observational rows, or of all valid ones where fewer than two are observational
+        (one has no standard deviation); the grid has `num_bins` values from `low` to `high`.
+        """
         rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
-        there = jnp.where(task.var_mask[None], buffer.values, 0.0)
-        scale = Scale.of(there, rows)
-        grid = scale(value_grid(task.low, task.high, num_bins).T).T
-        grid = jnp.clip(grid, -MAX_DEVIATIONS, MAX_DEVIATIONS)
-        # what has no range is looked at around its mean, whatever its units call zero
+        scale = Scale.of(jnp.where(task.var_mask[None], buffer.values, 0.0), rows)
+        grid = scale(value_grid(task.low, task.high, num_bins).T).T.clip(
+            -MAX_DEVIATIONS, MAX_DEVIATIONS
+        )
+        # without a range: the variable's mean, so that where its zero lies changes nothing
         ranged = task.var_mask & (task.high > task.low)
-        return Frame(scale, jnp.where(ranged[:, None], grid, 0.0))
+        return Standardisation(scale, jnp.where(ranged[:, None], grid, 0.0))
 
-    def standardise(
+    def values(
         self, buffer: ExperienceBuffer, var_mask: Bool[Array, " vars"]
     ) -> Float[Array, "samples vars"]:
-        """The values of the buffer in these units; free rows and padding are zero."""
+        """Those of the buffer, standardised and clipped; zero in free rows and for padding."""
         kept = buffer.valid[:, None] & var_mask[None]
-        values = jnp.clip(self.scale(buffer.values), -MAX_DEVIATIONS, MAX_DEVIATIONS)
+        values = self.scale(buffer.values).clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
         return jnp.where(kept, values, 0.0)
 
 
 class Sums(NamedTuple):
-    """Sums over rows.
+    """Sums over rows of products of columns: Gram matrices X'X, or X'y.
 
-    Of pairs: `features` are products of the features of all scalars; `powers` those of one and
-    three powers of all variables, `observed` over observational rows, and `under_do[j]` over the
-    rows in which j was set.
+    Rows are all, the observational ones, those in which j was set (`under_do[j]`), those in which
+    the target Y was not set (`usable_rows`), or of these those in which nothing but i may have been
+    set. Columns are
 
-    Of the target: `regression` are products of one, powers of every variable and the outcome over
-    rows where the target was not set; `cubic[i]` those of one, powers of variable i and the outcome
-    over rows where it alone may have been set, and `bumps[i]` those of bumps around the grid there;
-    `seen`, `done` and `done_wide` those of a bump with one and with the outcome, observed and
-    intervened.
+    - features: `scalar_features` of every variable;
+    - polynomials: one, and the three Hermite polynomials among these features;
+    - powers: one, u, u^2 and u^3 of `range_scale`, and Y;
+    - kernels: `biweight_kernel` around the grid of variable i.
     """
 
-    count: Float[Array, ""]
-    observational: Float[Array, ""]
-    features: Float[Array, "features features"]
-    powers: Float[Array, "powers powers"]
-    observed: Float[Array, "powers powers"]
-    under_do: Float[Array, "vars powers powers"]
-    regression: Float[Array, "columns columns"]
-    cubic: Float[Array, "vars 5 5"]
-    bumps: Float[Array, "vars bins bins"]
-    seen: Float[Array, "vars bins 2"]
-    done: Float[Array, "vars bins 2"]
-    done_wide: Float[Array, "vars bins 2"]
+    count: Float[Array, ""]  # all rows
+    observational: Float[Array, ""]  # the observational ones
+    features: Float[Array, "features features"]  # all rows; variables times their features
+    polynomials: Float[Array, "polynomials polynomials"]  # all rows; 1 + 3 vars
+    observed: Float[Array, "polynomials polynomials"]  # polynomials, observational rows
+    under_do: Float[Array, "vars polynomials polynomials"]  # polynomials, rows in which j was set
+    powers: Float[Array, "powers powers"]  # of all variables, Y not set; 2 + 3 vars
+    own_powers: Float[Array, "vars 5 5"]  # of variable i, nothing but i set
+    kernels: Float[Array, "vars bins bins"]  # nothing but i set
+    kernels_observed: Float[Array, "vars bins 2"]  # times one and Y, observational rows
+    kernels_done: Float[Array, "vars bins 2"]  # times one and Y, rows in which i was set, Y not
+    wide_kernels_done: Float[Array, "vars bins 2"]  # the same with three times the bandwidth
+
+    @property
+    def not_set(self) -> Float[Array, "vars polynomials polynomials"]:
+        """Polynomials over the rows in which i was not set: its own mechanism made it there."""
+        return self.polynomials[None] - self.under_do
 
 
 def scalar_features(
     values: Float[Array, "*shape"], intervened: Float[Array, "*shape"]
 ) -> Float[Array, "*shape features"]:
-    """Of a standardised scalar: one, the first three Hermite polynomials with variance one, which
-    are uncorrelated for a Gaussian (the first is the value itself), and waves; whether it was set,
-    and to what.
+    """14 features of a standardised scalar x, `intervened` one where it was set and zero elsewhere.
+
+    One; the Hermite polynomials He_k(x) / sqrt(k!) for k = 1, 2, 3 (the first is x), which are
+    uncorrelated with variance one for a Gaussian; Fourier features sin(w x) and cos(w x) of three
+    frequencies; whether x was set, and then x, sin(w x) and cos(w x) of the lowest.
     """
-    u = jnp.clip(values, -FARTHEST, FARTHEST)
-    waves = [wave(w * values) for w in FREQUENCIES for wave in (jnp.sin, jnp.cos)]
+    u = jnp.clip(values, -MAX_POWER_BASE, MAX_POWER_BASE)
+    fourier = [f(w * values) for w in FREQUENCIES for f in (jnp.sin, jnp.cos)]
     return jnp.stack(
         [
             jnp.ones_like(values),
             values,
-            (u**2 - 1.0) / jnp.sqrt(2.0),
-            (u**3 - 3.0 * u) / jnp.sqrt(6.0),
-            *waves,
+            (u**2 - 1.0) / jnp.sqrt(2.0),  # He_2 / sqrt(2!)
+            (u**3 - 3.0 * u) / jnp.sqrt(6.0),  # He_3 / sqrt(3!)
+            *fourier,
             intervened,
             intervened * values,
-            intervened * waves[0],
-            intervened * waves[1],
+            intervened * fourier[0],
+            intervened * fourier[1],
         ],
         -1,
     )
 
 
-def bumps(
+def biweight_kernel(
     values: Float[Array, "samples vars"],
     centres: Float[Array, "vars bins"],
-    width: Float[Array, " vars"],
+    bandwidth: Float[Array, " vars"],
 ) -> Float[Array, "samples vars bins"]:
-    """Bumps of deviation `width` around the centres of each variable: (1 - u^2)^2, which ends and
-    needs no exponential.
+    """(1 - u^2)^2 for |u| < 1 around every centre (the biweight kernel, Silverman 1986, table 3.1,
+    at height one), `bandwidth` its standard deviation. Unlike a Gaussian it ends, and it needs no
+    exponential.
     """
-    u = (values[:, :, None] - centres[None]) / (jnp.sqrt(7.0) * width[None, :, None])
+    # as a density on [-1, 1] its variance is 1 / 7: it ends at sqrt(7) standard deviations
+    u = (values[:, :, None] - centres[None]) / (jnp.sqrt(7.0) * bandwidth[None, :, None])
     return jnp.square(jnp.maximum(1.0 - u * u, 0.0))
 
 
-def bump_width(grid: Float[Array, "vars bins"]) -> Float[Array, " vars"]:
-    """Half a step of the grid and a little more."""
+def kernel_bandwidth(grid: Float[Array, "vars bins"]) -> Float[Array, " vars"]:
+    """Half a step of the grid, at which neighbouring kernels overlap to a smooth basis, and 0.15
+    standard deviations, so that those of a short range still reach some rows.
+    """
     return 0.5 * (grid[:, 1:] - grid[:, :-1]).mean(-1) + 0.15
 
 
 def range_scale(grid: Float[Array, "vars bins"]) -> Scale:
-    """Centre and half-width of each variable's range; at least one deviation, and 2, about what
-    observed values span, if the range has no width.
+    """Centre and half-width of each variable's range, for powers u^p that are one at its end.
+
+    The half-width is at least one standard deviation, lest the powers of most observed values be
+    huge, and 2, which hold 95 % of a Gaussian's values, where there is no range.
     """
     half = 0.5 * (grid[:, -1] - grid[:, 0])
     half = jnp.where(half > 0, jnp.maximum(half, 1.0), 2.0)
     return Scale(0.5 * (grid[:, 0] + grid[:, -1]), half)
 
 
-def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
+def sum_rows(buffer: ExperienceBuffer, units: Standardisation, task: Task) -> Sums:
     """The sums of some rows: those of a data set, or those of one row to be added."""
-    values, dtype = frame.standardise(buffer, task.var_mask), buffer.values.dtype
+    values, dtype = units.values(buffer, task.var_mask), buffer.values.dtype
     (num_rows, num_vars), outcome = values.shape, jnp.take(values, task.target, axis=1)
     intervened = (buffer.intervened & buffer.valid[:, None]).astype(dtype)
     valid, observed = buffer.valid.astype(dtype), buffer.observational.astype(dtype)
@@ -140,55 +161,58 @@ def sum_rows(buffer: ExperienceBuffer, frame: Frame, task: Task) -> Sums:
         return (columns * weights[:, None]).T @ columns
 
     features = scalar_features(values, intervened) * task.var_mask[None, :, None]
-    powers = jnp.concatenate([jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1)
-    powers = powers * valid[:, None]
-    where_set = (intervened[:, :, None] * powers[:, None]).reshape(num_rows, -1)
+    # of each variable, columns 1 to 3 of its features
+    polynomials = valid[:, None] * jnp.concatenate(
+        [jnp.ones((num_rows, 1)), features[..., 1:4].reshape(num_rows, -1)], 1
+    )
+    where_set = (intervened[:, :, None] * polynomials[:, None]).reshape(num_rows, -1)
 
     usable = usable_rows(buffer, task.target)
     done = intervened * usable[:, None]
     alone = observed[:, None] + done
-    u = jnp.clip(range_scale(frame.grid)(values), -FARTHEST, FARTHEST)
-    one = jnp.ones((num_rows, num_vars, 1))
-    cubes, y = powers_of(u, 3), outcome[:, None]
-    regression = jnp.concatenate([one[:, 0], cubes.reshape(num_rows, -1), y], 1)
-    cubic = jnp.concatenate([one, cubes, one * y[:, None]], -1)
-    level = jnp.stack([jnp.ones_like(outcome), outcome], -1)
-    width = bump_width(frame.grid)
-    near, wide = bumps(values, frame.grid, width), bumps(values, frame.grid, 3.0 * width)
+    u = jnp.clip(range_scale(units.grid)(values), -MAX_POWER_BASE, MAX_POWER_BASE)
+    one, cubes, y = jnp.ones((num_rows, num_vars, 1)), powers_of(u, 3), outcome[:, None]
+    powers = jnp.concatenate([one[:, 0], cubes.reshape(num_rows, -1), y], 1)
+    own_powers = jnp.concatenate([one, cubes, one * y[:, None]], -1)
+
+    one_and_y = jnp.stack([jnp.ones_like(outcome), outcome], -1)
+    bandwidth = kernel_bandwidth(units.grid)
+    # two bandwidths: three grid steps still find an experiment where the nearest one is some away
+    near, wide = (biweight_kernel(values, units.grid, b) for b in (bandwidth, 3.0 * bandwidth))
     return Sums(
-        valid.sum(),
-        observed.sum(),
-        products(features.reshape(num_rows, -1), valid),
-        powers.T @ powers,
-        products(powers, observed),
-        (where_set.T @ powers).reshape(num_vars, powers.shape[1], powers.shape[1]),
-        products(regression, usable),
-        jnp.einsum("nv,nvp,nvq->vpq", alone, cubic, cubic),
-        jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
-        jnp.einsum("nvb,nc->vbc", near * observed[:, None, None], level),
-        jnp.einsum("nvb,nc->vbc", near * done[:, :, None], level),
-        jnp.einsum("nvb,nc->vbc", wide * done[:, :, None], level),
+        count=valid.sum(),
+        observational=observed.sum(),
+        features=products(features.reshape(num_rows, -1), valid),
+        polynomials=polynomials.T @ polynomials,
+        observed=products(polynomials, observed),
+        under_do=(where_set.T @ polynomials).reshape(num_vars, *2 * polynomials.shape[1:]),
+        powers=products(powers, usable),
+        own_powers=jnp.einsum("nv,nvp,nvq->vpq", alone, own_powers, own_powers),
+        kernels=jnp.einsum("nv,nvp,nvq->vpq", alone, near, near),
+        kernels_observed=jnp.einsum("nvb,nc->vbc", near * observed[:, None, None], one_and_y),
+        kernels_done=jnp.einsum("nvb,nc->vbc", near * done[:, :, None], one_and_y),
+        wide_kernels_done=jnp.einsum("nvb,nc->vbc", wide * done[:, :, None], one_and_y),
     )
 
 
 class Summary(NamedTuple):
     """All that is kept of a data set: its units, and sums over its rows."""
 
-    frame: Frame
+    units: Standardisation
     sums: Sums
 
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Summary":
-        """Of all rows of `buffer`; effects will be told at `num_bins` values per variable."""
-        frame = Frame.of(buffer, task, num_bins)
-        return Summary(frame, sum_rows(buffer, frame, task))
+        """Of all rows of `buffer`; effects are estimated at `num_bins` values per variable."""
+        units = Standardisation.of(buffer, task, num_bins)
+        return Summary(units, sum_rows(buffer, units, task))
 
     def add(self, buffer: ExperienceBuffer, task: Task) -> "Summary":
-        """With the rows of `buffer` beside its own, each at one row's share of the cost of `of`.
+        """With the rows of `buffer` too, at the cost of these rows alone.
 
-        The units stay those of the first rows: after interventional rows the sums are those of the
-        whole data set; observational ones would have moved the units a little.
+        The units stay those of the first rows. For interventional rows the result is that of `of`
+        for all rows together; observational ones would have changed the units a little.
         """
         return Summary(
-            self.frame, jax.tree.map(jnp.add, self.sums, sum_rows(buffer, self.frame, task))
+            self.units, jax.tree.map(jnp.add, self.sums, sum_rows(buffer, self.units, task))
         )

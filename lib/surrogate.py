@@ -1,9 +1,9 @@
 """The surrogate: one network that maps any data set to the posterior over the target's parent sets
 and to every intervention's effect.
 
-Rows are exchangeable, so they are not carried through the network: it reads sums over them
-(lib/sums.py; one more row is one more term), embeds what they say of every ordered pair of
-variables, and is a transformer over the matrix of pairs. One example at a time; batch with `vmap`.
+Rows are exchangeable, so the network does not read them: it reads statistics (lib/statistics.py)
+of sums over them (lib/sums.py). It embeds those of every ordered pair of variables and is a
+transformer over the matrix of pairs. One example at a time; batch with `vmap`.
 
 Cost (XLA's count): 40 MFLOP for 8 variables and 256 rows, of which the blocks are 19; for 128
 variables 21 GFLOP, and 136 MiB beside the data, of which one block's attention needs 82.
@@ -23,11 +23,11 @@ import optax.contrib
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_ESTIMATES, NUM_EVIDENCE, evidence
-from lib.pairs import NUM_PAIR
+from lib.pairs import NUM_PAIR_STATISTICS
 from lib.posterior import ParentSetPosterior
 from lib.problems import Problem
 from lib.scm import Task, check_index, value_grid
+from lib.statistics import NUM_EFFECT_STATISTICS, NUM_ESTIMATES, statistics
 from lib.sums import Summary
 from lib.training import Learner
 
@@ -87,7 +87,7 @@ def make_mlp(sizes: tuple[int, ...], *, key: Key[Array, ""]) -> tuple[eqx.nn.Lin
 
 
 def rms_norm(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Root-mean-square normalisation without a learned scale."""
+    """Root-mean-square normalisation without a learned scale; 1e-6 is for a vector of zeros."""
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
 
@@ -139,12 +139,13 @@ class Block(eqx.Module):
 
 
 class SurrogateOutput(eqx.Module):
-    """Everything the surrogate says about one data set, effects in the target's own units.
+    """Everything the surrogate predicts from one data set, effects in the target's own units.
 
     `logits[components, vars]` and `log_weights[components]` are a mixture of product-Bernoullis
     over parent sets; `effect_mean` and `effect_std` `[vars, bins]` describe
     E[Y | do(X_i = grid[i, b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and
-    `evidence[vars, bins, features]` feed the policy.
+    `statistics[vars, bins, effect]` (of `effect_statistics`) feed the policy. `shift` and `spread`
+    are the target's mean and standard deviation, by which it was standardised.
     """
 
     task: Task
@@ -154,7 +155,7 @@ class SurrogateOutput(eqx.Module):
     effect_mean: Float[Array, "vars bins"]
     effect_std: Float[Array, "vars bins"]
     tokens: Float[Array, "vars dim"]
-    evidence: Float[Array, "vars bins features"]
+    statistics: Float[Array, "vars bins effect"]
     shift: Float[Array, ""]
     spread: Float[Array, ""]
 
@@ -223,7 +224,7 @@ class ParentSetPredictionModel(eqx.Module):
     def __init__(self, config: SurrogateConfig, *, key: Key[Array, ""]):
         embed_key, block_key, parent_key, weight_key, effect_key = jr.split(key, 5)
         dim, bins = config.model_hidden_dim, config.num_bins
-        self.embed = make_mlp((NUM_PAIR, 2 * dim, dim), key=embed_key)
+        self.embed = make_mlp((NUM_PAIR_STATISTICS, 2 * dim, dim), key=embed_key)
         self.blocks = tuple(
             Block(dim, config.num_heads, config.head_dim, key=k)
             for k in jr.split(block_key, config.model_n_layers)
@@ -231,14 +232,23 @@ class ParentSetPredictionModel(eqx.Module):
         self.parent_head = make_mlp((3 * dim, dim, config.num_components), key=parent_key)
         self.weight_head = eqx.nn.Linear(dim, config.num_components, key=weight_key)
         self.effect_head = make_mlp(
-            (3 * dim + NUM_EVIDENCE * bins, 2 * dim, 2 * dim, (2 + NUM_ESTIMATES) * bins),
+            (
+                3 * dim + NUM_EFFECT_STATISTICS * bins,
+                2 * dim,
+                2 * dim,
+                (2 + NUM_ESTIMATES) * bins,
+            ),
             key=effect_key,
         )
         self.config = config
 
     def predict(self, data: ExperienceBuffer | Summary, task: Task) -> SurrogateOutput:
-        """Posterior and effects for one data set, or for what is kept of it."""
-        pairs, effects, frame = evidence(data, task, self.config.num_bins)
+        """Posterior and effects for one data set, or for what is kept of it.
+
+        The mean effect is the head's own term plus the estimates of `effect_statistics`, each times
+        a weight that the head gives it in every cell.
+        """
+        pairs, effects, scale = statistics(data, task, self.config.num_bins)
         pairs = mlp(self.embed, pairs)
         dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
         blocks, pairs = jax.tree.map(
@@ -247,24 +257,27 @@ class ParentSetPredictionModel(eqx.Module):
         for block in blocks:
             pairs = block(pairs, task.var_mask)
         pairs = rms_norm(pairs.astype(effects.dtype))
+        # of variable i, tokens of (i, Y), (Y, i) and (Y, Y)
         own = pairs[task.target, task.target]
         tokens = jnp.concatenate(
             [pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1
         )
         inputs = jnp.concatenate([tokens, effects.reshape(len(tokens), -1)], -1)
         head = mlp(self.effect_head, inputs).reshape(*effects.shape[:2], -1)
-        free, log_std, gates = jnp.split(head, (1, 2), -1)
-        means = free[..., 0] + (gates * effects[..., :NUM_ESTIMATES]).sum(-1)
-        shift, spread = (x[task.target] for x in frame.scale)
+        own_term, log_std, weights = jnp.split(head, (1, 2), -1)
+        means = own_term[..., 0] + (weights * effects[..., :NUM_ESTIMATES]).sum(-1)
+        shift, spread = (x[task.target] for x in scale)
         return SurrogateOutput(
             task=task,
             logits=mlp(self.parent_head, tokens).T,
             log_weights=jax.nn.log_softmax(linear(self.weight_head, own)),
             grid=value_grid(task.low, task.high, self.config.num_bins),
             effect_mean=shift + spread * means,
+            # between 0.018 and 7.4 standard deviations of the target: one cell must not have an
+            # unbounded loss
             effect_std=spread * jnp.exp(jnp.clip(log_std[..., 0], -4.0, 2.0)),
             tokens=tokens,
-            evidence=effects,
+            statistics=effects,
             shift=shift,
             spread=spread,
         )
@@ -277,17 +290,19 @@ class ParentSetPredictionModel(eqx.Module):
 
         Raises `ValueError` for a target that is not a variable of `buffer`.
         """
-        return _said(self, buffer, observed_task(buffer, target))[0]
+        return _predicted(self, buffer, observed_task(buffer, target))[0]
 
     def predict_effects(
         self, buffer: ExperienceBuffer, target: Int[Array, ""] | int
     ) -> tuple[Float[Array, "vars bins"], Float[Array, "vars bins"]]:
-        """Mean and deviation of E[Y | do(X_i = v)] on each variable's observed range."""
-        return _said(self, buffer, observed_task(buffer, target))[1:]
+        """Mean and standard deviation of E[Y | do(X_i = v)] on each variable's observed range."""
+        return _predicted(self, buffer, observed_task(buffer, target))[1:]
 
 
-def _said(model: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task):
-    """Posterior, effects and their deviations, by a program that serves up to 127 rows more."""
+def _predicted(model: ParentSetPredictionModel, buffer: ExperienceBuffer, task: Task):
+    """Posterior, effects and their standard deviations. Rows are padded to a multiple of 128, so
+    that not every new row needs a new program.
+    """
     return _compiled(model, buffer.grow(-buffer.valid.shape[0] % 128), task)
 
 
@@ -312,7 +327,7 @@ def observed_task(buffer: ExperienceBuffer, target: Int[Array, ""] | int) -> Tas
 
 
 class SurrogateTrainingExample(NamedTuple):
-    """States of the expert with what it believed there (leading axis `batch`)."""
+    """States of the expert with its posterior there (leading axis `batch`)."""
 
     buffer: ExperienceBuffer
     task: Task
@@ -342,8 +357,8 @@ class SurrogateLosses(NamedTuple):
 def surrogate_losses(
     output: SurrogateOutput, parents: Bool[Array, " vars"], effects: Float[Array, "vars bins"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in deviations of the
-    target) over candidate variables and values.
+    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in standard deviations
+    of the target) over candidate variables and values.
     """
     usable = output.task.candidates[:, None] & jnp.isfinite(effects)
     error = jnp.where(usable, effects, output.effect_mean) - output.effect_mean
@@ -384,7 +399,7 @@ def mean_losses(
 
 def surrogate_optimiser(learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices and Adam for biases, both with steps of the size that
-    Adam's have (arXiv 2502.16982), after clipping.
+    Adam's have (arXiv 2502.16982, whose 0.2 is the root mean square of Adam's), after clipping.
     """
     return optax.chain(
         optax.clip_by_global_norm(1.0),

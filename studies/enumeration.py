@@ -26,7 +26,7 @@ from lib.graphs import FAMILIES, sample_graph
 from lib.posterior import ParentSetPosterior
 from lib.scm import Task
 from lib.scm_prior import SCMPrior
-from lib.sums import Frame
+from lib.sums import Standardisation
 
 
 MAX_ENUMERATED = 5  # 29,281 graphs; with six variables there are 3.8 million
@@ -189,7 +189,9 @@ def fit_mechanism(
 
 def graph_posterior(
     buffer: ExperienceBuffer, task: Task, prior: SCMPrior, num_bins: int = 2
-) -> tuple[Frame, Float[Array, " dags"], Int[Array, " dags"], Float[Array, "dags vars vars"]]:
+) -> tuple[
+    Standardisation, Float[Array, " dags"], Int[Array, " dags"], Float[Array, "dags vars vars"]
+]:
     """Weigh every graph over the buffer's variables, of which none is padding: the units of the
     data; P(graph | data) over `enumerate_dags`; the number in `subsets` of the target's parents in
     each; and the mean total effects of every variable.
@@ -207,8 +209,8 @@ def graph_posterior(
         )
     num_vars = buffer.values.shape[1]
     graphs, sets = jnp.asarray(enumerate_dags(num_vars)), jnp.asarray(subsets(num_vars))
-    frame = Frame.of(buffer, task, num_bins)
-    x = frame.standardise(buffer, task.var_mask)
+    units = Standardisation.of(buffer, task, num_bins)
+    x = units.values(buffer, task.var_mask)
 
     def variable(i):
         used = buffer.valid & ~buffer.intervened[:, i]
@@ -223,7 +225,7 @@ def graph_posterior(
     direct = coefficients[own[None], code].swapaxes(1, 2)  # [dags, parent, child]
     total = jnp.linalg.inv(jnp.eye(num_vars)[None] - direct) - jnp.eye(num_vars)[None]
     # the target is one of the variables that some intervention lowers by `min_effect`
-    ends = frame.grid[:, jnp.array([0, -1])]
+    ends = units.grid[:, jnp.array([0, -1])]
     drop = (-total[..., None] * ends[None, :, None]).max((1, 3))
     qualifies = drop >= prior.min_effect
     chosen = jnp.maximum(
@@ -235,7 +237,7 @@ def graph_posterior(
         + evidence[own[None], code].sum(1)
         + jnp.log(chosen)
     )
-    return frame, jax.nn.softmax(log_weights), code[:, task.target], total
+    return units, jax.nn.softmax(log_weights), code[:, task.target], total
 
 
 def enumerated_posterior(
@@ -261,7 +263,7 @@ def enumerated_effects(
     Means without intervention are those of the observational rows. As pure as `graph_posterior`,
     and with its errors.
     """
-    frame, probs, _, total = graph_posterior(buffer, task, prior, num_bins)
+    units, probs, _, total = graph_posterior(buffer, task, prior, num_bins)
     slope = jnp.einsum("g,gi->i", probs, jnp.take(total, task.target, axis=2))
-    shift, spread = (x[task.target] for x in frame.scale)
-    return shift + spread * slope[:, None] * frame.grid
+    shift, spread = (x[task.target] for x in units.scale)
+    return shift + spread * slope[:, None] * units.grid

@@ -38,8 +38,8 @@ class Fixed(ParentSetPredictionModel):
         size = len(task.low)
         slope = jnp.zeros(size).at[: len(self.slope)].set(self.slope)
         grid = value_grid(task.low, task.high, BINS)
-        frame, some = summary.frame, jnp.zeros((size, BINS, 1))
-        shift, spread = (x[task.target] for x in frame.scale)
+        scale, some = summary.units.scale, jnp.zeros((size, BINS, 1))
+        shift, spread = (x[task.target] for x in scale)
         mean, std = shift - slope[:, None] * grid, jnp.full_like(grid, 0.1)
         return SurrogateOutput(
             task,

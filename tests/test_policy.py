@@ -11,7 +11,6 @@ import pytest
 import scipy.stats
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_EVIDENCE
 from lib.policy import (
     AcquisitionPolicyNetwork,
     AcquisitionState,
@@ -23,6 +22,7 @@ from lib.policy import (
     thompson_choice,
 )
 from lib.scm import Task, value_grid
+from lib.statistics import NUM_EFFECT_STATISTICS
 from lib.surrogate import SurrogateOutput
 
 
@@ -40,7 +40,7 @@ CANDIDATES = np.flatnonzero(TASK.candidates)
 
 
 def per_variable(state):
-    names = "grid", "effect_mean", "effect_std", "tokens", "evidence"
+    names = "grid", "effect_mean", "effect_std", "tokens", "statistics"
     return [getattr(state.output, name) for name in names]
 
 
@@ -61,7 +61,7 @@ def make_state(seed):
         jr.normal(keys[1], (SLOTS, BINS)),
         jnp.exp(jr.normal(keys[2], (SLOTS, BINS))),
         jr.normal(keys[3], (SLOTS, TOKEN)),
-        jr.normal(keys[4], (SLOTS, BINS, NUM_EVIDENCE)),
+        jr.normal(keys[4], (SLOTS, BINS, NUM_EFFECT_STATISTICS)),
         jnp.array(0.5),
         jnp.array(2.0),
     )
@@ -224,8 +224,12 @@ def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):
     np.testing.assert_allclose(act(shown, state), act(policy, state), atol=1e-6)
 
     def far(times):
-        changed = state.step + times, state.steps_left + times, state.output.evidence + 4.0 * times
-        return eqx.tree_at(lambda s: (s.step, s.steps_left, s.output.evidence), state, changed)
+        changed = (
+            state.step + times,
+            state.steps_left + times,
+            state.output.statistics + 4.0 * times,
+        )
+        return eqx.tree_at(lambda s: (s.step, s.steps_left, s.output.statistics), state, changed)
 
     assert jnp.abs(act(policy, far(2)) - act(policy, far(1))).max() > 1e-3
     at_the_end = eqx.tree_at(lambda s: s.step, far(9), far(9).step + 10**6)

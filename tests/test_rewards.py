@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_EVIDENCE
 from lib.policy import AcquisitionState
 from lib.problems import GroundTruth
 from lib.rewards import MAX_GAIN, RewardConfig, experiment_reward, recommended_effect
 from lib.scm import Task, value_grid
+from lib.statistics import NUM_EFFECT_STATISTICS
 from lib.surrogate import SurrogateOutput
 
 
@@ -33,7 +33,12 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
     """
     mean = jnp.ones((4, 3)).at[best].set(0.0).at[2:].set(-9.0)
     each = jnp.array([[*logits, 5.0, 5.0]])  # what is said of target and padding must not count
-    blank = (jnp.zeros((4, 2)), jnp.zeros((4, 3, NUM_EVIDENCE)), jnp.array(0.0), jnp.array(spread))
+    blank = (
+        jnp.zeros((4, 2)),
+        jnp.zeros((4, 3, NUM_EFFECT_STATISTICS)),
+        jnp.array(0.0),
+        jnp.array(spread),
+    )
     surface = value_grid(TASK.low, TASK.high, 3), mean, jnp.ones((4, 3))
     output = SurrogateOutput(TASK, each, jnp.zeros(1), *surface, *blank)
     return AcquisitionState(ExperienceBuffer.empty(4, 2), output, jnp.array(0), jnp.array(3))

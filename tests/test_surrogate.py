@@ -126,7 +126,7 @@ def outputs(model):
 def assert_same(a, b, order=slice(None, REAL)):
     """Equal in everything that anyone may look at, for the variables that exist (in `order`)."""
     usable = np.asarray(a.task.candidates)[order]
-    for name in ("tokens", "evidence", "effect_mean", "effect_std"):
+    for name in ("tokens", "statistics", "effect_mean", "effect_std"):
         left, right = np.asarray(getattr(a, name))[order], np.asarray(getattr(b, name))[:REAL]
         rows = usable if name != "tokens" else slice(None)
         np.testing.assert_allclose(left[rows], right[rows], atol=1e-4, rtol=1e-4, err_msg=name)

@@ -1,6 +1,7 @@
 """Sums over rows: additive, and the statistics made of them as plain numpy has them."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,23 @@ import numpy as np
 import pytest
 
 from lib.buffer import ExperienceBuffer
-from lib.evidence import NUM_ESTIMATES, effect_evidence, regression_surfaces
-from lib.pairs import pair_statistics
+from lib.pairs import NUM_PAIR_STATISTICS, pair_statistics
 from lib.scm import Task
-from lib.sums import FARTHEST, MAX_DEVIATIONS, NUM_FEATURES, Frame, sum_rows
+from lib.statistics import (
+    NUM_EFFECT_STATISTICS,
+    NUM_ESTIMATES,
+    effect_statistics,
+    regression_surfaces,
+    statistics,
+)
+from lib.sums import (
+    MAX_DEVIATIONS,
+    MAX_POWER_BASE,
+    NUM_FEATURES,
+    Standardisation,
+    Summary,
+    sum_rows,
+)
 
 
 VARS, ROWS, OBSERVED, BINS, TARGET = 4, 90, 60, 7, 2
@@ -30,7 +44,7 @@ def make_task(target, low, high):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Sixty observations in which variable 1 is a wave of variable 0, then thirty interventions, a
+    """Sixty observations in which variable 1 is a sine of variable 0, then thirty interventions, a
     third of them on the target.
     """
     rng = np.random.default_rng(0)
@@ -44,11 +58,11 @@ def problem():
 @jax.jit
 def summed(buffer, task):
     """Units, standardised values and sums."""
-    frame = Frame.of(buffer, task, BINS)
-    return frame, frame.standardise(buffer, task.var_mask), sum_rows(buffer, frame, task)
+    units, sums = Summary.of(buffer, task, BINS)
+    return units, units.values(buffer, task.var_mask), sums
 
 
-statistics_of, evidence_of = jax.jit(pair_statistics), jax.jit(effect_evidence)
+of_pairs, of_effects = jax.jit(pair_statistics), jax.jit(effect_statistics)
 STATISTICS = (
     "covariance",
     "t alone",
@@ -72,25 +86,25 @@ STATISTICS = (
 
 def statistic(problem, name):
     """One of the statistics of pairs, `[i, j]`."""
-    found = np.asarray(statistics_of(summed(*problem)[2], problem[1]))
+    found = np.asarray(of_pairs(summed(*problem)[2], problem[1]))
     return found[:, :, NUM_FEATURES**2 + STATISTICS.index(name)]
 
 
 def test_sums_are_additive(problem):
-    (buffer, task), (frame, _, whole) = problem, summed(*problem)
+    (buffer, task), (units, _, whole) = problem, summed(*problem)
     first = jnp.arange(ROWS) < 37
-    parts = (sum_rows(buffer.only(kept), frame, task) for kept in (first, ~first))
+    parts = (sum_rows(buffer.only(kept), units, task) for kept in (first, ~first))
     for name, total, one, other in zip(whole._fields, whole, *parts, strict=True):
         np.testing.assert_allclose(total, one + other, rtol=1e-4, atol=5e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("degree", [1, 3])
 def test_regressions_are_penalised_least_squares(problem, degree):
-    """Linear: against deviations; cubic: against effects at the ends of a range, or two deviations
-    from the mean.
+    """Linear: against effects of a standard deviation; cubic: of the ends of a range, or of two
+    standard deviations.
     """
-    (buffer, task), (frame, values, sums) = problem, summed(*problem)
-    usable, grid = ~np.asarray(buffer.intervened[:, TARGET]), np.asarray(frame.grid, float)
+    (buffer, task), (units, values, sums) = problem, summed(*problem)
+    usable, grid = ~np.asarray(buffer.intervened[:, TARGET]), np.asarray(units.grid, float)
     middle, half = grid[:, [0, -1]].mean(1), np.where(np.ptp(grid, 1) > 0, np.ptp(grid, 1) / 2, 2.0)
     u, at = (np.asarray(values, float)[usable] - middle) / half, (grid.T - middle) / half
     others = [i for i in range(VARS) if i != TARGET]
@@ -99,7 +113,7 @@ def test_regressions_are_penalised_least_squares(problem, degree):
     penalty = 0.01 * design.var(0) if degree == 1 else np.full(len(centre), 0.5)
     gram = (design - centre).T @ (design - centre) + np.diag(penalty)
     weights = np.linalg.solve(gram, (design - centre).T @ y).reshape(-1, degree)
-    found = regression_surfaces(sums.regression, frame.grid, task)[degree == 3]
+    found = regression_surfaces(sums.powers, units.grid, task)[degree == 3]
     for i, w, c in zip(others, weights, centre.reshape(-1, degree), strict=True):
         powers = at[:, i, None] ** np.arange(1, degree + 1)
         np.testing.assert_allclose(found[i], y.mean() + (powers - c) @ w, atol=1e-3)
@@ -112,13 +126,14 @@ def hermite(x):
 def test_scalar_features_and_their_mean_products(problem):
     _, values, sums = summed(*problem)
     x, set_ = np.asarray(values, float), np.asarray(problem[0].intervened, float)
-    waves = [f(w * x) for w in (1.2, 2.4, 3.6) for f in (np.sin, np.cos)]
+    fourier = [f(w * x) for w in (1.2, 2.4, 3.6) for f in (np.sin, np.cos)]
     features = np.stack(
-        [np.ones_like(x), *hermite(x), *waves, set_, set_ * x, set_ * waves[0], set_ * waves[1]], -1
+        [np.ones_like(x), *hermite(x), *fourier, set_, set_ * x, *(set_ * f for f in fourier[:2])],
+        -1,
     )
-    assert np.abs(x).max() < FARTHEST and features.shape[-1] == NUM_FEATURES
+    assert np.abs(x).max() < MAX_POWER_BASE and features.shape[-1] == NUM_FEATURES
     products = (features[:, 0].T @ features[:, TARGET]).reshape(-1) / ROWS
-    found = np.asarray(statistics_of(sums, problem[1]))[0, TARGET, : NUM_FEATURES**2]
+    found = np.asarray(of_pairs(sums, problem[1]))[0, TARGET, : NUM_FEATURES**2]
     np.testing.assert_allclose(found, np.sign(products) * np.log1p(5 * np.abs(products)), atol=2e-3)
 
 
@@ -128,13 +143,12 @@ def not_set(problem):
 
 
 def ridge_residual(design, y):
-    """With one row's worth of independence, a ridge of one."""
+    """Residual sum of squares, the identity added to the Gram matrix of design and outcome."""
     gram = design.T @ design + np.eye(design.shape[1])
     return y @ y + 1.0 - y @ design @ np.linalg.solve(gram, design.T @ y)
 
 
 def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
-    """One row's worth of independence is a ridge of one."""
     x = not_set(problem)
     inverse = np.linalg.inv(x.T @ x + np.eye(VARS))
     coefficients, t = (np.sinh(3 * statistic(problem, n)[0, 1:]) for n in ("coefficient", "t"))
@@ -149,8 +163,8 @@ def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
     )
 
 
-def test_the_cubic_test_sees_a_wave_that_correlation_misses(problem):
-    """Variable 1 is a wave of variable 0: an F-test of three powers, by least squares in numpy."""
+def test_the_cubic_test_sees_a_sine_that_correlation_misses(problem):
+    """Variable 1 is a sine of variable 0: an F-test of three powers, by least squares in numpy."""
     powers = np.stack(hermite(np.asarray(summed(*problem)[1][:OBSERVED], float)), -1)
     powers -= powers.mean(0)
     full, without = (
@@ -192,23 +206,23 @@ def test_a_parents_regression_carries_over_and_a_childs_breaks():
 
 def test_counts_and_means_of_what_was_done(problem):
     """Far from every other value, the estimate at a grid point is that of the rows there."""
-    frame, values, sums = summed(*problem)
+    units, values, sums = summed(*problem)
     done = np.asarray(problem[0].intervened[:, 0])
     x, y = np.asarray(values, float)[done][:, [0, TARGET]].T
-    grid = np.asarray(frame.grid[0], float)
+    grid = np.asarray(units.grid[0], float)
     distance = (x[:, None] - grid) / (0.5 * (grid[1] - grid[0]) + 0.15)
     near = np.maximum(1 - distance**2 / 7, 0) ** 2
     expected = near.T @ y / (near.sum(0) + 0.3), np.log1p(near.sum(0))
-    found = np.asarray(evidence_of(sums, frame, problem[1]))[0].T[[1, NUM_ESTIMATES + 1]]
+    found = np.asarray(of_effects(Summary(units, sums), problem[1]))[0].T[[1, NUM_ESTIMATES + 1]]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_outliers_and_constant_columns(problem):
     buffer, task = problem
     values = buffer.values.at[5, 0].set(1e6).at[:, 3].set(4.0)
-    frame, values, sums = summed(make_buffer(values, buffer.intervened), task)
+    units, values, sums = summed(make_buffer(values, buffer.intervened), task)
     assert jnp.abs(values).max() <= MAX_DEVIATIONS and not values[:, 3].any()
-    for part in (statistics_of(sums, task), evidence_of(sums, frame, task)):
+    for part in (of_pairs(sums, task), of_effects(Summary(units, sums), task)):
         assert bool(jnp.isfinite(part).all())
 
 
@@ -217,5 +231,16 @@ def test_a_variable_without_a_range_is_looked_at_around_its_mean(offset):
     """An offset of such a variable once moved its grid, and with it every answer."""
     values = jr.normal(jr.key(0), (20, 3)) + jnp.array([[0.0, offset, -offset]])
     task = make_task(2, [-1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
-    grid = Frame.of(make_buffer(values, jnp.zeros((20, 3), bool)), task, 5).grid
+    grid = Standardisation.of(make_buffer(values, jnp.zeros((20, 3), bool)), task, 5).grid
     assert not grid[1:].any() and grid[0].any()
+
+
+@pytest.mark.parametrize(
+    ("function", "part", "number"),
+    [(pair_statistics, "pairs", NUM_PAIR_STATISTICS), (effect_statistics, "effects", 13)],
+)
+def test_the_tables_of_the_docstrings_count_every_number(problem, function, part, number):
+    found = jax.eval_shape(lambda: statistics(*problem, BINS))
+    counts = list(map(int, re.findall(r"^    (\d+) ", function.__doc__, flags=re.MULTILINE)))
+    assert sum(counts) == number == getattr(found, part).shape[-1]
+    assert NUM_EFFECT_STATISTICS == 13 and len(STATISTICS) == 3 + 14
