@@ -38,8 +38,8 @@ from lib.training import Learner, clipped_adam, merged
 
 
 CLIP = 0.2  # of the probability ratio, as in PPO (arXiv 1707.06347)
-# A group whose rewards lie within this range carries no signal: rewards are of the order of one, and
-# float32 tells some 1e-6 of them apart.
+# A group whose rewards lie within this range carries no signal: rewards are of the order of one,
+# and float32 tells some 1e-6 of them apart.
 MIN_RANGE = 1e-4
 
 
