@@ -85,7 +85,7 @@ def checked(experiments, slope=(1.0, 0.0), **settings):
 def test_processes_are_gaussian_processes():
     """The functions of a process have its kernel, also a little outside its range."""
     place = np.random.default_rng(0).uniform(-0.05, 1.05, 30)
-    found = checks.functions(jnp.asarray(place))
+    found = checks.basis_functions(jnp.asarray(place))
     kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.LENGTHSCALE) ** 2)
     np.testing.assert_allclose(found @ found.T, kernel, atol=2e-3)
 
