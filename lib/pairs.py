@@ -161,7 +161,7 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
 
     # [i]: Gram matrix [vars, vars] over the rows in which i was not set, inverted: P
     inverse = jax.vmap(positive_inverse)(linear_terms(sums.not_set) + jnp.eye(num_vars)[None])
-    # of the P of i: its row P_i., its diagonal, and of this P_ii
+    # of the P of i: its row i, its diagonal, and of this the entry i
     row, diagonal = inverse[own, own], jax.vmap(jnp.diag)(inverse)
     of_own = diagonal.diagonal()
     correlation = jnp.where(same, 0.0, -row / jnp.sqrt(of_own[:, None] * diagonal))

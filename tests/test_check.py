@@ -85,7 +85,7 @@ def checked(experiments, slope=(1.0, 0.0), **settings):
 def test_processes_are_gaussian_processes():
     """The functions of a process have its kernel, also a little outside its range."""
     place = np.random.default_rng(0).uniform(-0.05, 1.05, 30)
-    found = checks.functions(jnp.asarray(place))
+    found = checks.basis_functions(jnp.asarray(place))
     kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.LENGTHSCALE) ** 2)
     np.testing.assert_allclose(found @ found.T, kernel, atol=2e-3)
 
@@ -179,7 +179,7 @@ def test_experiments_are_predicted_from_the_other_rows():
     np.testing.assert_array_equal(found.done.row, NUM_OBS + np.arange(18))
     before, after = (eqx.filter_jit(surrogate.predict)(buffer.first(n), task) for n in (40, 58))
     wanted = [np.interp(v, before.grid[i], before.effect_mean[i]) for i, v, _ in experiments]
-    np.testing.assert_allclose(found.said[0], wanted, atol=1e-4)
+    np.testing.assert_allclose(found.predicted[0], wanted, atol=1e-4)
     np.testing.assert_allclose(found.output.effect_mean, after.effect_mean, atol=1e-4)
 
 
