@@ -1,21 +1,21 @@
-"""How far the surrogate is believed on the data at hand: Bayesian model averaging of what it says
-and of what the file's own experiments say without it.
+"""How far the surrogate is believed on the data at hand: Bayesian model averaging (Hoeting et al.
+1999) of its predictions and of what the file's own experiments say without it.
 
 Hypotheses about the surface f_i(v) = E[Y | do(X_i = v)] of each variable:
 
-- the surrogate's, with its deviations;
-- flat: setting the variable does nothing;
+- the surrogate's, with its standard deviations;
+- flat: setting the variable has no effect;
 - a Gaussian process around doing nothing (what the surrogate is wrong by, as the discrepancy of
   Kennedy and O'Hagan 2001, but of the whole surface).
 
-The surrogate's evidence is the product of the densities of the outcomes, each predicted from the
-rows that are no experiments (not, as prequential evidence would have it, also from the experiments
-before it: that costs a pass of the network each, and in blocks of them gained nothing that was
-measured); a process's is its marginal likelihood. The surrogate may be wrong about some variables
-and right about others: given the share of variables that it is wrong about, and the noise of an
-outcome, variables are independent, and both are averaged over; so what was found out about one
-variable tells how far to trust the surrogate on the next. In one more world no variable does
-anything. One data set at a time; batch with `vmap`.
+Evidence is a marginal likelihood throughout. The surrogate's is the product of the densities of the
+outcomes, each predicted from the rows that are no experiments (not, as prequential evidence would
+have it, also from the experiments before it: that costs a pass of the network each, and in blocks
+of them gained nothing that was measured); a process's has a closed form. The surrogate may be wrong
+about some variables and right about others: given the share of variables that it is wrong about,
+and the noise of an outcome, variables are independent, and both are averaged over; so what was
+found out about one variable tells how far to trust the surrogate on the next. In one more world no
+variable does anything. One data set at a time; batch with `vmap`.
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,10 @@ from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
 AMPLITUDES = (0.5, 2.0)  # of a process, in units of what the outcomes span
 LENGTHSCALE = 0.3  # of a process, in widths of a range
-NOISES = np.array([0.05, 0.3, 1.0])  # variance of an outcome around its mean, in variances of Y
-# inducing points of a process, in widths of a range: its values there determine it
-INDUCING = np.linspace(0.0, 1.0, 6)
+# of an outcome around its mean, in variances of Y: what all causes but the one that was set add
+NOISE_VARIANCES = np.array([0.05, 0.3, 1.0])
+# in a range, at most .67 lengthscales apart: a process's values there determine the others
+INDUCING_POINTS = np.linspace(0.0, 1.0, 6)
 REPEATS = 3  # of an experiment, when it is asked what it is worth
 
 
@@ -61,16 +62,16 @@ class CheckConfig:
     flat: float = 0.5
     """Of no effect, where the surrogate is wrong about a variable."""
     far: float = 4.0
-    """Deviations up to which a range is like those of training; beyond, the surrogate is right with
-    probability falling as (far / range)^2."""
+    """Standard deviations up to which a range is like those of training; beyond, the surrogate is
+    right with probability falling as (far / range)^2."""
     outliers: float = 0.05
     """Of an outcome that is anything, whatever the surface."""
     loose: float = 0.1
-    """Deviation of an outcome where no smooth surface fits them all, in units of what they span;
-    added to three times the variance of Y."""
+    """Standard deviation of an outcome where no smooth surface fits them all, in units of what they
+    span; its square is added to three times the variance of Y."""
     anchor: float = 0.5
-    """Deviation between doing nothing and setting a variable to its usual value, in deviations of
-    the target, as processes have it."""
+    """Prior standard deviation, for processes, of the difference between doing nothing and setting
+    a variable to its mean, in standard deviations of the target."""
     pays: float = 4.0
     """How many times its expected loss the expected gain of a setting over doing nothing must be,
     for it to be recommended."""
@@ -98,6 +99,7 @@ class Experiments(NamedTuple):
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, most: int) -> "Experiments":
         """The first `most` of them; entries behind the last are not valid."""
+        # people round values, and bounds: a twentieth of the range beyond its ends is inside
         margin = 0.05 * (task.high - task.low)
         inside = (buffer.values >= (task.low - margin)[None]) & (
             buffer.values <= (task.high + margin)[None]
@@ -169,6 +171,7 @@ class Belief(NamedTuple):
         i, b = highest(-mean, candidates[:, None])
         best = jnp.minimum(mean[i, b], self.nothing)
         other = jnp.minimum(mean.at[i].set(jnp.inf).min(), self.nothing)
+        # 1e-6: where nothing was tried the bound is none
         variance = jnp.minimum(self.std**2, noise / jnp.maximum(tried, 1e-6))
         change = variance / jnp.sqrt(variance + noise / REPEATS)
         gain = expected_improvement(self.mean, change, best)
@@ -177,7 +180,9 @@ class Belief(NamedTuple):
         return jnp.where(candidates[:, None], gain, 0.0)
 
     def quantile(self, q: float) -> Float[Array, "vars bins"]:
-        """Of the mixture, by bisection."""
+        """Of the mixture, by bisection from five standard deviations around all components (beyond
+        are 6e-7 of a Gaussian) to 2^-16 of that width.
+        """
         low, high = (self.means - 5 * self.stds).min(0), (self.means + 5 * self.stds).max(0)
 
         def halve(_, ends):
@@ -193,8 +198,9 @@ class Belief(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What the surrogate says of a data set, and what is believed of it; `predicted` are the mean
-    and standard deviation `[done]` that it predicted for each experiment without knowing any.
+    """What the surrogate predicts from a data set, and the average over the hypotheses;
+    `predicted` is the mean and standard deviation `[done]` that it predicts of each experiment from
+    the rows that are none.
     """
 
     output: SurrogateOutput
@@ -212,15 +218,17 @@ class Checked(NamedTuple):
     def gain(self) -> Float[Array, "vars bins"]:
         """What an experiment is expected to be worth (`Belief.gain`)."""
         grid, own = self.output.grid, self.done.by_variable(len(self.output.grid))
+        # experiments per cell: a Gaussian kernel one grid step wide; 1e-6 is for an empty range
         bin_width = jnp.maximum(grid[:, 1] - grid[:, 0], 1e-6)[:, None, None]
-        apart = (grid[..., None] - self.done.value[None, None]) / bin_width
-        tried = (own[:, None] * jnp.exp(-0.5 * apart**2)).sum(-1)
+        near = jnp.exp(-0.5 * ((grid[..., None] - self.done.value[None, None]) / bin_width) ** 2)
+        tried = (own[:, None] * near).sum(-1)
         return self.belief.gain(self.output.task.candidates, self.output.spread**2, tried)
 
     @property
     def in_band(self) -> Bool[Array, " done"]:
         """Which outcomes lay in the 90 % band that the surrogate predicted for them."""
         mean, std = self.predicted
+        # the 95 % quantile of the standard normal distribution
         band = 1.645 * jnp.sqrt(std**2 + self.output.spread**2)
         return self.done.valid & (jnp.abs(self.done.outcome - mean) <= band)
 
@@ -238,8 +246,8 @@ class Checked(NamedTuple):
         self, preference: Float[Array, "vars bins"], enough: float = BELIEFS.enough
     ) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The next experiment: the cell of the highest `preference` among those that are expected
-        to gain at least the share `enough` of the most that one can. So an experiment
-        from which no more can be learnt is not repeated, whatever the policy prefers.
+        to gain at least the share `enough` of the most that one can. So an experiment of which
+        little is left to learn is not repeated, whatever its preference.
         """
         worth = self.gain
         allowed = worth >= enough * worth.max()
@@ -253,9 +261,8 @@ def check(
     most: int,
     config: CheckConfig = BELIEFS,
 ) -> Checked:
-    """The surrogate's answer about `buffer`, averaged with what its first `most` experiments say.
-
-    All of them are predicted from the rows that are none of them.
+    """The surrogate's predictions from `buffer`, averaged with what its first `most` experiments
+    say, all of which are predicted from the rows that are none of them.
     """
     done, bins = Experiments.of(buffer, task, most), surrogate.config.num_bins
     rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
@@ -270,8 +277,15 @@ def check(
     )
     scale = before.units.scale
     reach = jnp.abs(scale(jnp.stack([task.low, task.high]))).max(0)
-    observed = jnp.maximum(buffer.observational.sum(), 1)
-    belief = average(output, (mean, std), done, scale.shift, reach, observed, config)
+    belief = average(
+        output,
+        (mean, std),
+        done,
+        usual=scale.shift,
+        reach=reach,
+        observed=jnp.maximum(buffer.observational.sum(), 1),
+        config=config,
+    )
     return Checked(output, belief, done, (mean, std))
 
 
@@ -280,8 +294,10 @@ def prior_weights(reach, tried, config):
     of variables that the surrogate is wrong about, then the one in which none has an effect.
     """
     wrong = jnp.array(config.wrong)
+    # at most 0.9, or what is configured: a tenth is left to the surrogate
     untried = jnp.minimum(config.untried * wrong, jnp.maximum(0.9, wrong))
     wrong = jnp.where(tried, wrong, untried)
+    # 1e-6: a variable without a range reaches nowhere
     near = jnp.minimum(1.0, (config.far / jnp.maximum(reach, 1e-6)) ** 2)
     right = ((1 - wrong)[:, None] * near[None])[..., None]
     otherwise = jnp.array([config.flat, *[(1 - config.flat) / len(AMPLITUDES)] * len(AMPLITUDES)])
@@ -292,36 +308,40 @@ def prior_weights(reach, tried, config):
     return prior, worlds
 
 
-def log_outcome(y, mean, std, broad):
-    """Log density of an outcome that is now and then anything: `broad` is how often, and the mean
-    and deviation then. So one outcome cannot say more against a surface than that.
+def log_outcome(y, mean, std, outlier):
+    """Log density of an outcome, a contaminated normal (Tukey 1960): `outlier` is the probability
+    of an outlier, and the mean and standard deviation of its broad density, which bounds how much
+    one outcome counts against a surface.
     """
-    share, middle, wide = broad
-    expected = np.log1p(-share) + norm.logpdf(y, mean, std)
-    return jnp.logaddexp(expected, jnp.log(share) + norm.logpdf(y, middle, wide))
+    share, middle, broad = outlier
+    regular = np.log1p(-share) + norm.logpdf(y, mean, std)
+    return jnp.logaddexp(regular, jnp.log(share) + norm.logpdf(y, middle, broad))
 
 
 def average(output, predicted, done, usual, reach, observed, config) -> Belief:
-    """The mixture, from the surrogate's answer to all rows, what it `predicted` (mean and standard
-    deviation) for every experiment knowing none, the `usual` values of variables (their means
-    over the other rows), and how far their ranges reach.
+    """The mixture, from the surrogate's output for all rows, the mean and standard deviation
+    `predicted` of every experiment from the rows that are none, the `usual` values (means) of
+    variables and how far their ranges `reach`, in standard deviations.
+
+    Bayes' rule over worlds w, noise variances s and, given these, over the component h of each
+    variable on its own: P(w, s) prod_i sum_h P(h | w, i) p(outcomes of i | h, s), all s equally
+    probable.
     """
     num_vars, task = len(reach), output.task
     nothing, moved = output.shift, jnp.where(done.valid, done.outcome - output.shift, 0.0)
-    # what outcomes span: their root mean square, at least the deviation of the target
-    unit = jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1))
-    unit = jnp.maximum(unit, output.spread)
+    # what outcomes span: their root mean square, at least the standard deviation of the target
+    unit = jnp.maximum(jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1)), output.spread)
     noise = jnp.append(
-        output.spread**2 * NOISES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
+        output.spread**2 * NOISE_VARIANCES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
     )
-    broad = config.outliers, nothing, 3.0 * unit
+    outlier = config.outliers, nothing, 3.0 * unit  # three times what outcomes span: anywhere
     own = done.by_variable(num_vars).astype(noise.dtype)
 
     # of the surrogate's surface and the flat one: [done, noises, 2]
     mean = jnp.stack([predicted[0], jnp.full_like(predicted[0], nothing)], -1)[:, None]
     std = jnp.stack([predicted[1], jnp.zeros_like(predicted[1])], -1)[:, None]
     std = jnp.hypot(std, jnp.sqrt(noise)[None, :, None])
-    given = log_outcome(done.outcome[:, None, None], mean, std, broad)
+    given = log_outcome(done.outcome[:, None, None], mean, std, outlier)
     process_evidence, means, stds = processes(output, done, own, noise, unit, usual, config.anchor)
     # [vars, noises, components]
     likelihood = jnp.concatenate([jnp.tensordot(own, given, 1), process_evidence], -1)
@@ -335,69 +355,66 @@ def average(output, predicted, done, usual, reach, observed, config) -> Belief:
     # [noises, vars, components]
     weights = (world[..., None, None] * jnp.exp(joint - evidence[..., None])).sum(0)
 
-    # the surrogate's and the flat surface are the same whatever the noise; a process's is not, and
-    # becomes the normal with the moments of its mixture over the noise
+    # The surrogate's and the flat surface are the same whatever the noise; a process's is not, and
+    # becomes the normal with the moments of its mixture over the noise. 1e-30: no 0 / 0 where a
+    # process has no weight.
     share = 1e-30 + jnp.moveaxis(weights[..., 2:], 1, -1)[..., None]
     share = share / share.sum(0)[None]
     mean = (share * means).sum(0)
     std = jnp.sqrt((share * (stds**2 + (means - mean[None]) ** 2)).sum(0))
     weights = weights.sum(0).T
     nothing_std = output.spread / jnp.sqrt(observed)
-
-    def with_others(surrogate, flat, processes):
-        return jnp.stack([surrogate, jnp.full_like(surrogate, flat), *processes])
-
-    means = with_others(output.effect_mean, nothing, mean)
-    stds = with_others(output.effect_std, nothing_std, std)
+    means = jnp.stack([output.effect_mean, jnp.full_like(output.effect_mean, nothing), *mean])
+    stds = jnp.stack([output.effect_std, jnp.full_like(output.effect_std, nothing_std), *std])
     return Belief(weights, means, stds, nothing, nothing_std)
 
 
-def basis_functions(points: Float[Array, " points"]) -> Float[Array, "points functions"]:
-    """Functions along a range, at points in widths of it, whose sums with independent standard
-    normal weights are Gaussian processes of amplitude one with a squared exponential kernel k:
-    k(x, u) L^-T, with k(u, u) = L L' at the inducing points u (subset of regressors, Rasmussen and
-    Williams 2006, section 8.3.1; less than 1e-3 of the variance is lost).
+def basis_functions(position: Float[Array, " values"]) -> Float[Array, "values functions"]:
+    """Basis functions along a range, at positions in widths of it, whose sums with independent
+    standard normal weights are Gaussian processes of amplitude one with a squared exponential
+    kernel k: k(x, Z) L^-T, L L' = k(Z, Z), Z the `INDUCING_POINTS` (the Nystroem approximation,
+    Rasmussen and Williams 2006, section 8.1; the variance that is left out is below 1e-3).
     """
 
     def kernel(a, to):
-        return to.exp(-0.5 * ((a[:, None] - INDUCING[None]) / LENGTHSCALE) ** 2)
+        return to.exp(-0.5 * ((a[:, None] - INDUCING_POINTS[None]) / LENGTHSCALE) ** 2)
 
-    return kernel(points, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(INDUCING, np))).T
+    return kernel(position, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(INDUCING_POINTS, np))).T
 
 
 def processes(output, done, own, noise, unit, usual, anchor):
-    """The Gaussian processes: log evidence `[vars, noises, processes]`, and mean and deviation
-    `[noises, processes, vars, bins]` of each; they differ in amplitude.
+    """The Gaussian processes: log evidence `[vars, noises, processes]`, and mean and standard
+    deviation `[noises, processes, vars, bins]` of each; they differ in amplitude.
 
-    To set a variable to its `usual` value is much like doing nothing (deviation `anchor`): that is
-    one more row, whose density is no evidence.
+    To set a variable to its `usual` value is much like doing nothing (standard deviation `anchor`):
+    that is one more row, whose density is divided out of the evidence.
     """
     nothing, on_grid = output.shift, basis_functions(jnp.linspace(0.0, 1.0, output.grid.shape[1]))
-    noise = noise + 100 * jnp.finfo(noise.dtype).eps * unit**2  # float32 tells no less apart
+    # at least a hundred roundings of the outcomes' variance: float32 tells no less apart
+    noise = noise + 100 * jnp.finfo(noise.dtype).eps * unit**2
     anchor_variance = (anchor * output.spread) ** 2
     moved = jnp.append(done.outcome - nothing, 0.0)
 
     def of_variable(grid, usual, own):
         """All of one variable, whose experiments are `own` `[done]` (zeros and ones)."""
         width = jnp.where(grid[-1] > grid[0], grid[-1] - grid[0], 1.0)
-        reached = basis_functions((jnp.append(done.value, usual) - grid[0]) / width)
+        at_rows = basis_functions((jnp.append(done.value, usual) - grid[0]) / width)
 
         def process(amplitude, noise):
-            """One of them: evidence, and mean and deviation `[bins]`."""
-            trust = jnp.append(own, jnp.sqrt(noise / anchor_variance))
-            design, at_grid = (
-                amplitude * unit * each for each in (trust[:, None] * reached, on_grid)
-            )
+            """One of them: evidence, and mean and standard deviation `[bins]`."""
+            # factors of rows: zero of other variables'; the anchor's gives it the noise of all
+            scale = jnp.append(own, jnp.sqrt(noise / anchor_variance))
+            phi, grid_phi = (amplitude * unit * x for x in (scale[:, None] * at_rows, on_grid))
             weights, covariance, log_det = weight_posterior(
-                design.T @ design, design.T @ (trust * moved), noise, positive_inverse_and_log_det
+                phi.T @ phi, phi.T @ (scale * moved), noise, positive_inverse_and_log_det
             )
-            evidence = log_evidence(design, trust * moved, own.sum() + 1, noise, weights, log_det)
-            evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((design[-1] ** 2).sum() + noise))
-            # float32 leaves no digits of less
+            evidence = log_evidence(phi, scale * moved, own.sum() + 1, noise, weights, log_det)
+            evidence -= norm.logpdf(0.0, 0.0, jnp.sqrt((phi[-1] ** 2).sum() + noise))
+            # at least 1e-6 of the prior's: less is rounding, which may be negative
             variance = jnp.maximum(
-                ((at_grid @ covariance) * at_grid).sum(1), 1e-6 * (at_grid**2).sum(1)
+                ((grid_phi @ covariance) * grid_phi).sum(1), 1e-6 * (grid_phi**2).sum(1)
             )
-            return evidence, nothing + at_grid @ weights, jnp.sqrt(variance)
+            return evidence, nothing + grid_phi @ weights, jnp.sqrt(variance)
 
         over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
         return over(jnp.array(AMPLITUDES), noise)

@@ -207,8 +207,9 @@ def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]
         jnp.log1p(state.steps_left.astype(gap.dtype)) * everywhere / 3.0,
         jnp.log1p(state.step.astype(gap.dtype)) * everywhere / 3.0,
     ]
-    found = jnp.concatenate([jnp.stack(features, -1), output.statistics], -1)
-    return jnp.clip(found, -LARGEST_FEATURE, LARGEST_FEATURE)
+    return jnp.concatenate([jnp.stack(features, -1), output.statistics], -1).clip(
+        -LARGEST_FEATURE, LARGEST_FEATURE
+    )
 
 
 def feature_span(state: AcquisitionState) -> Float[Array, "2 features"]:

@@ -90,8 +90,8 @@ def effect_statistics(summary: Summary, task: Task) -> Float[Array, "vars bins e
         own_surface(sums.own_powers, grid),
         smooth,
     ]
-    counts = [jnp.log1p(seen), jnp.log1p(near), jnp.log1p(wide), near / (near + 0.3)]
-    found = jnp.stack([*estimates, *counts, log_variance, grid], -1)
+    counts = (jnp.log1p(x) for x in (seen, near, wide))
+    found = jnp.stack([*estimates, *counts, near / (near + 0.3), log_variance, grid], -1)
     return jnp.where(
         task.var_mask[:, None, None], jnp.clip(found, -MAX_DEVIATIONS, MAX_DEVIATIONS), 0.0
     )
@@ -174,8 +174,9 @@ def kernel_surface(
     """
     level = sums.own_powers[:, 0, 4:] / jnp.maximum(sums.own_powers[:, 0, 0], 1.0)[:, None]
     near = sums.kernels_observed + sums.kernels_done
-    penalty = KERNEL_PENALTY * jnp.eye(grid.shape[1])[None]
-    inverse = jax.vmap(positive_inverse)(sums.kernels + penalty)
+    inverse = jax.vmap(positive_inverse)(
+        sums.kernels + KERNEL_PENALTY * jnp.eye(grid.shape[1])[None]
+    )
     weights = jnp.einsum("vpq,vq->vp", inverse, near[..., 1] - level * near[..., 0])
     # phi [vars, grid points, kernels]
     phi = biweight_kernel(grid.T, grid, kernel_bandwidth(grid)).swapaxes(0, 1)

@@ -262,8 +262,9 @@ class ParentSetPredictionModel(eqx.Module):
         tokens = jnp.concatenate(
             [pairs[:, task.target], pairs[task.target], jnp.broadcast_to(own, pairs.shape[1:])], -1
         )
-        inputs = jnp.concatenate([tokens, effects.reshape(len(tokens), -1)], -1)
-        head = mlp(self.effect_head, inputs).reshape(*effects.shape[:2], -1)
+        head = mlp(
+            self.effect_head, jnp.concatenate([tokens, effects.reshape(len(tokens), -1)], -1)
+        ).reshape(*effects.shape[:2], -1)
         own_term, log_std, weights = jnp.split(head, (1, 2), -1)
         means = own_term[..., 0] + (weights * effects[..., :NUM_ESTIMATES]).sum(-1)
         shift, spread = (x[task.target] for x in scale)

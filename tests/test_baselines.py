@@ -60,7 +60,7 @@ def used(buffer):
 
 
 def of_target(buffer):
-    """Mean and deviation of the target over the observational rows."""
+    """Mean and standard deviation of the target over the observational rows."""
     y = np.asarray(buffer.values[buffer.observational, 2], float)
     return y.mean(), y.std()
 

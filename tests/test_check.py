@@ -23,8 +23,8 @@ BINS, NUM_OBS = 16, 40
 
 
 class Fixed(ParentSetPredictionModel):
-    """A surrogate that says Y falls by `slope[i]` per unit of variable i, give or take .1, whatever
-    the data.
+    """A surrogate that predicts that Y falls by `slope[i]` per unit of variable i, give or take .1,
+    whatever the data.
     """
 
     slope: jax.Array
@@ -83,7 +83,7 @@ def checked(experiments, slope=(1.0, 0.0), **settings):
 
 
 def test_processes_are_gaussian_processes():
-    """The functions of a process have its kernel, also a little outside its range."""
+    """The basis functions of a process have its kernel, also a little outside its range."""
     place = np.random.default_rng(0).uniform(-0.05, 1.05, 30)
     found = checks.basis_functions(jnp.asarray(place))
     kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.LENGTHSCALE) ** 2)
@@ -212,7 +212,7 @@ def test_the_gain_of_an_experiment_is_what_it_may_change():
     sure = mixture([[-1.0, -1.0]], [[0.01, 0.5]], [1.0])
     gain = sure.gain(can, jnp.array(1.0), tried)
     assert gain.shape == (2, 2) and (gain[1] == 0).all()
-    # cells are apart: the first is known and best, the second may be lower by its deviation
+    # cells are apart: the first is known and best, the second is uncertain
     assert gain[0, 0] < 1e-6 < gain[0, 1]
     change = 0.25 / np.sqrt(0.25 + 1 / checks.REPEATS)
     np.testing.assert_allclose(gain[0, 1], change * stats.norm.pdf(0), rtol=1e-3)
@@ -234,7 +234,7 @@ def test_doing_nothing_is_recommended_where_nothing_pays():
     assert nothing.recommended()[0] == -1
 
 
-def test_an_experiment_that_has_taught_what_it_can_is_not_made_again():
+def test_an_experiment_of_which_little_is_left_to_learn_is_not_made_again():
     """A policy that wants one cell whatever happened gets another when that one is known."""
     wanted = jnp.zeros((3, BINS)).at[1, 3].set(10.0)
     first = checked(TRUE)

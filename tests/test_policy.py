@@ -51,7 +51,7 @@ def make_distribution(seed, scale=1.5):
 
 
 def make_state(seed):
-    """What a surrogate might say; nonsense wherever nobody may look."""
+    """What a surrogate might predict; nonsense wherever nobody may look."""
     keys = jr.split(jr.key(seed), 5)
     output = SurrogateOutput(
         TASK,
@@ -199,11 +199,11 @@ def test_permuting_variables_permutes_the_distribution(act):
 
 def test_what_is_said_of_padding_and_fixed_variables_does_not_matter(act):
     state, other = make_state(2), make_state(3)
-    said = [
+    nonsense = [
         jnp.where(TASK.candidates.reshape(-1, *[1] * (one.ndim - 1)), one, 3.0 * two)
         for one, two in zip(per_variable(state), per_variable(other), strict=True)
     ]
-    spoilt = eqx.tree_at(per_variable, state, said)
+    spoilt = eqx.tree_at(per_variable, state, nonsense)
     np.testing.assert_allclose(act(spoilt).logits, act(state).logits, atol=1e-5)
 
 
@@ -239,11 +239,11 @@ def test_features_beyond_the_span_of_training_are_clipped_to_it(policy):
 def test_units_of_the_target_do_not_matter(act):
     state = make_state(5)
 
-    def said(state):
+    def in_units(state):
         return [getattr(state.output, n) for n in ("effect_mean", "shift", "effect_std", "spread")]
 
-    mean, shift, std, spread = (10.0 * x for x in said(state))
-    scaled = eqx.tree_at(said, state, [mean + 3.0, shift + 3.0, std, spread])
+    mean, shift, std, spread = (10.0 * x for x in in_units(state))
+    scaled = eqx.tree_at(in_units, state, [mean + 3.0, shift + 3.0, std, spread])
     np.testing.assert_allclose(act(scaled).logits, act(state).logits, atol=1e-4)
 
 

@@ -32,7 +32,7 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
     logits.
     """
     mean = jnp.ones((4, 3)).at[best].set(0.0).at[2:].set(-9.0)
-    each = jnp.array([[*logits, 5.0, 5.0]])  # what is said of target and padding must not count
+    each = jnp.array([[*logits, 5.0, 5.0]])  # those of target and padding must not count
     blank = (
         jnp.zeros((4, 2)),
         jnp.zeros((4, 3, NUM_EFFECT_STATISTICS)),
@@ -125,8 +125,8 @@ def test_what_has_nothing_to_do_with_the_action_does_not_move_the_reward():
 
 
 def test_without_truth_only_predictions_count():
-    """Predicted gains in deviations of the target, the drop of the entropy, and the marginal: what
-    deployment can know.
+    """Predicted gains in standard deviations of the target, the drop of the entropy, and the
+    marginal: what deployment can know.
     """
     before, after = make_state((0, 1), spread=2.0), make_state((1, 2), (3.0, -3.0), spread=2.0)
     mean = after.output.effect_mean.at[1, 2].set(-0.5)
