@@ -9,10 +9,11 @@ PARENT_SCALE, published as CBO-U (Durand, Annadani, Bauer, Parbhoo 2025, arXiv 2
 5. expected improvement over single-variable interventions      lib/improvement.py
    on possible parents
 
-Steps 1 and the do-effects of every set rest on the observational rows and are done once; the others
-are repeated before every experiment (`Expert.decide`), step 2 after it (`Expert.update`). Where the
-published code departs from the method, this follows the method; `studies/published.py` restores the
-code.
+Step 1 and the do-effects of every single set rest on the observational rows and are done once per
+run. Before every experiment `Expert.decide` averages the effects and does steps 4 and 5; after it
+`Expert.update` does step 2. `run_parent_scale` is the method; `run_known_graph`,
+`run_with_posterior` and `run_gp_ei` are its relatives, made of the same parts. Where the published
+code departs from the method, this follows the method; `studies/published.py` restores the code.
 
 Differences that remain: inputs and target are standardised by the observational rows also for the
 Gaussian processes; their hyperparameters come from finite lists instead of a gradient search (that
