@@ -37,7 +37,7 @@ from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
 from lib.artifacts import save
 from lib.buffer import MIN_OBSERVATIONS
-from lib.problems import DataDesign, Problem, draw_problem, draw_problems, with_data_sets
+from lib.problems import DataDesign, Problem, draw_problem, draw_problems
 from lib.scm_prior import SCMPrior, inherit
 from lib.training import Learner, Progress, drawn, merged, moving_average, train
 from lib.trajectories import ExpertTrajectory, load_trajectories
@@ -211,11 +211,8 @@ def draw_chunk(
     """Simulated problems of `count` steps, one batch per bucket: leading axes `[steps, batch]`."""
 
     def one_bucket(key, bucket, prior):
-        scm_key, data_key = jr.split(key)
-        design, count = config.design, config.buffers_per_model
-        problems = draw_problems(scm_key, bucket.models, prior, design, config.model.num_bins)
-        several = jax.vmap(lambda k, problem: with_data_sets(k, problem, design, count))
-        return merged(several(jr.split(data_key, bucket.models), problems))
+        sizes = config.model.num_bins, config.buffers_per_model
+        return draw_problems(key, bucket.models, prior, config.design, *sizes)
 
     def one_step(step):
         step_key, buckets = jr.fold_in(key, step), zip(config.buckets, config.priors, strict=True)
@@ -238,7 +235,9 @@ def train_chunk(
 
     def step(state, inputs):
         index, problems = inputs
-        chosen = demos and drawn(jr.fold_in(key, index), demos, config.demos_per_step)
+        chosen = None
+        if demos is not None:
+            chosen = drawn(jr.fold_in(key, index), demos, config.demos_per_step)
         share = jnp.clip(1.0 - index / (config.expert_until * config.steps), 0.0, 1.0)
         learner, losses = surrogate.surrogate_step(
             state.learner, optimiser, problems, chosen, config.weights, share

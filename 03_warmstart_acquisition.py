@@ -190,17 +190,17 @@ def iterate(
 ) -> tuple[TrainState, GRPOMetrics]:
     """One GRPO iteration."""
     # a cold start has no clone to stay close to
-    warm = config.imitation.use_behavioral_cloning
+    kl_weight = config.grpo.kl_weight if config.imitation.use_behavioral_cloning else 0.0
     learner, _, metrics = grpo_iteration(
         key,
         state.learner,
         reference,
         surrogate,
         problems,
-        config.campaign.num_steps,
-        config.rewards,
-        replace(config.grpo, kl_weight=warm * config.grpo.kl_weight),
-        config.iterations,
+        num_steps=config.campaign.num_steps,
+        rewards=config.rewards,
+        config=replace(config.grpo, kl_weight=kl_weight),
+        iterations=config.iterations,
     )
     average = moving_average(state.average, learner.module, config.average)
     return TrainState(learner, average), metrics
@@ -211,10 +211,11 @@ def improve(
     surrogate: ParentSetPredictionModel,
     start: AcquisitionPolicyNetwork,
     progress: Progress | None,
-) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """GRPO from the policy `start`, or on from a checkpoint; the curve of every metric
-    `[iterations]`, and `validation`, what the averaged policy gains on the validation problems
-    `[checkpoints, steps]`, the first before GRPO.
+) -> tuple[AcquisitionPolicyNetwork, TrainState, dict[str, np.ndarray]]:
+    """GRPO from the policy `start`, or on from a checkpoint: that policy, its features from now on
+    clipped to the range that they have on the validation problems, the state at the end, and the
+    curve of every metric `[iterations]` and of `validation`, what the averaged policy gains on the
+    validation problems `[checkpoints, steps]`, the first before GRPO.
     """
     problem_key, play_key, held_out_key, noise_key = (
         settings.stage_key(config.seed, "policy", use)
@@ -251,7 +252,7 @@ def improve(
     names = GRPOMetrics._fields
     curves = {name: np.array([one[name] for one in records], np.float32) for name in names}
     gains = [first_gains, *(one["validation"] for one in records if "validation" in one)]
-    return state, curves | {"validation": np.array(gains, np.float32)}
+    return start, state, curves | {"validation": np.array(gains, np.float32)}
 
 
 def train_policy(
@@ -283,11 +284,9 @@ def train_policy(
             agreement = {name: float(value) for name, value in measured._asdict().items()}
             agreement |= {"validation_states": len(held_out.variable)}
             print("clone: " + "  ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
-    state, curves = improve(config, surrogate, start, progress)
-    cloned = eqx.tree_at(lambda policy: policy.span, start, state.learner.module.span)
-    return AcquisitionModelResult(
-        state.average, cloned, curves, curves.pop("validation"), agreement
-    )
+    start, state, curves = improve(config, surrogate, start, progress)
+    validation = curves.pop("validation")
+    return AcquisitionModelResult(state.average, start, curves, validation, agreement)
 
 
 def main(config: Config) -> Path:

@@ -31,7 +31,7 @@ from lib import settings
 from lib.buffer import ExperienceBuffer
 from lib.grpo import GRPOConfig, grpo_iteration, grpo_optimiser
 from lib.policy import AcquisitionPolicyNetwork
-from lib.problems import DataDesign, Problem, draw_problems, with_data_sets
+from lib.problems import DataDesign, Problem, draw_problems
 from lib.rewards import RewardConfig
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import (
@@ -42,7 +42,7 @@ from lib.surrogate import (
     surrogate_step,
 )
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
-from lib.training import Learner, Progress, joined, merged, train
+from lib.training import Learner, Progress, joined, train
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,9 @@ def improve_surrogate(
         return buffer.first(known).grow(room)
 
     def step(learner, key):
-        scm_key, data_key, cut_key = jr.split(key, 3)
+        fresh_key, cut_key = jr.split(key)
         number, num_bins = config.models_per_step, learner.module.config.num_bins
-        fresh = draw_problems(scm_key, number, config.prior, design, num_bins)
-        twice = jax.vmap(lambda k, problem: with_data_sets(k, problem, design, 2))
-        fresh = merged(twice(jr.split(data_key, number), fresh))
+        fresh = draw_problems(fresh_key, number, config.prior, design, num_bins, data_sets=2)
         known = jax.vmap(cut)(jr.split(cut_key, len(buffers.valid)), buffers)
         both = joined([fresh, problems._replace(buffer=known)])
         return surrogate_step(learner, optimiser, [both], None, LossWeights())
@@ -210,10 +208,10 @@ def train_end_to_end(
             acquisition_params,
             state.surrogate.module,
             problems,
-            config.campaign.num_steps,
-            config.rewards,
-            config.grpo,
-            num_steps,
+            num_steps=config.campaign.num_steps,
+            rewards=config.rewards,
+            config=config.grpo,
+            iterations=config.rounds,
         )
         surrogate, losses = improve_surrogate(
             surrogate_key, state.surrogate, problems, buffers, config
@@ -223,13 +221,13 @@ def train_end_to_end(
 
     state = TrainState(
         Learner.of(surrogate_params, make_optimiser(config)),
-        Learner.of(acquisition_params, grpo_optimiser(config.grpo, num_steps)),
+        Learner.of(acquisition_params, grpo_optimiser(config.grpo, config.rounds)),
     )
     state, records = train(
         "end to end",
         advance,
         state,
-        num_steps,
+        config.rounds,
         checkpoint_every=config.checkpoint_every,
         shown={"reward": "reward", "nll": "parent_nll"},
         progress=progress,

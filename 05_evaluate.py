@@ -281,7 +281,7 @@ def success_records(
     for name, f1 in (("parent_scale", theirs), ("acbo", ours)):
         records += cells("surrogate", f"{task}/expert's problems", name, {"parent F1": f1}, count)
     # speed: one posterior for one problem, after compilation, on this machine
-    scm, buffer = (jax.tree.map(lambda leaf: leaf[0], x) for x in problems[::2])
+    scm, _, buffer = jax.tree.map(lambda leaf: leaf[0], problems)
     slow, fast = accuracy.posterior_seconds(
         run.systems["acbo"].surrogate, scm, buffer, config.num_obs
     )

@@ -158,10 +158,9 @@ def code_digest() -> str:
 
 
 def cut_log(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """Begin a training log, or go on with that of a run that was stopped: records of steps after
-    `resume_step`, which the resumed checkpoint has done (0: a new run), are dropped, and so is a
-    line that a kill cut short. So the log ends with the records of a run that was not stopped;
-    returns those that there are, without their time.
+    """Keep of a training log the records up to step `resume_step`, that of the checkpoint from
+    which training resumes (0: none, it starts anew), and return them, without their times. What a
+    stopped run logged after its checkpoint, it will log again.
     """
     kept = read_log(path) if resume_step > 0 and path.exists() else []
     kept = [record for record in kept if record["step"] <= resume_step]

@@ -145,7 +145,7 @@ class ParentSetRegression(eqx.Module):
         self, rows: ExperienceBuffer
     ) -> tuple["ParentSetRegression", Float[Array, "samples sets"]]:
         """The posterior after all rows, and its log-probabilities after each. A row that is not
-        valid, or in which the target was set, says nothing.
+        valid, or in which the target was intervened on, says nothing.
         """
 
         def step(posterior, row):

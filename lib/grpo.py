@@ -147,6 +147,7 @@ def collect_campaign(
         )
         log_prob = jax.vmap(distribution.log_prob)(variable, value)
         groups = Groups(known[0], variable, value, log_prob, reward)
+        # departure 1: the first candidate's experiment is the one that is made
         return jax.tree.map(lambda leaf: leaf[0], after), groups
 
     start = simulator.start(buffer, num_steps)
@@ -284,13 +285,15 @@ def grpo_iteration(
     reference: AcquisitionPolicyNetwork,
     surrogate: ParentSetPredictionModel,
     problems: Problem,
+    *,
     num_steps: int,
     rewards: RewardConfig,
     config: GRPOConfig,
     iterations: int,
 ) -> tuple[Learner, ExperienceBuffer, GRPOMetrics]:
-    """One of `iterations`: the present policy plays a campaign on each of `problems` (leading
-    axis), and takes GRPO's steps on all groups; the final buffers `[problems]` too.
+    """One of `iterations`, over which the learning rate falls: the present policy plays a campaign
+    of `num_steps` experiments on each of `problems` (leading axis), and takes GRPO's steps on all
+    groups; the final buffers `[problems]` too.
     """
 
     def play(key, problem):

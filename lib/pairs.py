@@ -162,7 +162,9 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
     own, same, number = jnp.arange(num_vars), jnp.eye(num_vars) > 0, task.var_mask.sum()
 
     # [i]: Gram matrix [vars, vars] over the rows in which i was not set, inverted: P
-    inverse = jax.vmap(positive_inverse)(linear_terms(sums.not_set) + jnp.eye(num_vars)[None])
+    inverse = jax.vmap(positive_inverse)(
+        linear_terms(sums.not_intervened) + jnp.eye(num_vars)[None]
+    )
     # of the P of i: its row i, its diagonal, and of this the entry i
     row, diagonal = inverse[own, own], jax.vmap(jnp.diag)(inverse)
     of_own = diagonal.diagonal()
@@ -275,7 +277,7 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
             found.append(jnp.arcsinh(jnp.full(num_vars, cost).at[candidates].set(odds)) / 2.0)
         return tuple(found)
 
-    return list(jax.vmap(one)(jnp.arange(num_vars), likely, sums.not_set))
+    return list(jax.vmap(one)(jnp.arange(num_vars), likely, sums.not_intervened))
 
 
 def subset_residuals(gram: Float[Array, "columns columns"], width: int) -> Float[Array, " subsets"]:

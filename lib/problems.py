@@ -14,9 +14,14 @@ from lib.buffer import ExperienceBuffer
 from lib.graphs import between, draw, log_between, pick, whole
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM, value_grid
 from lib.scm_prior import SCMPrior, sample_scm
+from lib.training import merged
 
 
 # --- data ---
+
+
+# of a campaign that has found where to look: widths of a range, and share of experiments elsewhere
+FOCUS_WIDTH, STRAY_SHARE = 0.4, 0.3
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ def campaign_so_far(
     """The interventions of a campaign at a random moment: variables, values as shares of their
     ranges, and which were made.
 
-    First at uniform values, on random candidates or (every other time) going round them; from a
-    random point on more and more concentrated around one random variable and value, as an
-    optimiser's are.
+    Up to a random moment at uniform values, on random candidates or (every other time) going round
+    them; from then on, as an optimiser's are, around one random variable and value: within
+    `FOCUS_WIDTH`, but for the share `STRAY_SHARE` that is on any candidate.
     """
     u = draw(
         jr.uniform,
@@ -77,8 +82,10 @@ def campaign_so_far(
     spread_out = index < whole(u["wide"], 0, most + 1)
     around = pick((index % number + 0.5) / number, candidates)
     roaming = jnp.where(u["round"] < 0.5, around, pick(u["variable"], candidates))
-    variables = jnp.where(spread_out | (u["stray"] < 0.3), roaming, pick(u["focus"], candidates))
-    near = jnp.clip(u["centre"] + 0.4 * (u["fraction"] - 0.5), 0.0, 1.0)
+    variables = jnp.where(
+        spread_out | (u["stray"] < STRAY_SHARE), roaming, pick(u["focus"], candidates)
+    )
+    near = jnp.clip(u["centre"] + FOCUS_WIDTH * (u["fraction"] - 0.5), 0.0, 1.0)
     fraction = jnp.where(spread_out, u["fraction"], near)
     return variables, fraction, index < whole(u["total"], 0, most + 1)
 
@@ -144,23 +151,28 @@ def draw_problem(
     return Problem(scm, GroundTruth.of(scm, num_bins), draw_data(data_key, scm, design))
 
 
-def with_data_sets(
-    key: Key[Array, ""], problem: Problem, design: DataDesign, count: int
-) -> Problem:
-    """The problem with `count` new data sets in place of its own (leading axis): they share the
-    truth, the costly part.
-    """
-    buffers = jax.vmap(lambda k: draw_data(k, problem.scm, design))(jr.split(key, count))
-    scm, truth = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), problem[:2])
-    return Problem(scm, truth, buffers)
-
-
 @eqx.filter_jit
 def draw_problems(
-    key: Key[Array, ""], count: int, prior: SCMPrior, design: DataDesign, num_bins: int
+    key: Key[Array, ""],
+    count: int,
+    prior: SCMPrior,
+    design: DataDesign,
+    num_bins: int,
+    data_sets: int = 1,
 ) -> Problem:
-    """`count` problems (leading axis `batch`)."""
-    return in_batches(lambda k: draw_problem(k, prior, design, num_bins), jr.split(key, count))
+    """`count` problems, or as many models with several `data_sets` of each, which share the truth,
+    the costly part (leading axis `count * data_sets`).
+    """
+
+    def one(key):
+        scm, truth, buffer = draw_problem(key, prior, design, num_bins)
+        buffers = jax.tree.map(lambda leaf: leaf[None], buffer)
+        if data_sets > 1:  # all drawn anew; `draw_problem` has split 0 and 1 off the key
+            keys = jr.split(jr.fold_in(key, 2), data_sets)
+            buffers = jax.vmap(lambda k: draw_data(k, scm, design))(keys)
+        return jax.vmap(lambda buffer: Problem(scm, truth, buffer))(buffers)
+
+    return merged(in_batches(one, jr.split(key, count)))
 
 
 @eqx.filter_jit

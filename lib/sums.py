@@ -86,8 +86,8 @@ class Sums(NamedTuple):
     wide_kernels_done: Float[Array, "vars bins 2"]  # the same with three times the bandwidth
 
     @property
-    def not_set(self) -> Float[Array, "vars polynomials polynomials"]:
-        """Polynomials over the rows in which i was not set: its own mechanism made it there."""
+    def not_intervened(self) -> Float[Array, "vars polynomials polynomials"]:
+        """Polynomials over the rows in which i was not intervened on."""
         return self.polynomials[None] - self.under_do
 
 

@@ -66,7 +66,8 @@ def drawn(key: jax.Array, examples: Any, count: int) -> Any:
 class Progress:
     """Checkpoint and log of a stage: `<folder>/<name>.ckpt` and `<folder>/logs/<name>.jsonl`.
 
-    What was begun goes on if `script`, `lib`, `config` and the files in `parents` are the same.
+    An unfinished run is resumed if the bytes of `script`, of `lib` and of the files in `parents`,
+    and `config`, are the same.
     `header` is the part of an artifact's header that needs no result.
     """
 
@@ -79,13 +80,15 @@ class Progress:
         self.header: dict[str, Any] = dict(config=asdict(config), seed=config.seed, parents=parents)
 
     def resume(self, state: Any) -> tuple[Any, int, list[dict[str, Any]]]:
-        """The state of the checkpoint, its step and what was logged up to it, or `state`, 0 and
-        nothing; the log goes on there.
+        """The checkpoint's state, its step and the log's records up to it, if the checkpoint is of
+        the same fingerprint; otherwise `state`, 0 and none, and the log begins anew.
         """
         step = 0
         if resumable(self.checkpoint, "checkpoint", self.fingerprint):
             state, header = load(self.checkpoint, "checkpoint", lambda _: state)
             step = header["step"]
+        elif self.checkpoint.exists():
+            print(f"{self.checkpoint} is of other settings, inputs or code: starting anew")
         return state, step, cut_log(self.log_path, step)
 
     def keep(self, step: int, state: Any) -> None:
@@ -95,7 +98,7 @@ class Progress:
         save(self.checkpoint, state, stage="checkpoint", hyperparameters=mark, step=step, **about)
 
     def finish(self) -> None:
-        """The results are written: the checkpoint goes."""
+        """Delete the checkpoint, once the results are written."""
         self.checkpoint.unlink(missing_ok=True)
 
 

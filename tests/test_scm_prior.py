@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib.graphs import FAMILIES, sample_graph
-from lib.problems import DataDesign, draw_data, draw_problem, with_data_sets
+from lib.problems import DataDesign, draw_data, draw_problems
 from lib.scm import (
     MECHANISMS,
     NOISES,
@@ -297,13 +297,8 @@ def test_first_data_have_their_rows_in_front(scms):
 
 def test_data_at_any_moment_of_a_campaign():
     design = DataDesign(min_obs=4, max_obs=12, per_variable=0, max_interventions=8)
-
-    def draw(key):
-        scm_key, data_key = jr.split(key)
-        return with_data_sets(data_key, draw_problem(scm_key, PRIOR, design, 5), design, 2)
-
-    problems = jax.jit(jax.vmap(draw))(jr.split(jr.key(5), 32))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(64, *leaf.shape[2:]), problems)
+    flat = draw_problems(jr.key(5), 32, PRIOR, design, 5, data_sets=2)
+    problems = jax.tree.map(lambda leaf: leaf.reshape(32, 2, *leaf.shape[1:]), flat)
     values, intervened, valid, candidates = assert_rows(
         flat.buffer, jax.vmap(lambda scm: scm.task)(flat.scm)
     )
