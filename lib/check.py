@@ -8,14 +8,18 @@ Hypotheses about the surface f_i(v) = E[Y | do(X_i = v)] of each variable:
 - a Gaussian process around doing nothing (what the surrogate is wrong by, as the discrepancy of
   Kennedy and O'Hagan 2001, but of the whole surface).
 
-Evidence is a marginal likelihood throughout. The surrogate's is the product of the densities of the
-outcomes, each predicted from the rows that are no experiments (not, as prequential evidence would
-have it, also from the experiments before it: that costs a pass of the network each, and in blocks
-of them gained nothing that was measured); a process's has a closed form. The surrogate may be wrong
-about some variables and right about others: given the share of variables that it is wrong about,
-and the noise of an outcome, variables are independent, and both are averaged over; so what was
-found out about one variable tells how far to trust the surrogate on the next. In one more world no
-variable does anything. One data set at a time; batch with `vmap`.
+These are averaged by Bayes' rule. A *world* w is the share of variables about which the surrogate
+is wrong (one of `CheckConfig.wrong`), or the case that no variable has an effect. Given the world
+and the variance s of an outcome's noise, variables i are independent, each with one hypothesis h:
+
+    P(w, s | y) ~ P(w) P(s) prod_i sum_h P(h | w, i) p(y_i | h, s),
+
+y_i the outcomes of the experiments on i. So what is found out about one variable tells how far to
+trust the surrogate on the next. p(y_i | h, s), the evidence, is in closed form for a process; for
+the surrogate it is the product of the densities of single outcomes, each predicted from the rows
+that are no experiments. (Prequential evidence would predict each also from the experiments before
+it: one pass of the network for each, and no measured gain.) One data set at a time; batch with
+`vmap`.
 """
 
 from dataclasses import dataclass
@@ -49,35 +53,44 @@ REPEATS = 3  # of an experiment, when it is asked what it is worth
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Prior probabilities of the check. Measured on `studies/field`, see reference/check.md."""
+    """Prior probabilities and thresholds of the check, chosen on the systems of `studies/field`
+    (reference/check.md).
+    """
 
     wrong: tuple[float, ...] = (0.005, 0.05, 0.5)
-    """Possible shares of variables about which the surrogate is wrong."""
+    """The worlds: shares of variables about which the surrogate may be wrong."""
     wrong_probs: tuple[float, ...] = (0.75, 0.2, 0.05)
-    """Of those shares."""
+    """Prior probabilities of these worlds."""
     untried: float = 10.0
-    """By how much those shares are larger where no experiment was ever made."""
+    """Factor by which the shares are larger in a file without experiments."""
     nothing: float = 0.04
-    """Of the world in which no variable moves the target."""
+    """Prior probability of the world in which no variable moves the target."""
     flat: float = 0.5
-    """Of no effect, where the surrogate is wrong about a variable."""
+    """Prior probability that a variable has no effect, where the surrogate is wrong about it; the
+    rest is that of the Gaussian processes.
+    """
     far: float = 4.0
     """Standard deviations up to which a range is like those of training; beyond, the surrogate is
-    right with probability falling as (far / range)^2."""
+    right with a probability that falls as (far / range)^2.
+    """
     outliers: float = 0.05
-    """Of an outcome that is anything, whatever the surface."""
+    """Probability that an outcome is an outlier, whatever the hypothesis."""
     loose: float = 0.1
-    """Standard deviation of an outcome where no smooth surface fits them all, in units of what they
-    span; its square is added to three times the variance of Y."""
+    """Standard deviation of the noise where no smooth surface fits the outcomes, in units of what
+    they span; its square is added to three times the variance of Y.
+    """
     anchor: float = 0.5
     """Prior standard deviation, for processes, of the difference between doing nothing and setting
-    a variable to its mean, in standard deviations of the target."""
+    a variable to its mean, in standard deviations of the target.
+    """
     pays: float = 4.0
-    """How many times its expected loss the expected gain of a setting over doing nothing must be,
-    for it to be recommended."""
+    """A setting is recommended if its expected gain over doing nothing is at least this many times
+    its expected loss.
+    """
     enough: float = 0.9
-    """Share of the most that an experiment is expected to gain, from which the policy may choose
-    one."""
+    """The policy chooses among experiments whose expected gain is at least this share of the
+    largest.
+    """
 
 
 BELIEFS = CheckConfig()
