@@ -124,8 +124,8 @@ class Config:
 
     @property
     def capacity(self) -> int:
-        """Rows of a simulated data set."""
-        return self.design.max_obs + self.design.max_interventions
+        """Most rows of a simulated data set."""
+        return self.design.capacity(self.buckets[-1].max_size)
 
     @property
     def priors(self) -> tuple[SCMPrior, ...]:

@@ -166,6 +166,7 @@ class AcquisitionModelResult(NamedTuple):
     validation_metrics: dict[str, float]
 
 
+@eqx.filter_jit
 def draw_batch(key: jax.Array, config: Config, number: int, num_bins: int) -> Problem:
     """`number` problems, the multimodal ones last."""
     count = round(config.multimodal_share * number)
@@ -305,10 +306,8 @@ def main(config: Config) -> Path:
         inputs = [demos, *inputs]
         parts = [load_trajectories(demos, part)[0] for part in ("train", "validation")]
         # together: one program
-        both, count = (
-            extract_acquisition_training_data(joined(parts), surrogate),
-            parts[0].variable.size,
-        )
+        both = extract_acquisition_training_data(joined(parts), surrogate)
+        count = parts[0].variable.size
         train, held_out = (
             jax.tree.map(lambda leaf, rows=rows: leaf[rows], both)
             for rows in (slice(count), slice(count, None))

@@ -164,7 +164,7 @@ def improve_surrogate(
     a random moment.
     """
     optimiser, design = make_optimiser(config), config.design
-    room = design.max_obs + design.max_interventions - buffers.valid.shape[1]
+    room = design.capacity(config.prior.max_vars) - buffers.valid.shape[1]
 
     def cut(key, buffer):
         known = jr.randint(key, (), buffer.observational.sum(), buffer.size + 1)

@@ -41,10 +41,15 @@ class DataDesign:
     num_steps: int = 0
     """Experiments to come, for which there are free rows."""
 
+    def capacity(self, num_vars: int) -> int:
+        """Rows of a data set of `num_vars` variables, filled or free."""
+        fixed = self.max_obs + self.max_interventions + self.num_steps
+        return fixed + self.per_variable * num_vars
+
 
 def draw_data(key: Key[Array, ""], scm: AbstractSCM, design: DataDesign) -> ExperienceBuffer:
     """A data set of `scm`: log-uniformly many observational rows, then interventions, then free
-    places.
+    rows, `design.capacity` in all.
     """
     obs_key, value_key, row_key, campaign_key, count_key = jr.split(key, 5)
     num_vars, candidates = scm.var_mask.shape[0], scm.candidates

@@ -67,8 +67,7 @@ class Progress:
     """Checkpoint and log of a stage: `<folder>/<name>.ckpt` and `<folder>/logs/<name>.jsonl`.
 
     An unfinished run is resumed if the bytes of `script`, of `lib` and of the files in `parents`,
-    and `config`, are the same.
-    `header` is the part of an artifact's header that needs no result.
+    and `config`, are the same. `header` is the part of an artifact's header that needs no result.
     """
 
     def __init__(
