@@ -23,14 +23,14 @@ def run_campaign(
     decide: Callable[[Key[Array, ""], ExperienceBuffer, Any, Int[Array, ""]], tuple[Choice, Any]],
     *,
     state: Any = None,
-    absorb: Callable[[Any, Int[Array, ""], Float[Array, "rows vars"]], Any] = lambda *_: None,
+    update: Callable[[Any, Int[Array, ""], Float[Array, "rows vars"]], Any] = lambda *_: None,
     num_rows: int = 1,
 ) -> tuple[ExperienceBuffer, Any, tuple[Int[Array, " steps"], Float[Array, " steps"]], Any]:
     """`num_steps` experiments with any method: the final buffer and state, the variables and values
     that were set, and what the method reported before the first experiment and after each
     (leading axis `steps + 1`).
 
-    `decide(key, buffer, state, t)` returns the next experiment and a report; `absorb(state, t,
+    `decide(key, buffer, state, t)` returns the next experiment and a report; `update(state, t,
     rows)` what the method keeps beside the buffer, after the outcome: `num_rows` rows, of which the
     first enters the buffer. The noise of experiment t is that of `experiment_key(key, t)`, so
     methods run with the same key are paired. The buffer needs `num_steps` free rows behind its
@@ -47,7 +47,7 @@ def run_campaign(
         def experiment():
             intervention = Intervention.single(*choice, num_vars)
             rows = scm.sample(experiment_key(key, t), intervention, num_rows)
-            return buffer.write(start + t, intervention, rows[0]), absorb(state, t, rows)
+            return buffer.write(start + t, intervention, rows[0]), update(state, t, rows)
 
         # the pass after the last experiment only looks
         return jax.lax.cond(t < num_steps, experiment, lambda: known), (choice, report)

@@ -1,15 +1,24 @@
 """The expert: causal Bayesian optimisation with an unknown graph, as one jitted program.
 
-PARENT_SCALE, published as CBO-U (Durand, Annadani, Bauer, Parbhoo 2025, arXiv 2503.19554): a doubly
-robust prior over the target's parent sets, a sequential closed-form posterior over them, star-graph
-do-effects averaged over that posterior, a causal-prior Gaussian process per variable, and expected
-improvement over single-variable interventions on possible parents. Where the published code departs
-from the method, this follows the method; `studies/published.py` restores the code.
+PARENT_SCALE, published as CBO-U (Durand, Annadani, Bauer, Parbhoo 2025, arXiv 2503.19554):
+
+1. a doubly robust prior over the target's parent sets          lib/expert_prior.py
+2. a sequential closed-form posterior over them                 lib/expert_posterior.py
+3. star-graph do-effects, averaged over that posterior          lib/expert_gp.py
+4. a causal-prior Gaussian process per variable                 lib/expert_gp.py
+5. expected improvement over single-variable interventions      lib/improvement.py
+   on possible parents
+
+Step 1 and the do-effects of every single set rest on the observational rows and are done once per
+run. Before every experiment `Expert.decide` averages the effects and does steps 4 and 5; after it
+`Expert.update` does step 2. `run_parent_scale` is the method; `run_known_graph`,
+`run_with_posterior` and `run_gp_ei` are its relatives, made of the same parts. Where the published
+code departs from the method, this follows the method; `studies/published.py` restores the code.
 
 Differences that remain: inputs and target are standardised by the observational rows also for the
-Gaussian processes; their hyperparameters come from grids instead of a gradient search (that file
-restores both for the do-effects); the acquisition is maximised on a grid and refined once; an
-outcome is one noisy sample by default, so the surrogate carries observation noise.
+Gaussian processes; their hyperparameters come from finite lists instead of a gradient search (that
+file restores both for the do-effects); the acquisition is maximised on a grid and refined once; an
+outcome is one noisy sample by default, so the Gaussian processes carry observation noise.
 
 Cost (reference/time.md): with 10 variables, 200 observational rows, 30 experiments and the subsets
 of four variables as candidates, 3.8 GFLOP: 1.6 for the doubly robust prior, 1.4 for do-effects (in
@@ -19,23 +28,36 @@ variables take .25 s.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
-from lib.campaign import run_campaign
-from lib.expert_gp import CausalGP, CausalPrior, Outcomes, aggregate_effects, fit_causal_gp
-from lib.expert_posterior import NOISE_FLOOR, ParentScaleConfig
+from lib.campaign import Choice, run_campaign
+from lib.expert_gp import (
+    CausalGP,
+    CausalPrior,
+    Outcomes,
+    StarEffects,
+    StarGraphs,
+    average_effects,
+    fit_causal_gp,
+)
+from lib.expert_posterior import (
+    NOISE_FLOOR,
+    ParentScaleConfig,
+    ParentSetRegression,
+    PosteriorOfRows,
+)
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.regression import Scale
-from lib.scm import AbstractSCM, check_scm, refine
+from lib.scm import AbstractSCM, Task, check_scm, refine
 
 
 # sets below this probability do not count for the exploration set (the published pruning threshold)
@@ -46,7 +68,7 @@ class Demonstration(eqx.Module):
     """What the expert believed, computed and did. Axis `beliefs` starts before the first step.
 
     `buffer` holds all rows in order: the expert decided step t on the first `num_initial + t`.
-    `log_probs[t]` over `sets` is its belief before step t, the last one its belief at the end.
+    `log_probs[t]` over `sets` is its posterior before step t, the last one that at the end.
     `surface` is the expected improvement, in units of Y, on `value_grid(low, high, num_bins)`, zero
     outside the exploration set. `variable`, `value`, `outcome` are the experiments. `failures`
     counts hyperparameters of Gaussian processes that were left out because their Cholesky factor
@@ -73,129 +95,179 @@ class ExpertRun(Demonstration):
     recommended_value: Float[Array, " beliefs"]
 
     def posterior(self, target: Int[Array, ""] | int, step: int = -1) -> ParentSetPosterior:
-        """The belief after `step` experiments (default: at the end)."""
+        """The posterior after `step` experiments (default: at the end)."""
         return ParentSetPosterior(jnp.asarray(target), self.sets, self.log_probs[step])
 
 
-# --- the loop, shared with plain Bayesian optimisation ---
+# --- one decision ---
 
 
-def fit_causal_gps(
-    scm: AbstractSCM,
-    scale: Scale,
-    prior: CausalPrior,
-    rows: ExperienceBuffer,
-    outcomes,
-    share,
-    noise_scales,
-) -> tuple[CausalGP, Int[Array, " vars"]]:
-    """The causal GP of every variable (leading axis), standardised, and how many hyperparameters
-    were left out.
+def exploration_set(
+    sets: Bool[Array, "sets vars"],
+    log_probs: Float[Array, " sets"],
+    candidates: Bool[Array, " vars"],
+) -> Bool[Array, " vars"]:
+    """Variables that experiments are considered on: possible parents, which are the members of any
+    set more probable than `SUPPORT`, among the `candidates` for an intervention; all candidates if
+    there is none.
+    """
+    parents = (sets & (log_probs > jnp.log(SUPPORT))[:, None]).any(0) & candidates
+    return jnp.where(parents.any(), parents, candidates)
 
-    `outcomes[samples]` of the raw `rows` are standardised; a row counts for a variable if it alone
-    was set. The noise of an outcome is the prior's `noise` at its value times `share[samples]`.
+
+def acquire(
+    task: Task, scale: Scale, gps: CausalGP, explored: Bool[Array, " vars"]
+) -> tuple[Float[Array, "vars bins"], Choice, Choice]:
+    """Maximise expected improvement over the variables in `explored`. Returns, in raw units, the
+    surface, the next experiment, and the intervention that is recommended.
+
+    `gps` has one standardised GP per variable (leading axis). The incumbent is the least posterior
+    mean over evaluated points of all variables (without noise: the best outcome seen); before any
+    experiment it is the observational mean, which standardised is zero.
     """
 
-    def fit(prior, points, used):
-        noise = jnp.interp(points, prior.grid, prior.noise) * share
-        data = Outcomes(points, outcomes, jnp.maximum(noise, NOISE_FLOOR), used)
-        return fit_causal_gp(prior, data, noise_scales)
+    def predict(variable, values) -> tuple[Array, Array]:
+        return jax.tree.map(lambda leaf: leaf[variable], gps)(values)
 
-    alone = rows.valid & (rows.intervened.sum(1) == 1)
-    used = rows.intervened & alone[:, None] & scm.candidates[None, :]
-    return jax.vmap(fit)(prior, scale(rows.values).T, used.T)
-
-
-def decide(scm: AbstractSCM, scale: Scale, gps: CausalGP, explore: Bool[Array, " vars"]):
-    """Maximise expected improvement over the variables in `explore`. Returns, in raw units, the
-    surface, variable and value of the next experiment, and those that are recommended.
-
-    The incumbent is the least posterior mean over evaluated points of all variables (without noise:
-    the best outcome seen); before any experiment it is the observational mean.
-    """
-    used, grid = gps.data.used, gps.prior.grid
-    at_points, _ = jax.vmap(lambda gp: gp(gp.data.points))(gps)
-    best = jnp.where(used.any(), jnp.where(used, at_points, jnp.inf).min(), 0.0)
-    mean, std = jax.vmap(lambda gp: gp(gp.prior.grid))(gps)
-
-    def predict(variable, points) -> tuple[Array, Array]:
-        return jax.tree.map(lambda leaf: leaf[variable], gps)(points)
-
-    def raw(variable, value):
+    def raw(variable, value) -> Choice:
         value = value * scale.spread[variable] + scale.shift[variable]
-        return variable, jnp.clip(value, scm.low[variable], scm.high[variable])
+        return variable, jnp.clip(value, task.low[variable], task.high[variable])
 
-    improvement = log_expected_improvement(mean, std, best)
-    table = jnp.where(explore[:, None], improvement, -jnp.inf)
+    used, grid = gps.data.used, gps.causal_prior.grid
+    at_points, _ = jax.vmap(CausalGP.__call__)(gps, gps.data.points)
+    incumbent = jnp.where(used.any(), jnp.where(used, at_points, jnp.inf).min(), 0.0)
+    mean, std = jax.vmap(CausalGP.__call__)(gps, grid)
+    table = log_expected_improvement(mean, std, incumbent)
     chosen = refine(
-        lambda i, x: log_expected_improvement(*predict(i, x), best), grid, table, explore
+        lambda i, v: log_expected_improvement(*predict(i, v), incumbent), grid, table, explored
     )
-    recommended = refine(lambda i, x: -predict(i, x)[0], grid, -mean, scm.candidates)
-    surface = jnp.exp(table[:, ::2]) * jnp.take(scale.spread, scm.target)
-    return surface, raw(*chosen), raw(*recommended)
+    recommended = refine(lambda i, v: -predict(i, v)[0], grid, -mean, task.candidates)
+    # every second value: the search grid has one more between any two of the stored surface
+    surface = jnp.where(explored[:, None], jnp.exp(table[:, ::2]), 0.0)
+    return surface * jnp.take(scale.spread, task.target), raw(*chosen), raw(*recommended)
+
+
+# --- a run ---
+
+
+class State(NamedTuple):
+    """What an expert keeps beside the buffer: its posterior, and the outcome of every row as the
+    Gaussian processes see it, in raw units.
+    """
+
+    posterior: ParentSetRegression | PosteriorOfRows
+    outcomes: Float[Array, " samples"]
+
+
+class Expert(eqx.Module):
+    """What stays fixed during a run: the task, the units of the observational rows, the candidate
+    star graphs; of how many samples every row's outcome is the mean; and what `fit_causal_gp` may
+    multiply the noise variance by.
+    """
+
+    config: ParentScaleConfig = eqx.field(static=True)
+    task: Task
+    scale: Scale
+    graphs: StarGraphs
+    num_averaged: Float[Array, " samples"]
+    noise_factors: tuple[float, ...] = eqx.field(static=True)
+
+    def decide(self, key, buffer: ExperienceBuffer, state: State, t) -> tuple[Choice, tuple]:
+        """Steps 3 to 5: the next experiment from everything known, without chance; and, to be
+        reported, the log-probabilities of the sets, the surface, the recommendation, and how many
+        hyperparameters failed.
+        """
+        graphs, log_probs = self.graphs, state.posterior.log_posterior(buffer)
+        causal_prior = average_effects(graphs.grid, log_probs, graphs.effects)
+        gps, failures = self.fit_gps(causal_prior, buffer, state.outcomes)
+        explored = exploration_set(graphs.sets, log_probs, self.task.candidates)
+        surface, chosen, recommended = acquire(self.task, self.scale, gps, explored)
+        return chosen, (log_probs, surface, recommended, failures.sum())
+
+    def update(self, state: State, index, rows: Float[Array, "rows vars"]) -> State:
+        """Step 2, after an experiment whose row has this `index` in the buffer, and whose samples
+        are `rows`. The first, which the buffer keeps, is not among those averaged, as in the
+        published protocol, unless it is the only one.
+        """
+        outcome = jnp.take(rows[-self.config.outcome_samples :].mean(0), self.task.target)
+        return State(state.posterior.update(rows[0]), state.outcomes.at[index].set(outcome))
+
+    def fit_gps(
+        self,
+        causal_prior: CausalPrior,
+        buffer: ExperienceBuffer,
+        outcomes: Float[Array, " samples"],
+    ) -> tuple[CausalGP, Int[Array, " vars"]]:
+        """The causal-prior GP of every variable (leading axis), standardised, and how many
+        hyperparameters were left out. A row counts for a variable if it alone was set; the noise
+        variance of a mean of n outcomes is that of one over n.
+        """
+        target, first = self.task.target, self.config.num_obs
+        _, rows = self.config.split(buffer)
+        standard = self.scale(rows.values.at[:, target].set(outcomes[first:]))
+        alone = (rows.valid & (rows.intervened.sum(1) == 1))[:, None] & rows.intervened
+
+        def fit(causal_prior, points, used):
+            one = jnp.interp(points, causal_prior.grid, causal_prior.outcome_variance)
+            noise_variance = jnp.maximum(one / self.num_averaged[first:], NOISE_FLOOR)
+            data = Outcomes(points, standard[:, target], noise_variance, used)
+            return fit_causal_gp(causal_prior, data, self.noise_factors)
+
+        return jax.vmap(fit)(causal_prior, standard.T, (alone & self.task.candidates[None]).T)
 
 
 def optimise(
-    key, scm, buffer, config, *, sets, believe, state=None, noise_scales=(1.0,)
+    key: Key[Array, ""],
+    scm: AbstractSCM,
+    buffer: ExperienceBuffer,
+    config: ParentScaleConfig,
+    graphs: StarGraphs,
+    posterior: ParentSetRegression | PosteriorOfRows,
+    noise_factors: tuple[float, ...] = (1.0,),
 ) -> ExpertRun:
-    """`num_steps` experiments. `believe(state, buffer) -> (log_probs, prior, explore)` is the
-    method, `state` a regression that absorbs every row, if it needs one.
+    """`num_steps` experiments with these candidate `graphs` and the `posterior` over their sets
+    before the first.
 
     Raises `ValueError` if the buffer has no room for `num_steps` experiments; where only a traced
     program can count its rows, every number in the result is nan.
     """
-    target, samples = scm.target, config.outcome_samples
     buffer.has_room(config.num_steps, config.num_obs)
-    start, scale = buffer.size, Scale.of(config.split(buffer)[0])
-    share = jnp.where(jnp.arange(config.num_obs, len(buffer.valid)) < start, 1.0, 1 / samples)
-
-    def step(_, buffer, known, t):
-        outcomes, state = known
-        log_probs, prior, explore = believe(state, buffer)
-        standard = (outcomes[config.num_obs :] - scale.shift[target]) / scale.spread[target]
-        _, later = config.split(buffer)
-        gps, failures = fit_causal_gps(scm, scale, prior, later, standard, share, noise_scales)
-        surface, chosen, recommended = decide(scm, scale, gps, explore)
-        return chosen, (log_probs, surface, recommended, failures)
-
-    def absorb(known, t, rows):
-        outcomes, state = known
-        # the row that is kept is not among those averaged, as in the published protocol, unless it
-        # is the only one
-        outcome = jnp.take(rows[-samples:].mean(0), target)
-        return outcomes.at[start + t].set(outcome), state and state.absorb(rows[0])
-
-    buffer, (outcomes, _), (variable, value), reports = run_campaign(
+    start, samples, capacity = buffer.size, config.outcome_samples, len(buffer.valid)
+    num_averaged = jnp.where(jnp.arange(capacity) < start, 1.0, samples)
+    scale = Scale.of(config.split(buffer)[0])
+    expert = Expert(config, scm.task, scale, graphs, num_averaged, noise_factors)
+    buffer, state, (variable, value), reports = run_campaign(
         key,
         scm,
         buffer,
         config.num_steps,
-        step,
-        state=(jnp.take(buffer.values, target, axis=1), state),
-        absorb=absorb,
+        expert.decide,
+        state=State(posterior, jnp.take(buffer.values, scm.target, axis=1)),
+        update=lambda state, t, rows: expert.update(state, start + t, rows),
         num_rows=samples + (samples > 1),
     )
     log_probs, surface, recommended, failures = reports
     return ExpertRun(
-        sets=sets,
+        sets=graphs.sets,
         log_probs=log_probs,
         surface=surface[:-1],
         variable=variable,
         value=value,
-        outcome=outcomes[start + jnp.arange(config.num_steps)],
+        outcome=state.outcomes[start + jnp.arange(config.num_steps)],
         recommended_variable=recommended[0],
         recommended_value=recommended[1],
         num_initial=start,
         buffer=buffer,
-        failures=failures.sum(),
+        failures=failures.sum() + graphs.failures,
     )
 
 
+@jax.ensure_compile_time_eval()  # what is checked may be constants of a program that is traced
 def check_expert_input(
     scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig
 ) -> None:
-    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`, or as `check_scm` does.
-    Nothing may be traced.
+    """Raise `ValueError` if the expert cannot work on `scm` from `buffer`, or as `check_scm` does;
+    nothing can be told where these are traced.
 
     Refused are fewer observational rows than `config.num_obs` at the front of the buffer; numbers
     in filled rows that are not finite; a target that is constant over the observational rows; no
@@ -203,6 +275,8 @@ def check_expert_input(
     rows: they count with spread one, and the doubly robust prior never selects them as parents, so
     their effect is taken to be constant.
     """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((scm, buffer))):
+        return
     buffer.has_room(config.num_steps, config.num_obs)
     names, values, filled = scm.labels, np.asarray(buffer.values), np.asarray(buffer.valid)
     other = ~np.asarray(buffer.observational)[: config.num_obs]
@@ -226,70 +300,69 @@ def check_expert_input(
     check_scm(scm)
 
 
+# --- the expert and its relatives ---
+
+
 def run_parent_scale(
-    key: Key[Array, ""],
-    scm: AbstractSCM,
-    buffer: ExperienceBuffer,
-    config: ParentScaleConfig,
-    *,
-    candidate_sets: tuple[Bool[Array, "sets vars"], Float[Array, " sets"]] | None = None,
-    predict: Callable[[ExperienceBuffer], Float[Array, " sets"]] | None = None,
+    key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig
 ) -> ExpertRun:
     """Run the expert on `scm` (used only for its target, its ranges and to sample experiments),
     starting from `buffer`.
 
     `buffer` holds `config.num_obs` observational rows, then any number of interventional ones, then
-    at least `config.num_steps` free rows. `candidate_sets` (sets and log-probabilities) replaces
-    the prior: one set is CBO with a known graph. `predict` maps a buffer to log-probabilities of
-    `candidate_sets` and replaces the sequential posterior. The key is consumed. Pure: `jit` and
-    `vmap` over the first three arguments. Where none of these is traced, raises `ValueError` as
-    `check_expert_input` does.
+    room for at least `config.num_steps` more. The key is consumed. Pure: `jit` and `vmap` over the
+    first three arguments. Raises `ValueError` as `check_expert_input` does.
     """
-    if predict is not None and candidate_sets is None:
-        raise ValueError("predict gives probabilities of candidate_sets: pass these too")
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((key, scm, buffer))):
-        # all three may be constants of a program that is being traced
-        with jax.ensure_compile_time_eval():
-            check_expert_input(scm, buffer, config)
-    prior_key, feature_key, _ = jr.split(key, 3)
-    task, (observed, later) = scm.task, config.split(buffer)
-    sets, log_prior = candidate_sets or config.prior_over_sets(prior_key, task, observed)
-    star, effects = config.do_effects(task, observed, sets, log_prior)
-    grid, state = config.search_grid(task, observed), None
-    if predict is None:
-        state = config.initial_regression(feature_key, task, observed, sets, log_prior)
-        state, _ = state.absorb_all(later)
-
-    def believe(state, buffer):
-        log_probs = state.log_probs if predict is None else predict(buffer)
-        support = (sets & (log_probs > jnp.log(SUPPORT))[:, None]).any(0) & scm.candidates
-        explore = jnp.where(support.any(), support, scm.candidates)
-        return log_probs, aggregate_effects(grid, log_probs, effects, star), explore
-
-    run = optimise(key, scm, buffer, config, sets=sets, believe=believe, state=state)
-    return eqx.tree_at(lambda run: run.failures, run, run.failures + jnp.sum(star.failures))
+    check_expert_input(scm, buffer, config)
+    observed, experiments = config.split(buffer)
+    sets, first = config.initial_posterior(key, scm.task, observed)
+    graphs = config.star_graphs(scm.task, observed, sets, first.log_probs > -jnp.inf)
+    posterior, _ = first.update_all(experiments)
+    return optimise(key, scm, buffer, config, graphs, posterior)
 
 
-def run_gp_ei(
+def run_with_posterior(
     key: Key[Array, ""],
     scm: AbstractSCM,
     buffer: ExperienceBuffer,
     config: ParentScaleConfig,
+    first: ParentSetPosterior,
+    log_posterior: Callable[[ExperienceBuffer], Float[Array, " sets"]],
+) -> ExpertRun:
+    """The expert with another posterior over parent sets instead of steps 1 and 2, such as that of
+    an amortised model; otherwise as `run_parent_scale`.
+
+    The candidates are the sets of `first`, the posterior before the first experiment;
+    `log_posterior` maps a buffer to their log-probabilities.
+    """
+    check_expert_input(scm, buffer, config)
+    observed, _ = config.split(buffer)
+    graphs = config.star_graphs(scm.task, observed, first.sets, first.log_probs > -jnp.inf)
+    return optimise(key, scm, buffer, config, graphs, PosteriorOfRows(log_posterior))
+
+
+def run_known_graph(
+    key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig
+) -> ExpertRun:
+    """CBO (Aglietti et al. 2020): the expert that is told the target's parents."""
+    certain = ParentSetPosterior(scm.target, scm.parents[None], jnp.zeros(1))
+    return run_with_posterior(key, scm, buffer, config, certain, lambda _: jnp.zeros(1))
+
+
+def run_gp_ei(
+    key: Key[Array, ""], scm: AbstractSCM, buffer: ExperienceBuffer, config: ParentScaleConfig
 ) -> ExpertRun:
     """Plain Bayesian optimisation over all candidates: the expert's Gaussian processes and
     acquisition without a graph.
 
-    The prior mean is the observational mean of Y, the causal variance zero, the noise a fitted
-    fraction of the variance of Y. Its `sets` are one empty set with probability one.
+    The causal prior says nothing: its mean is the observational mean of Y, its deviation zero; the
+    noise is a fitted fraction of the variance of Y. Its `sets` are one empty set with probability
+    one.
     """
-    grid = config.search_grid(scm.task, config.split(buffer)[0])
-    prior = CausalPrior(grid, jnp.zeros(grid.shape), jnp.zeros(grid.shape), jnp.ones(grid.shape))
-    return optimise(
-        key,
-        scm,
-        buffer,
-        config,
-        sets=jnp.zeros((1, len(grid)), bool),
-        believe=lambda state, buffer: (jnp.zeros(1), prior, scm.candidates),
-        noise_scales=(0.03, 0.1, 0.3, 1.0),
-    )
+    grid = Scale.of(config.split(buffer)[0])(config.search_grid(scm.task).T).T
+    zeros, ones = jnp.zeros((1, *grid.shape)), jnp.ones((1, *grid.shape))
+    effects = StarEffects(mean=zeros, variance=zeros, outcome_variance=ones)
+    graphs = StarGraphs(jnp.zeros((1, len(grid)), bool), grid, effects)
+    certain = PosteriorOfRows(lambda _: jnp.zeros(1))
+    # from nearly exact outcomes to outcomes that tell nothing
+    return optimise(key, scm, buffer, config, graphs, certain, (0.03, 0.1, 0.3, 1.0))

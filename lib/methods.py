@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, Key
 from lib import baselines
 from lib.buffer import ExperienceBuffer
 from lib.check import BELIEFS, PROCESSES, check
-from lib.expert import ExpertRun, run_gp_ei, run_parent_scale
+from lib.expert import (
+    ExpertRun,
+    run_gp_ei,
+    run_known_graph,
+    run_parent_scale,
+    run_with_posterior,
+)
 from lib.expert_posterior import ParentScaleConfig
 from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
@@ -65,12 +71,11 @@ class ACBOPipeline(eqx.Module):
         surrogate = self.system.surrogate
         first = surrogate.predict(buffer, scm.task).posterior().top_k(16)
 
-        def believe(buffer):
+        def log_posterior(buffer):
             output = surrogate.predict(buffer, scm.task)
             return jax.nn.log_softmax(jax.vmap(output.log_prob)(first.sets))
 
-        sets = first.sets, jax.nn.log_softmax(first.log_probs)
-        return run_parent_scale(key, scm, buffer, self.config, candidate_sets=sets, predict=believe)
+        return run_with_posterior(key, scm, buffer, self.config, first, log_posterior)
 
 
 def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: int) -> Callable:
@@ -116,16 +121,12 @@ def make_method(name: str, system: TrainedACBOSystem, num_obs: int, num_steps: i
         most = buffer.valid.shape[0] - num_obs
         return system.play(key, scm, buffer, num_steps, beliefs=beliefs, most=most)
 
-    def known_graph(key, scm, buffer):
-        truth = scm.parents[None], jnp.zeros(1)
-        return run_parent_scale(key, scm, buffer, expert, candidate_sets=truth)
-
     methods = {
         "random": campaign(random),
         "least_squares": campaign(regression, baselines.least_squares),
         "additive_ridge": campaign(regression, baselines.additive_ridge),
         "bo": ft.partial(run_gp_ei, config=expert),
-        "cbo_known_graph": known_graph,
+        "cbo_known_graph": ft.partial(run_known_graph, config=expert),
         "parent_scale": ft.partial(run_parent_scale, config=expert),
         "parent_scale_amortized": ACBOPipeline(system, expert),
         "surrogate_greedy": campaign(on_surface, lambda key, output: output.best()),

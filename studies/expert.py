@@ -40,7 +40,7 @@ from lib import settings
 from lib.accuracy import Arrays
 from lib.artifacts import fingerprint, stored
 from lib.buffer import ExperienceBuffer
-from lib.expert import run_parent_scale
+from lib.expert import run_known_graph, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
 from lib.literature import BENCHMARKS, Benchmark, Do, System, Values, normal
 from lib.metrics import Estimate, Record, cells, normalised_regret, render, summarise, write_results
@@ -175,8 +175,8 @@ def play(key, scm, buffer, expert: ParentScaleConfig, known_graph: bool) -> dict
     """Outcomes and E[Y | do] of the experiments, E[Y | do] of the recommendations, the optimum over
     single interventions and E[Y] without one.
     """
-    truth, num_vars = (scm.parents[None], jnp.zeros(1)), scm.low.shape[0]
-    run = run_parent_scale(key, scm, buffer, expert, candidate_sets=truth if known_graph else None)
+    plays, num_vars = run_known_graph if known_graph else run_parent_scale, scm.low.shape[0]
+    run = plays(key, scm, buffer, expert)
     mean = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, num_vars)))
     return {
         "outcome": run.outcome,

@@ -6,8 +6,8 @@ uses it. Then
 
 - only sets that bootstraps select are candidates, without the empty one, instead of also every
   subset of the variables selected most often;
-- precision stands for covariance in the likelihood (linear), and a point is absorbed before it is
-  scored (Fourier);
+- precision stands for covariance in the likelihood (linear), and a row is scored after it has
+  conditioned the weights (Fourier);
 - Y is in its own units with noise variance one, instead of standardised with the noise estimated on
   the observational rows;
 - hyperparameters of the do-effects follow `fit_star_gp`, from raw rows.
@@ -23,34 +23,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import optax
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
-from lib.expert_gp import StarEffects, StarGP, squared_distances, star_effects
+from lib.expert_gp import (
+    StarEffects,
+    StarGP,
+    StarGraphs,
+    squared_distances,
+    star_effects,
+    where_possible,
+)
 from lib.expert_posterior import ParentScaleConfig, ParentSetRegression
 from lib.expert_prior import select, set_frequencies
 from lib.linalg import inverse_and_log_det, positive_solve
 from lib.regression import Scale
-from lib.scm import value_grid
 
 
 class PublishedRegression(ParentSetRegression):
     """The regression whose sets are scored by the published likelihood."""
 
-    def absorb(self, row):
-        after, x = super().absorb(row), self.scale(row[None])[0]
+    def update(self, row):
+        after, x = super().update(row), self.scale(row[None])[0]
         phi, linear = self.features(x), self.features.linear
         before, *_ = self.predict(phi)
         mean, variance, _ = after.predict(phi)
         by_precision = jax.vmap(positive_solve)(self.covariance, phi[:, :, None])[:, :, 0]
         mean = jnp.where(linear, before, mean)
-        variance = jnp.where(linear, self.noise + (phi * by_precision).sum(1), variance)
-        return replace(after, log_probs=self.scored(x[self.target], mean, variance))
+        variance = jnp.where(linear, self.noise_variance + (phi * by_precision).sum(1), variance)
+        return replace(after, log_probs=self.posterior_after(x[self.target], mean, variance))
 
 
 @dataclass(frozen=True)
 class PublishedConfig(ParentScaleConfig):
     """Settings of the expert as published."""
+
+    regression = PublishedRegression
 
     def prior_over_sets(self, key, task, observed):
         return bootstrap_prior(key, observed, task, self.num_bootstraps, self.num_features)
@@ -59,25 +66,22 @@ class PublishedConfig(ParentScaleConfig):
         shift, spread = super().scale(task, observed)
         return Scale(shift.at[task.target].set(0.0), spread.at[task.target].set(1.0))
 
-    def initial_regression(self, key, task, observed, sets, log_prior):
+    def features_and_noise(self, key, task, x, sets, log_prior):
         # Sets with the target have probability zero, but it may be too large for their regression.
         without = sets.at[:, task.target].set(False)
-        first = super().initial_regression(key, task, observed, without, log_prior)
-        noise = jnp.ones_like(first.noise)
-        return PublishedRegression.fit(
-            first.scale, task.target, first.features, log_prior, observed, noise
-        )
+        features, estimated = super().features_and_noise(key, task, x, without, log_prior)
+        return features, jnp.ones_like(estimated)
 
-    def do_effects(self, task, observed, sets, log_prior):
-        live, grid = log_prior > -jnp.inf, value_grid(task.low, task.high, self.num_values)
-        scale = Scale.of(observed)
+    def star_graphs(self, task, observed, sets, possible):
+        # fitted in raw units, which the hyperparameters depend on; all else is standardised
+        grid, scale = self.search_grid(task), Scale.of(observed)
         y, shift, spread = (
             jnp.take(a, task.target, axis=-1) for a in (observed, scale.shift, scale.spread)
         )
-        star = fit_star_gp(observed, y, sets, live)
-        mean, *variances = star_effects(observed, y, sets, star, grid, live)
-        standard = StarEffects((mean - shift) / spread, *(v / spread**2 for v in variances))
-        return star._replace(noise=star.noise / spread**2), standard
+        gp = fit_star_gp(observed, y, sets, possible)
+        mean, *variances = star_effects(observed, y, sets, gp, grid, possible)
+        effects = StarEffects((mean - shift) / spread, *(v / spread**2 for v in variances))
+        return StarGraphs(sets, scale(grid.T).T, effects)
 
 
 def bootstrap_prior(
@@ -87,8 +91,8 @@ def bootstrap_prior(
     `lib.expert_prior.doubly_robust_prior`.
     """
     selected, _ = select(key, rows, task, num_bootstraps, num_features)
-    sets, log_probs = set_frequencies(selected, task.possible_parents)
-    return sets, without_empty(sets, log_probs)
+    sets, frequencies = set_frequencies(selected, task.possible_parents)
+    return sets, without_empty(sets, jnp.log(frequencies))
 
 
 def without_empty(
@@ -98,35 +102,37 @@ def without_empty(
     return jnp.where(sets.any(1), log_probs, -jnp.inf)
 
 
-# what its `safe_optimization` allows
-LONGEST, NOISES, LEAST_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5
+# What its `safe_optimization` allows, in raw units: a larger lengthscale becomes 1, the noise
+# variance is clipped to this range, and an amplitude is at least this.
+LONGEST, NOISE_VARIANCES, LEAST_AMPLITUDE = 20.0, (1e-5, 2.0), 1e-5
+# of SciPy's L-BFGS the relative gain that ends its search; and a bound on the steps of ours
+LEAST_GAIN, MOST_STEPS = 2e-9, 100
 
 
 def fit_star_gp(
     x: Float[Array, "samples vars"],
     y: Float[Array, " samples"],
     sets: Bool[Array, "sets vars"],
-    live: Bool[Array, " sets"],
+    possible: Bool[Array, " sets"],
 ) -> StarGP:
     """Hyperparameters as the published code sets them, from raw `x` and `y`: all rows, gradient
     ascent from (1, 1, 1), then its limits.
 
     A lengthscale above 20 (what a straight line asks for) becomes 1 while amplitude and noise stay:
-    on linear systems its do-effects fall back to zero between the rows. Sets that are not `live`
-    get ones, without any work.
+    on linear systems its do-effects fall back to zero between the rows. Sets that are not
+    `possible` get zeros, without any work.
     """
     with jax.enable_x64(True):
         wide_x, wide_y = x.astype(jnp.float64), y.astype(jnp.float64)
         gp = jax.vmap(fit_one_star_gp, in_axes=(0, 0, None, None))(
-            live, sets, squared_distances(wide_x), wide_y
+            possible, sets, squared_distances(wide_x), wide_y
         )
         return StarGP(*(p.astype(x.dtype) for p in gp))
 
 
-# one set after the other: under `vmap` a condition would compute both of its branches
-@sequential_vmap
-def fit_one_star_gp(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
-    """Amplitude, lengthscale and noise of one set, from squared distances
+@where_possible
+def fit_one_star_gp(members, squares, y) -> tuple[Float[Array, ""], ...]:
+    """Amplitude, lengthscale and noise variance of one set, from squared distances
     `squares[vars, samples, samples]`.
     """
     optimiser, start = optax.lbfgs(), jnp.zeros(3, y.dtype)
@@ -151,18 +157,14 @@ def fit_one_star_gp(alive, members, squares, y) -> tuple[Float[Array, ""], ...]:
         after = loss(logs + updates)
         return logs + updates, state, after, value - after, step + 1
 
-    def going(carry):  # until a step gains less than SciPy's L-BFGS asks of one
+    def going(carry):
         _, _, value, gain, step = carry
-        return (gain > 2e-9 * jnp.maximum(jnp.abs(value), 1.0)) & (step < 100)
+        return (gain > LEAST_GAIN * jnp.maximum(jnp.abs(value), 1.0)) & (step < MOST_STEPS)
 
-    def fit():
-        logs, *_ = jax.lax.while_loop(
-            going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0)
-        )
-        amplitude, lengthscale, noise = jnp.exp(logs)
-        lengthscale = jnp.where(lengthscale > LONGEST, 1.0, lengthscale)
-        amplitude = jnp.maximum(amplitude, LEAST_AMPLITUDE)
-        return amplitude, lengthscale, jnp.clip(noise, *NOISES)
-
-    one = jnp.ones((), y.dtype)
-    return jax.lax.cond(alive, fit, lambda: (one, one, one))
+    logs, *_ = jax.lax.while_loop(
+        going, improve, (start, optimiser.init(start), loss(start), jnp.array(jnp.inf), 0)
+    )
+    amplitude, lengthscale, noise = jnp.exp(logs)
+    lengthscale = jnp.where(lengthscale > LONGEST, 1.0, lengthscale)
+    amplitude = jnp.maximum(amplitude, LEAST_AMPLITUDE)
+    return amplitude, lengthscale, jnp.clip(noise, *NOISE_VARIANCES)

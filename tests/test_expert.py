@@ -27,7 +27,7 @@ from lib.expert_posterior import (
     Features,
     ParentScaleConfig,
     ParentSetRegression,
-    draw_features,
+    draw_fourier_features,
     estimate_noise,
     replay_posterior,
 )
@@ -75,20 +75,22 @@ def make_rows():
 
 X = make_rows()
 Y, RAW = X[:, TARGET], single(X * np.asarray(SCALE.spread) + np.asarray(SCALE.shift))
-OMEGA, PHASE = (np.asarray(a, float) for a in draw_features(jr.key(3), len(SETS), 5, FEATURES))
+OMEGA, PHASE = (
+    np.asarray(a, float) for a in draw_fourier_features(jr.key(3), len(SETS), 5, FEATURES)
+)
 
 
 @ft.cache
-def absorbed(linear):
+def updated(linear):
     """The regression after the fitted rows, and after every new one."""
 
     def follow(linear, rows):
         features = Features(jnp.asarray(SETS), linear, single(OMEGA), single(PHASE))
-        given = features, single(LOG_PRIOR), rows[:FITTED], single(NOISE)
+        given = features, single(LOG_PRIOR), SCALE(rows[:FITTED]), single(NOISE)
         start = ParentSetRegression.fit(SCALE, jnp.array(TARGET), *given)
 
         def step(state, row):
-            state = state.absorb(row)
+            state = state.update(row)
             return state, state
 
         return start, jax.lax.scan(step, start, rows[FITTED:])[1]
@@ -123,7 +125,7 @@ def test_one_row_at_a_time_is_the_batch_posterior(linear):
     """Weights are those of a batch regression on all rows, and the predictive densities multiply to
     the ratio of batch evidences.
     """
-    start, states = absorbed(linear)
+    start, states = updated(linear)
     np.testing.assert_allclose(start.log_probs, LOG_PRIOR, atol=1e-5)
     evidence = np.zeros((NEW + 1, len(SETS)))
     for k, noise in enumerate(NOISE):
@@ -141,20 +143,20 @@ def test_one_row_at_a_time_is_the_batch_posterior(linear):
 
 
 def test_rows_that_are_free_or_in_which_the_target_was_set_say_nothing():
-    start, states = absorbed(True)
-    absorb_all = jax.jit(lambda *buffer: start.absorb_all(ExperienceBuffer(RAW[FITTED:], *buffer)))
+    start, states = updated(True)
+    update_all = jax.jit(lambda *buffer: start.update_all(ExperienceBuffer(RAW[FITTED:], *buffer)))
     of_target = jnp.broadcast_to(jnp.arange(5) == TARGET, (NEW, 5))
     every, half = jnp.ones(NEW, bool), jnp.arange(NEW) % 2 == 0
     for intervened, valid in ((of_target, every), (~of_target, ~every)):
-        assert eqx.tree_equal(absorb_all(intervened, valid)[0], start)
-    _, log_probs = absorb_all(~of_target, every)
+        assert eqx.tree_equal(update_all(intervened, valid)[0], start)
+    _, log_probs = update_all(~of_target, every)
     np.testing.assert_allclose(log_probs, states.log_probs, atol=1e-5)
-    _, log_probs = absorb_all(~of_target, half)
+    _, log_probs = update_all(~of_target, half)
     assert (log_probs[half] == log_probs[~half]).all() and (log_probs[1] != log_probs[2]).any()
 
 
 def test_more_variables_or_sets_leave_the_draws_of_the_others():
-    omega, phase = draw_features(jr.key(3), len(SETS) + 2, 8, FEATURES)
+    omega, phase = draw_fourier_features(jr.key(3), len(SETS) + 2, 8, FEATURES)
     assert (np.asarray(omega)[: len(SETS), :5] == OMEGA).all()
     assert (np.asarray(phase)[: len(SETS)] == PHASE).all()
     assert (omega[0] != omega[1]).all() and phase.min() >= 0 and phase.max() <= 2 * np.pi
@@ -184,13 +186,12 @@ def test_automatic_features_follow_the_data():
     rows[1, :, 2] = np.cos(2 * rows[1, :, 0]) + 0.1 * rows[1, :, 2]
     task = Task(jnp.array(2), jnp.zeros(3), jnp.zeros(3), jnp.ones(3, bool))
     prior = jnp.array([[1, 0, 0], [1, 1, 0]], bool), jnp.log(jnp.full(2, 0.5))
-    fit = jax.vmap(lambda rows: config.initial_regression(jr.key(0), task, rows, *prior))
-    state = jax.jit(fit)(single(rows))
-    assert state.features.linear.tolist() == [True, False]
-    # observational rows condition the weights only
-    np.testing.assert_allclose(state.log_probs, np.log(0.5), atol=1e-6)
+    key = jr.key(0)
+    choose = jax.vmap(lambda x: config.features_and_noise(key, task, Scale.of(x)(x), *prior))
+    features, noise_variance = jax.jit(choose)(single(rows))
+    assert features.linear.tolist() == [True, False]
     # in units of the variance of Y
-    np.testing.assert_allclose(state.noise[0, 1], 0.09 / rows[0, :, 2].var(), rtol=0.3)
+    np.testing.assert_allclose(noise_variance[0, 1], 0.09 / rows[0, :, 2].var(), rtol=0.3)
 
 
 # --- recorded runs of the original code ---
@@ -262,7 +263,7 @@ def follow(target, features, log_prior, observed, updates):
 
     def run(kind):
         def step(state, row):
-            state = state.absorb(row)
+            state = state.update(row)
             return state, state.log_probs
 
         noise = jnp.ones(NUM_SETS, dtype)
@@ -355,30 +356,28 @@ def recorded_gps(case):
 
 def own_gps(case, chosen):
     """Hyperparameters `[3, sets]` as our fit by the published rules finds them, for the sets that
-    are `chosen`; ones for the others.
+    are `chosen`; zeros for the others.
     """
-    x, live = (
-        single(pad(case["obs"], len(case["obs"]), NUM_VARS)),
-        pad(chosen, NUM_SETS),
-    )
-    gp = jit_fit_published(x, x[:, int(case["target"])], pad_sets(case), jnp.asarray(live))
+    x = single(pad(case["obs"], len(case["obs"]), NUM_VARS))
+    possible = jnp.asarray(pad(chosen, NUM_SETS))
+    gp = jit_fit_published(x, x[:, int(case["target"])], pad_sets(case), possible)
     return np.stack([np.asarray(p)[: len(chosen)] for p in gp[:3]])
 
 
 def effects_of(case, hyperparameters, grid, dtype):
-    """The hyperparameters as GPs, and what these say of every value of a grid."""
+    """What the GPs with these hyperparameters say of every value of a grid."""
     x = jnp.asarray(pad(case["obs"], len(case["obs"]), NUM_VARS), dtype)
     padded = pad(hyperparameters, 3, NUM_SETS, fill=1.0)
     gp = expert_gp.StarGP(*jnp.asarray(padded, dtype))
     values = jnp.asarray(pad(grid, NUM_VARS, grid.shape[1]), dtype)
-    return gp, jit_effects(x, x[:, int(case["target"])], pad_sets(case), gp, values)
+    return jit_effects(x, x[:, int(case["target"])], pad_sets(case), gp, values)
 
 
 def do_effects(case, hyperparameters):
     """Means and variances of Y under do for every row of the table, from these hyperparameters."""
     table, own = case["do_effects"], [effect_values(case, i) for i in range(len(case["topo"]))]
     grid = np.stack([pad(values, NUM_EFFECTS) for values in own])
-    _, effects = effects_of(case, hyperparameters, grid, "float32")
+    effects = effects_of(case, hyperparameters, grid, "float32")
     chosen, variables = table[:, 0].astype(int), table[:, 1].astype(int)
     places = chosen, variables, np.abs(grid[variables] - table[:, 2:3]).argmin(1)
     return np.asarray(effects.mean)[places], np.asarray(effects.variance)[places]
@@ -470,11 +469,11 @@ def improvements(name):
     grids = np.stack([np.sort(np.append(*one)) for one in zip(special, between, strict=True)])
     at_points, at_best = np.full((2, *case["ei"].shape), np.nan)
     with jax.enable_x64(True):
-        gp, effects = effects_of(case, hyperparameters, grids, "float64")
+        effects = effects_of(case, hyperparameters, grids, "float64")
         wide_grid = jnp.asarray(pad(grids, NUM_VARS, NUM_VALUES))
         for t, explored in enumerate(~np.isnan(case["ei"])):
             belief = jnp.log(pad(case["posterior_published"][first + t - 1], NUM_SETS))
-            priors = jax.device_get(expert_gp.aggregate_effects(wide_grid, belief, effects, gp))
+            priors = jax.device_get(expert_gp.average_effects(wide_grid, belief, effects))
             for i in np.flatnonzero(explored):
                 prior = expert_gp.CausalPrior(*(leaf[i] for leaf in priors))
                 own = np.flatnonzero(variables[: first + t] == i)
@@ -636,18 +635,17 @@ def test_a_case_is_replayed_from_its_raw_rows(name, monkeypatch):
     np.testing.assert_allclose(pruned(probs, expected), expected, atol=5e-4)
 
 
-def test_on_the_system_of_a_case_the_expert_does_as_well():
+def test_on_the_system_of_a_case_the_expert_does_as_well(monkeypatch):
     """Same system, data, sets and settings: after ten experiments what it recommends is as good as
     the best that the original tried.
     """
     case = read_case("d5_linear_dr1_s0_T30")
     start = case_buffer(case).first(len(case["obs"]) + len(case["int_var"]))
+    monkeypatch.setattr(PublishedConfig, "prior_over_sets", lambda *_: candidates_of(case))
 
     @jax.jit
     def both(scm, buffer, variables, values):
-        run = run_parent_scale(
-            jr.key(0), scm, buffer, AS_PUBLISHED, candidate_sets=candidates_of(case)
-        )
+        run = run_parent_scale(jr.key(0), scm, buffer, AS_PUBLISHED)
         mean = jax.vmap(lambda i, v: scm.mean_outcome(Intervention.single(i, v, 5)))
         tried = mean(run.variable, run.value), mean(variables, values)
         nothing = scm.mean_outcome(Intervention.none(5))
@@ -796,10 +794,8 @@ def test_a_buffer_that_fills_up_gives_nan(runs, problem):
         assert all((np.isnan(leaf) == wrong).all() for leaf in numbers)
 
 
-def test_a_buffer_that_is_too_small_and_predictions_without_sets_are_refused(problem):
+def test_a_buffer_that_is_too_small_is_refused(problem):
     scm, buffers = problem
     buffer = jax.tree.map(lambda leaf: leaf[0, : CONFIG.num_obs + 3], buffers)
     with pytest.raises(ValueError, match=r"63 places.* 6 experiments \(at least 60 rows"):
         eqx.filter_eval_shape(run_parent_scale, KEYS[0], scm, buffer, CONFIG)
-    with pytest.raises(ValueError, match="candidate_sets"):
-        run_parent_scale(KEYS[0], scm, buffer, CONFIG, predict=lambda buffer: jnp.zeros(1))

@@ -92,7 +92,7 @@ def test_only_the_first_rows_choose_hyperparameters(monkeypatch):
 
 def test_effects_agree_with_a_loop_over_values_and_rows():
     """Set a variable in every row, predict with the GP of the set, average: mean, predictive
-    variance, and spread of the mean.
+    variance, and variance of the mean over rows, to which an outcome adds the noise.
     """
     effects = jit_effects(single(X), single(Y), jnp.asarray(SETS), HAND_MADE, single(GRID))
     for k, members in enumerate(SETS):
@@ -107,7 +107,7 @@ def test_effects_agree_with_a_loop_over_values_and_rows():
             cross = gaussian(changed[:, members], inputs, amplitude, lengthscale)
             means = cross @ inverse @ Y
             variances = amplitude - np.einsum("rn,nm,rm->r", cross, inverse, cross) + noise
-            expected = [means.mean(), variances.mean(), means.var()]
+            expected = [means.mean(), variances.mean(), means.var() + noise]
             np.testing.assert_allclose(
                 [float(e[k, i, b]) for e in effects], expected, atol=1e-4, rtol=1e-4
             )
@@ -125,27 +125,26 @@ def test_a_known_effect_is_recovered_under_the_right_set(fitted):
     # variables outside the set have no effect
     assert (slopes[0, 1:] == 0).all() and (slopes[3] == 0).all()
     # what B, of variance one, still does to Y
-    np.testing.assert_allclose(effects.spread[1, 0, 1], 1.0, atol=0.1)
+    by_b = effects.outcome_variance - fitted.noise_variance[:, None, None]
+    np.testing.assert_allclose(by_b[1, 0, 1], 1.0, atol=0.1)
 
 
-def test_aggregation_is_that_of_a_mixture():
-    """Moments of a mixture over sets, and the noise of one outcome, averaged over sets."""
+def test_the_average_is_that_of_a_mixture():
+    """Moments of a mixture over sets, and the variance of one outcome, averaged over sets."""
     rng = np.random.default_rng(2)
-    mean, variance, spread = (
+    mean, variance, outcome_variance = (
         rng.normal(size=(3, 4, 2, BINS)) ** np.array([1, 2, 2])[:, None, None, None]
     )
-    probs, noise = np.array([0.5, 0.3, 0.2, 0.0]), rng.uniform(0.1, 1.0, 4)
+    probs = np.array([0.5, 0.3, 0.2, 0.0])
     with np.errstate(divide="ignore"):
         log_probs = single(np.log(probs))
-    effects = expert_gp.StarEffects(*map(single, (mean, variance, spread)))
-    gp = expert_gp.StarGP(jnp.ones(4), jnp.ones(4), single(noise))
-    grid = jnp.zeros((2, BINS))
-    prior = jax.jit(expert_gp.aggregate_effects)(grid, log_probs, effects, gp)
+    effects = expert_gp.StarEffects(*map(single, (mean, variance, outcome_variance)))
+    prior = jax.jit(expert_gp.average_effects)(jnp.zeros((2, BINS)), log_probs, effects)
     first, second = (np.tensordot(probs, m, 1) for m in (mean, variance + mean**2))
-    expected = np.tensordot(probs, spread + noise[:, None, None], 1)
+    expected = np.tensordot(probs, outcome_variance, 1)
     np.testing.assert_allclose(prior.mean, first, atol=1e-5)
     np.testing.assert_allclose(prior.deviation**2, second - first**2, atol=1e-5)
-    np.testing.assert_allclose(prior.noise, expected, atol=1e-5)
+    np.testing.assert_allclose(prior.outcome_variance, expected, atol=1e-5)
 
 
 # --- the causal-prior Gaussian process ---

@@ -141,23 +141,23 @@ def test_standardise():
 
 
 def test_residuals_are_held_out(monkeypatch):
-    """With the waves penalised away each fold's prediction is a ridge regression on the drawn rows
-    of the others, once per bootstrap.
+    """With the Fourier features penalised away each fold's prediction is a ridge regression on the
+    drawn rows of the others, once per bootstrap.
     """
     rows, rng, key = 23, np.random.default_rng(3), jr.key(4)
     x = zscores(rng.normal(size=(rows, 3)))
     y = zscores(x @ np.array([1.0, -0.5, 0.0]) + 0.3 * rng.normal(size=rows))
 
     def residuals(penalty):
-        monkeypatch.setattr(expert_prior, "PENALTY", penalty)
-        run = jax.jit(lambda x, y: expert_prior.held_out_residuals(key, x, y, 2, 4))
+        monkeypatch.setattr(expert_prior, "FOURIER_PENALTY", penalty)
+        run = jax.jit(lambda x, y: expert_prior.residual_products(key, x, y, 2, 4))
         return (
             np.asarray(a) for a in run(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
         )
 
     full, without, counts = residuals(1e6)
     assert full.shape == counts.shape == (2, 25) and without.shape == (3, 2, 25)
-    # the places that fill the last fold up were never drawn
+    # the rows that fill up the last fold were never drawn
     assert (counts.sum(1) == rows).all() and (counts[:, rows:] == 0).all()
     order = np.asarray(jr.permutation(jr.split(jr.split(key)[1])[0], rows))
     x, y, fold = x[order], y[order], np.arange(rows) // 5
@@ -177,7 +177,7 @@ def test_residuals_are_held_out(monkeypatch):
             expected = squared_residuals(columns, counts[b, :rows])
             np.testing.assert_allclose(found[b, :rows], expected, atol=2e-3)
     products, *_ = residuals(0.01)
-    assert (products < 0).any()  # with waves the two nuisances differ: no squares
+    assert (products < 0).any()  # with Fourier features the two nuisances differ: no squares
 
 
 def test_p_values_agree_with_a_paired_t_test():
@@ -230,10 +230,11 @@ def test_equal_selections_are_counted_and_single_variables_stand_in_for_none(
     selected, drop_empty, expected
 ):
     real = jnp.array([True, True, False, True])
-    sets, log_probs = expert_prior.set_frequencies(jnp.asarray(selected), real)
+    sets, frequencies = expert_prior.set_frequencies(jnp.asarray(selected), real)
+    log_probs = jnp.log(frequencies)
     if drop_empty:
         log_probs = published.without_empty(sets, log_probs)
-    assert sets.shape == (4, 4)  # at least as many places as variables
+    assert sets.shape == (4, 4)  # at least as many sets as variables
     assert members(np.asarray(sets), np.exp(np.asarray(log_probs))) == pytest.approx(expected)
 
 
