@@ -87,8 +87,8 @@ class Config:
     """Models in one program; also the interval of checkpoints."""
 
     def __post_init__(self):
-        settings.check(self)
-        settings.check(self.expert)
+        settings.validate(self)
+        settings.validate(self.expert)
         if not 0 < round(self.num_models * self.validation_split) < self.num_models:
             raise ValueError(
                 f"num_models = {self.num_models} cannot be split with "

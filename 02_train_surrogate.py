@@ -110,7 +110,7 @@ class Config:
     """Steps between checkpoints, likewise."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
         sizes = [bucket.max_size for bucket in self.buckets]
         if sizes != sorted(set(sizes)) or sizes[0] < self.prior.min_size:
             raise ValueError(

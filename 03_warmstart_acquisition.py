@@ -103,7 +103,7 @@ class Config:
     """Iterations between checkpoints."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
         if not 0 <= self.multimodal_share <= 1 or not 0 <= self.average < 1:
             raise ValueError(
                 f"multimodal_share = {self.multimodal_share} must be in [0, 1], "

@@ -92,7 +92,7 @@ class Config:
     """Rounds between checkpoints."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
         if not self.campaign.num_steps:
             raise ValueError("campaign.num_steps = 0 must be at least 1")
 

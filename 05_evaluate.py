@@ -95,8 +95,8 @@ class Config:
     """Experiments on each benchmark."""
 
     def __post_init__(self):
-        settings.check(self)
-        settings.check(ParentScaleConfig(self.num_obs, self.num_steps))
+        settings.validate(self)
+        settings.validate(ParentScaleConfig(self.num_obs, self.num_steps))
         if min(*self.sizes, self.transfer_size) < 2:
             raise ValueError(
                 f"sizes {self.sizes} and transfer_size = {self.transfer_size} must "

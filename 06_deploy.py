@@ -136,7 +136,7 @@ class Demo:
     """Trained system; the default is the one that comes with this script."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 def suggest(config: Suggest) -> dict:

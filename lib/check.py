@@ -9,8 +9,9 @@ Hypotheses about the surface f_i(v) = E[Y | do(X_i = v)] of each variable:
   Kennedy and O'Hagan 2001, but of the whole surface).
 
 These are averaged by Bayes' rule. A *world* w is the share of variables about which the surrogate
-is wrong (one of `CheckConfig.wrong`), or the case that no variable has an effect. Given the world
-and the variance s of an outcome's noise, variables i are independent, each with one hypothesis h:
+is wrong (one of `CheckConfig.wrong_shares`), or the case that no variable has an effect. Given the
+world and the variance s of an outcome's noise, variables i are independent, each with one
+hypothesis h:
 
     P(w, s | y) ~ P(w) P(s) prod_i sum_h P(h | w, i) p(y_i | h, s),
 
@@ -42,8 +43,8 @@ from lib.sums import Summary
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
 
-AMPLITUDES = (0.5, 2.0)  # of a process, in units of what the outcomes span
-LENGTHSCALE = 0.3  # of a process, in widths of a range
+PROCESS_AMPLITUDES = (0.5, 2.0)  # of a process, in units of what the outcomes span
+PROCESS_LENGTHSCALE = 0.3  # of a process, in widths of a range
 # of an outcome around its mean, in variances of Y: what all causes but the one that was set add
 NOISE_VARIANCES = np.array([0.05, 0.3, 1.0])
 # in a range, at most .67 lengthscales apart: a process's values there determine the others
@@ -57,37 +58,37 @@ class CheckConfig:
     (reference/check.md).
     """
 
-    wrong: tuple[float, ...] = (0.005, 0.05, 0.5)
+    wrong_shares: tuple[float, ...] = (0.005, 0.05, 0.5)
     """The worlds: shares of variables about which the surrogate may be wrong."""
     wrong_probs: tuple[float, ...] = (0.75, 0.2, 0.05)
     """Prior probabilities of these worlds."""
-    untried: float = 10.0
+    untried_factor: float = 10.0
     """Factor by which the shares are larger in a file without experiments."""
-    nothing: float = 0.04
+    no_effects_prob: float = 0.04
     """Prior probability of the world in which no variable moves the target."""
-    flat: float = 0.5
+    flat_prob: float = 0.5
     """Prior probability that a variable has no effect, where the surrogate is wrong about it; the
     rest is that of the Gaussian processes.
     """
-    far: float = 4.0
+    far_std: float = 4.0
     """Standard deviations up to which a range is like those of training; beyond, the surrogate is
     right with a probability that falls as (far / range)^2.
     """
-    outliers: float = 0.05
+    outlier_prob: float = 0.05
     """Probability that an outcome is an outlier, whatever the hypothesis."""
-    loose: float = 0.1
+    loose_std: float = 0.1
     """Standard deviation of the noise where no smooth surface fits the outcomes, in units of what
     they span; its square is added to three times the variance of Y.
     """
-    anchor: float = 0.5
+    anchor_std: float = 0.5
     """Prior standard deviation, for processes, of the difference between doing nothing and setting
     a variable to its mean, in standard deviations of the target.
     """
-    pays: float = 4.0
+    least_gain_ratio: float = 4.0
     """A setting is recommended if its expected gain over doing nothing is at least this many times
     its expected loss.
     """
-    enough: float = 0.9
+    least_gain_share: float = 0.9
     """The policy chooses among experiments whose expected gain is at least this share of the
     largest.
     """
@@ -95,7 +96,7 @@ class CheckConfig:
 
 BELIEFS = CheckConfig()
 # the Gaussian processes without the surrogate
-PROCESSES = CheckConfig(wrong=(1.0,), wrong_probs=(1.0,), nothing=0.0, flat=0.0)
+PROCESSES = CheckConfig(wrong_shares=(1.0,), wrong_probs=(1.0,), no_effects_prob=0.0, flat_prob=0.0)
 
 
 class Experiments(NamedTuple):
@@ -245,25 +246,30 @@ class Checked(NamedTuple):
         band = 1.645 * jnp.sqrt(std**2 + self.output.spread**2)
         return self.done.valid & (jnp.abs(self.done.outcome - mean) <= band)
 
-    def recommended(self, pays: float = BELIEFS.pays) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    def recommended(
+        self, least_gain_ratio: float = BELIEFS.least_gain_ratio
+    ) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """Variable and value of the lowest believed mean; variable -1, doing nothing, where its
-        expected gain over that is not `pays` times its expected loss.
+        expected gain over that is not `least_gain_ratio` times its expected loss.
         """
         mean = self.belief.mean
         i, b = highest(-mean, self.output.task.candidates[:, None])
         gain = self.belief.against_nothing[1][i, b]
         loss = gain + mean[i, b] - self.belief.nothing
-        return jnp.where((gain > loss) & (gain >= pays * loss), i, -1), self.output.grid[i, b]
+        pays = (gain > loss) & (gain >= least_gain_ratio * loss)
+        return jnp.where(pays, i, -1), self.output.grid[i, b]
 
     def choose(
-        self, preference: Float[Array, "vars bins"], enough: float = BELIEFS.enough
+        self,
+        preference: Float[Array, "vars bins"],
+        least_gain_share: float = BELIEFS.least_gain_share,
     ) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """The next experiment: the cell of the highest `preference` among those that are expected
-        to gain at least the share `enough` of the most that one can. So an experiment of which
-        little is left to learn is not repeated, whatever its preference.
+        to gain at least the share `least_gain_share` of the most that one can. So an experiment of
+        which little is left to learn is not repeated, whatever its preference.
         """
         worth = self.gain
-        allowed = worth >= enough * worth.max()
+        allowed = worth >= least_gain_share * worth.max()
         return self.output.task.highest(jnp.where(allowed, preference, -jnp.inf))
 
 
@@ -306,18 +312,25 @@ def prior_weights(reach, tried, config):
     """Prior of the components given a world `[worlds, vars, components]`, and of the worlds: shares
     of variables that the surrogate is wrong about, then the one in which none has an effect.
     """
-    wrong = jnp.array(config.wrong)
+    wrong = jnp.array(config.wrong_shares)
     # at most 0.9, or what is configured: a tenth is left to the surrogate
-    untried = jnp.minimum(config.untried * wrong, jnp.maximum(0.9, wrong))
+    untried = jnp.minimum(config.untried_factor * wrong, jnp.maximum(0.9, wrong))
     wrong = jnp.where(tried, wrong, untried)
     # 1e-6: a variable without a range reaches nowhere
-    near = jnp.minimum(1.0, (config.far / jnp.maximum(reach, 1e-6)) ** 2)
+    near = jnp.minimum(1.0, (config.far_std / jnp.maximum(reach, 1e-6)) ** 2)
     right = ((1 - wrong)[:, None] * near[None])[..., None]
-    otherwise = jnp.array([config.flat, *[(1 - config.flat) / len(AMPLITUDES)] * len(AMPLITUDES)])
+    otherwise = jnp.array(
+        [
+            config.flat_prob,
+            *[(1 - config.flat_prob) / len(PROCESS_AMPLITUDES)] * len(PROCESS_AMPLITUDES),
+        ]
+    )
     prior = jnp.concatenate([right, (1 - right) * otherwise[None, None]], axis=-1)
     no_effect = jnp.arange(prior.shape[-1]) == 1
     prior = jnp.concatenate([prior, jnp.broadcast_to(no_effect[None, None], prior[:1].shape)])
-    worlds = jnp.append((1 - config.nothing) * jnp.array(config.wrong_probs), config.nothing)
+    worlds = jnp.append(
+        (1 - config.no_effects_prob) * jnp.array(config.wrong_probs), config.no_effects_prob
+    )
     return prior, worlds
 
 
@@ -345,9 +358,9 @@ def average(output, predicted, done, usual, reach, observed, config) -> Belief:
     # what outcomes span: their root mean square, at least the standard deviation of the target
     unit = jnp.maximum(jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1)), output.spread)
     noise = jnp.append(
-        output.spread**2 * NOISE_VARIANCES, 3.0 * output.spread**2 + (config.loose * unit) ** 2
+        output.spread**2 * NOISE_VARIANCES, 3.0 * output.spread**2 + (config.loose_std * unit) ** 2
     )
-    outlier = config.outliers, nothing, 3.0 * unit  # three times what outcomes span: anywhere
+    outlier = config.outlier_prob, nothing, 3.0 * unit  # three times what outcomes span: anywhere
     own = done.by_variable(num_vars).astype(noise.dtype)
 
     # of the surrogate's surface and the flat one: [done, noises, 2]
@@ -355,7 +368,9 @@ def average(output, predicted, done, usual, reach, observed, config) -> Belief:
     std = jnp.stack([predicted[1], jnp.zeros_like(predicted[1])], -1)[:, None]
     std = jnp.hypot(std, jnp.sqrt(noise)[None, :, None])
     given = log_outcome(done.outcome[:, None, None], mean, std, outlier)
-    process_evidence, means, stds = processes(output, done, own, noise, unit, usual, config.anchor)
+    process_evidence, means, stds = processes(
+        output, done, own, noise, unit, usual, config.anchor_std
+    )
     # [vars, noises, components]
     likelihood = jnp.concatenate([jnp.tensordot(own, given, 1), process_evidence], -1)
 
@@ -390,7 +405,7 @@ def basis_functions(position: Float[Array, " values"]) -> Float[Array, "values f
     """
 
     def kernel(a, to):
-        return to.exp(-0.5 * ((a[:, None] - INDUCING_POINTS[None]) / LENGTHSCALE) ** 2)
+        return to.exp(-0.5 * ((a[:, None] - INDUCING_POINTS[None]) / PROCESS_LENGTHSCALE) ** 2)
 
     return kernel(position, jnp) @ np.linalg.inv(np.linalg.cholesky(kernel(INDUCING_POINTS, np))).T
 
@@ -430,7 +445,7 @@ def processes(output, done, own, noise, unit, usual, anchor):
             return evidence, nothing + grid_phi @ weights, jnp.sqrt(variance)
 
         over = jax.vmap(jax.vmap(process, (0, None)), (None, 0))  # amplitudes within noises
-        return over(jnp.array(AMPLITUDES), noise)
+        return over(jnp.array(PROCESS_AMPLITUDES), noise)
 
     evidence, means, stds = jax.vmap(of_variable)(output.grid, usual, own)
     return evidence, *(jnp.transpose(x, (1, 2, 0, 3)) for x in (means, stds))

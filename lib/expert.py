@@ -150,7 +150,7 @@ def acquire(
 # --- a run ---
 
 
-class State(NamedTuple):
+class ExpertState(NamedTuple):
     """What an expert keeps beside the buffer: its posterior, and the outcome of every row as the
     Gaussian processes see it, in raw units.
     """
@@ -172,7 +172,7 @@ class Expert(eqx.Module):
     num_averaged: Float[Array, " samples"]
     noise_factors: tuple[float, ...] = eqx.field(static=True)
 
-    def decide(self, key, buffer: ExperienceBuffer, state: State, t) -> tuple[Choice, tuple]:
+    def decide(self, key, buffer: ExperienceBuffer, state: ExpertState, t) -> tuple[Choice, tuple]:
         """Steps 3 to 5: the next experiment from everything known, without chance; and, to be
         reported, the log-probabilities of the sets, the surface, the recommendation, and how many
         hyperparameters failed.
@@ -184,13 +184,13 @@ class Expert(eqx.Module):
         surface, chosen, recommended = acquire(self.task, self.scale, gps, explored)
         return chosen, (log_probs, surface, recommended, failures.sum())
 
-    def update(self, state: State, index, rows: Float[Array, "rows vars"]) -> State:
+    def update(self, state: ExpertState, index, rows: Float[Array, "rows vars"]) -> ExpertState:
         """Step 2, after an experiment whose row has this `index` in the buffer, and whose samples
         are `rows`. The first, which the buffer keeps, is not among those averaged, as in the
         published protocol, unless it is the only one.
         """
         outcome = jnp.take(rows[-self.config.outcome_samples :].mean(0), self.task.target)
-        return State(state.posterior.update(rows[0]), state.outcomes.at[index].set(outcome))
+        return ExpertState(state.posterior.update(rows[0]), state.outcomes.at[index].set(outcome))
 
     def fit_gps(
         self,
@@ -242,7 +242,7 @@ def optimise(
         buffer,
         config.num_steps,
         expert.decide,
-        state=State(posterior, jnp.take(buffer.values, scm.target, axis=1)),
+        state=ExpertState(posterior, jnp.take(buffer.values, scm.target, axis=1)),
         update=lambda state, t, rows: expert.update(state, start + t, rows),
         num_rows=samples + (samples > 1),
     )

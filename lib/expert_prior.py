@@ -30,7 +30,7 @@ from lib.scm import Task
 
 # ridge penalties per row: of the linear part only to make the system regular, and of the Fourier
 # features, which can fit noise
-LINEAR_PENALTY, FOURIER_PENALTY = 1e-3, 0.01
+AFFINE_PENALTY, FOURIER_PENALTY = 1e-3, 0.01
 NUM_FOLDS = 5  # of the cross-fitting
 FALSE_DISCOVERIES = 0.05  # their rate among the selected
 UNION_SIZE = 4  # variables whose subsets are all candidates: 16 sets
@@ -105,7 +105,7 @@ def residual_products(
     x, y = jnp.pad(x[order], ((0, fill), (0, 0))), jnp.pad(y[order], (0, fill))
     # the intercept is penalised as weakly as the slopes: the data are standardised
     penalty = num_rows * jnp.concatenate(
-        [jnp.full(1 + num_vars, LINEAR_PENALTY), jnp.full(num_features, FOURIER_PENALTY)]
+        [jnp.full(1 + num_vars, AFFINE_PENALTY), jnp.full(num_features, FOURIER_PENALTY)]
     )
 
     def product(kept):

@@ -16,7 +16,7 @@ Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, a
 TERM = r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*(%s)\s*"
 
 
-def index_of(name: str, data: Experience, where: str) -> int:
+def variable_index(name: str, data: Experience, where: str) -> int:
     """A variable beside the target; `DataError` for any other name."""
     others = [one for i, one in enumerate(data.names) if i != data.target]
     found = find(name, others)
@@ -33,8 +33,8 @@ def known_edges(
 
     Raises `DataError` for what is no variable, for contradictions and for a file that does not fit.
     """
-    required = tuple(index_of(name, data, "--require") for name in require)
-    forbidden = {index_of(name, data, "--forbid") for name in forbid}
+    required = tuple(variable_index(name, data, "--require") for name in require)
+    forbidden = {variable_index(name, data, "--forbid") for name in forbid}
     if tiers:
         table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
         demand(
@@ -99,7 +99,7 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
             f"{where}: '{parts[0].strip()}' is no sum of numbers times variables; these are "
             f"{', '.join(others)}",
         )
-        which = [index_of(term[3], data, where) for term in terms]
+        which = [variable_index(term[3], data, where) for term in terms]
         numbers = [float(f"{term[1]}{term[2] or 1}") for term in terms]
         factors = np.bincount(which, numbers, minlength=len(usual))
         # of each variable alone, others being as usual; NaN for those that the limit does not name

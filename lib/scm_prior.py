@@ -19,7 +19,7 @@ from lib.scm import (
 )
 
 
-NUM_FEATURES = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
+NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
 
 
@@ -150,9 +150,9 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
         range=(2, d),
         weight=(d, d),
         sign=(d, d),
-        phase=(d, NUM_FEATURES),
+        phase=(d, NUM_HIDDEN),
     )
-    n = draw(jr.normal, normal_key, frequency=(d, d, NUM_FEATURES), amplitude=(d, NUM_FEATURES))
+    n = draw(jr.normal, normal_key, frequency=(d, d, NUM_HIDDEN), amplitude=(d, NUM_HIDDEN))
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
     family = one_of(u["family"], prior.families, FAMILIES)
     mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
@@ -173,7 +173,7 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
         weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
         frequencies=n["frequency"] / lengthscale[None, :, None],
         phases=between(u["phase"], *phases),
-        amplitudes=2.0 * jnp.sqrt(2.0 / NUM_FEATURES) * n["amplitude"],
+        amplitudes=2.0 * jnp.sqrt(2.0 / NUM_HIDDEN) * n["amplitude"],
         noise_scale=log_between(u["noise"], prior.min_noise, prior.max_noise),
         shift=jnp.zeros(d),
         spread=jnp.ones(d),

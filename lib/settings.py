@@ -40,7 +40,7 @@ def stage_key(seed: int, *names: str) -> jax.Array:
     return key
 
 
-def check(config: Any) -> None:
+def validate(config: Any) -> None:
     """Raise `ValueError`, which the command line prints as one line, for a setting that cannot be
     meant; also of settings within `config`.
 
@@ -55,7 +55,7 @@ def check(config: Any) -> None:
         for one in value if isinstance(value, tuple) else (value,):
             least = 0 if field.name in MAY_BE_ZERO or field.default == 0 else 1
             if is_dataclass(one):
-                check(one)
+                validate(one)
             if isinstance(one, bool) or not isinstance(one, (int, float)):
                 continue
             if field.name.endswith("seed"):

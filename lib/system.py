@@ -184,7 +184,9 @@ class TrainedACBOSystem(eqx.Module):
             policy = self.policy(state)
             if online:
                 policy = online_policy(key, self.policy, state, checked.gain)
-            return checked.choose(policy.logits, beliefs.enough), checked.recommended(beliefs.pays)
+            return checked.choose(policy.logits, beliefs.least_gain_share), checked.recommended(
+                beliefs.least_gain_ratio
+            )
 
         return play_campaign(key, scm, buffer, num_steps, decide)
 
@@ -358,8 +360,8 @@ def _answer(system, buffer, task, remaining, known, most, beliefs) -> Answer:
     # A campaign starts with the data that are there, in training as here: none of it is a step.
     state = AcquisitionState(buffer, checked.averaged, jnp.array(0), remaining)
     return Answer(
-        experiment=checked.choose(system.policy(state).logits, beliefs.enough),
-        action=checked.recommended(beliefs.pays),
+        experiment=checked.choose(system.policy(state).logits, beliefs.least_gain_share),
+        action=checked.recommended(beliefs.least_gain_ratio),
         marginals=believed.marginals(),
         parent_sets=believed.posterior().top_k(5),
         grid=output.grid,

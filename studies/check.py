@@ -42,17 +42,19 @@ from lib.system import TrainedACBOSystem, deploy_trained_system
 field = importlib.import_module("studies.field.run")
 SYSTEMS = field.module_of("field_systems", field.HERE / "systems.py").SYSTEMS
 PARTS = {
-    "no flat effects": replace(BELIEFS, flat=0.0, nothing=0.0),
-    "no world without effects": replace(BELIEFS, nothing=0.0),
-    "ranges of any length": replace(BELIEFS, far=np.inf),
-    "no outliers": replace(BELIEFS, outliers=0.0),
-    "no anchor": replace(BELIEFS, anchor=np.inf),
-    "nothing only if its mean is lower": replace(BELIEFS, pays=0.0),
-    "the policy alone chooses": replace(BELIEFS, enough=0.0),
-    "the gain alone chooses": replace(BELIEFS, enough=1.0),
+    "no flat effects": replace(BELIEFS, flat_prob=0.0, no_effects_prob=0.0),
+    "no world without effects": replace(BELIEFS, no_effects_prob=0.0),
+    "ranges of any length": replace(BELIEFS, far_std=np.inf),
+    "no outliers": replace(BELIEFS, outlier_prob=0.0),
+    "no anchor": replace(BELIEFS, anchor_std=np.inf),
+    "nothing only if its mean is lower": replace(BELIEFS, least_gain_ratio=0.0),
+    "the policy alone chooses": replace(BELIEFS, least_gain_share=0.0),
+    "the gain alone chooses": replace(BELIEFS, least_gain_share=1.0),
 }
 # the surrogate alone, as the check has it: its bands are those of `acbo_unchecked`
-UNCHECKED = replace(PROCESSES, wrong=(0.0,), far=np.inf, pays=0.0, enough=0.0)
+UNCHECKED = replace(
+    PROCESSES, wrong_shares=(0.0,), far_std=np.inf, least_gain_ratio=0.0, least_gain_share=0.0
+)
 BEFORE = {"acbo_unchecked": UNCHECKED, "gaussian_processes": PROCESSES}
 
 
@@ -82,7 +84,7 @@ class Config:
     """Where tables go."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 @eqx.filter_jit

@@ -95,7 +95,7 @@ class Config:
     """Where tables, figure and raw results go."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 TRIALS = (1, 3, 10, 30)

@@ -55,7 +55,7 @@ class Config:
     """Where weights and tables go."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 # Flags of 02_train_surrogate.py: the enumerated prior, and no expert.

@@ -61,7 +61,7 @@ class Config:
     """Where tables go."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 EFFECTS = {

@@ -55,7 +55,7 @@ class Config:
     """Where tables and figures go."""
 
     def __post_init__(self):
-        settings.check(self)
+        settings.validate(self)
 
 
 def kinds(config: Config) -> dict[str, SCMPrior]:

@@ -86,7 +86,7 @@ def test_processes_are_gaussian_processes():
     """The basis functions of a process have its kernel, also a little outside its range."""
     place = np.random.default_rng(0).uniform(-0.05, 1.05, 30)
     found = checks.basis_functions(jnp.asarray(place))
-    kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.LENGTHSCALE) ** 2)
+    kernel = np.exp(-0.5 * ((place[:, None] - place) / checks.PROCESS_LENGTHSCALE) ** 2)
     np.testing.assert_allclose(found @ found.T, kernel, atol=2e-3)
 
 
@@ -115,8 +115,8 @@ def test_regression_has_the_evidence_and_the_posterior_of_its_formulas(scale, in
 def test_without_experiments_the_weights_are_the_prior():
     config = CheckConfig()
     belief = checked([]).belief
-    shares = [min(config.untried * share, 0.9) for share in config.wrong]
-    wanted = (1 - config.nothing) * (1 - np.dot(shares, config.wrong_probs))
+    shares = [min(config.untried_factor * share, 0.9) for share in config.wrong_shares]
+    wanted = (1 - config.no_effects_prob) * (1 - np.dot(shares, config.wrong_probs))
     np.testing.assert_allclose(belief.weights.sum(0), 1.0, atol=1e-5)
     np.testing.assert_allclose(belief.weights[0][:2], wanted, atol=1e-4)
     assert belief.nothing == pytest.approx(0.0, abs=1e-5)
@@ -240,7 +240,7 @@ def test_an_experiment_of_which_little_is_left_to_learn_is_not_made_again():
     first = checked(TRUE)
     known = [(1, float(first.output.grid[1, 3]), 0.0)] * 9
     found = [
-        one.choose(wanted, enough=0.5)
+        one.choose(wanted, least_gain_share=0.5)
         for one in (checked([], slope=(0.0, 0.0)), checked(known, slope=(0.0, 0.0)))
     ]
     assert found[0][0] == 1 and found[0][1] == first.output.grid[1, 3]

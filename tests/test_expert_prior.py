@@ -164,7 +164,7 @@ def test_residuals_are_held_out(monkeypatch):
 
     def squared_residuals(columns, weights):
         phi, result = np.column_stack([np.ones(rows), x[:, columns]]), np.zeros(rows)
-        ridge = rows * expert_prior.LINEAR_PENALTY * np.eye(phi.shape[1])
+        ridge = rows * expert_prior.AFFINE_PENALTY * np.eye(phi.shape[1])
         for f in range(expert_prior.NUM_FOLDS):
             train, held_out = np.where(fold == f, 0.0, weights), fold == f
             gram, moment = phi.T @ (train[:, None] * phi) + ridge, phi.T @ (train * y)
