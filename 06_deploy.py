@@ -1,8 +1,11 @@
 """Stage 6: the trained system at work, without the expert and without ground truth.
 
-The next experiment for data of your own, and a whole campaign on a system whose truth is known:
+The next experiment for data of your own; a result added to them; a whole campaign with a command
+that makes the experiments; and one on a system whose truth is known:
 
-    python 06_deploy.py suggest --data experiments.csv --target Y --objective min
+    python 06_deploy.py suggest --data experiments.csv --target yield --objective max
+    python 06_deploy.py observe --data experiments.csv --row '{"catalyst": 8, "yield": 66, ...}'
+    python 06_deploy.py run --data experiments.csv --target yield --objective max --experiment ./lab
     python 06_deploy.py demo --benchmark toy --seeds 3
 
 Data: one row per experiment, one column per variable, and a column `intervened` that names what was
@@ -11,107 +14,97 @@ set by hand in that row (empty for an observation); `lib/reading.py` says what e
 variable that it does not list is never intervened on. Without it, each variable within what it was
 set to, or seen at. Bad input ends with a line for each thing that is wrong, and exit status 2.
 The same question gets the same answer: nothing is drawn. `--version` says which system answers.
+`acbo.py` is the same from Python.
 """
 
 import json
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import equinox as eqx
-import jax
-import numpy as np
 import tyro
 from tabulate import tabulate
-from tyro.conf import UseAppendAction
 
+import acbo
 from lib import settings
-from lib.answer import (
-    VERSION,
-    as_text,
-    elsewhere,
-    imagined,
-    in_own_units,
-    resting_on_one,
-    toward,
-    within_lots,
-)
+from lib.answer import VERSION, text
 from lib.artifacts import digest
-from lib.buffer import ExperienceBuffer
-from lib.knowledge import known_edges, within
+from lib.columns import NOT_SET
 from lib.literature import Benchmark
+from lib.observing import made_by, observe, row_of
 from lib.problems import DataDesign, draw_data
-from lib.reading import Scale, read_experiments
 from lib.scm import Intervention
-from lib.system import BUCKETS, DeploymentConfig, TrainedACBOSystem, deploy_trained_system
-from lib.table import demand, read_bounds, refuse, told
+from lib.system import BUCKETS, TrainedACBOSystem
+from lib.table import read_table, refuse, told
 
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = HERE / "pretrained" / "acbo.eqx"
-MAX_REMAINING = 1_000_000
-MAX_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Suggest:
-    """Read experiments, print likely parents, expected effects and the next experiment."""
+class Suggest(acbo.Question):
+    """Read experiments, print likely parents, expected effects and the next experiment.
+
+    python 06_deploy.py suggest --data experiments.csv --target yield --objective max
+    """
 
     data: Path
     """CSV of experiments."""
-    target: str
-    """Column to optimise."""
-    objective: Literal["min", "max"] | None = None
-    """Make the target small or large (or give --target-value)."""
     bounds: Path | None = None
     """CSV of ranges of intervention (variable,low,high)."""
-    system: Path = SHIPPED
-    """Trained system; the default is the one that comes with this script."""
-    remaining: int = 10
-    """Experiments that you can still afford, this one included."""
-    json: bool = False
-    """Print one JSON object instead of text."""
-    worth: float = 0.02
-    """Gain from which one more experiment is worth it, in deviations of the target."""
-    outcome_scale: Scale = "auto"
-    """Whether the target is worked in logarithms; auto: where it is positive and spans decades."""
-    target_value: float | None = None
-    """Bring the target to this value instead."""
-    require: UseAppendAction[tuple[str, ...]] = ()
-    """A variable that is known to be a parent of the target; may be repeated."""
-    forbid: UseAppendAction[tuple[str, ...]] = ()
-    """A variable that is known to be none; may be repeated."""
     tiers: Path | None = None
     """CSV of tiers (variable,tier): causes before effects."""
-    constraint: UseAppendAction[tuple[str, ...]] = ()
-    """A limit such as "a + 2 b <= 1", others being at their usual values; may be repeated."""
-    batch: int = 1
-    """Experiments to run side by side."""
-    curves: bool = False
-    """Also give the whole predicted curve of every variable that can be set (with --json)."""
+    system: Path = acbo.SHIPPED
+    """Trained system; the default is the one that comes with this script."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Add a result behind the last row of a file of experiments.
+
+    python 06_deploy.py observe --data experiments.csv --row '{"intervened": "catalyst", "catalyst":
+    8, "temperature": 61.3, "stirring": 190, "impurity": 1.8, "yield": 66.2}'
+    """
+
+    data: Path
+    """CSV of experiments."""
+    row: str
+    """JSON object: each column's value (null: not measured), in `intervened` the names of what was
+    set by hand.
+    """
+
+
+@dataclass(frozen=True)
+class Run(Suggest):
+    """Suggest, have a command make the experiment, write its result, and again.
+
+    python 06_deploy.py run --data experiments.csv --target yield --objective max
+    --experiment "python examples/plant.py" --until 20
+
+    The file is all that is kept: stopped and started again, it goes on. `--remaining` is what is
+    left `--until` then.
+    """
+
+    experiment: str = ""
+    """Command that reads one JSON object from standard input, what to set ({} for nothing), and
+    prints one with a value for every column.
+    """
+    until: int = 20
+    """Experiments in the file at the end: rows in which something was set."""
+    timeout: float = 3600.0
+    """Seconds that an experiment may take."""
 
     def __post_init__(self):
+        super().__post_init__()
         refuse(
             told(
-                (
-                    not 1 <= self.remaining <= MAX_REMAINING,
-                    f"--remaining {self.remaining}: give the experiments that you can "
-                    f"still afford, 1 to {MAX_REMAINING}",
-                ),
-                (
-                    (self.objective is None) == (self.target_value is None),
-                    "give --objective min, --objective max or --target-value, one of them",
-                ),
-                (
-                    not 1 <= self.batch <= MAX_BATCH,
-                    f"--batch {self.batch}: give a number from 1 to {MAX_BATCH}",
-                ),
-                (
-                    not (math.isfinite(self.worth) and self.worth >= 0),
-                    f"--worth {self.worth}: give a number of at least 0",
-                ),
+                (not self.experiment.strip(), "--experiment: give a command that makes one"),
+                (not self.timeout > 0, f"--timeout {self.timeout}: give a number above 0"),
+                (self.until < 1, f"--until {self.until}: give a number of at least 1"),
             )
         )
 
@@ -132,7 +125,7 @@ class Demo:
     """Initial interventions on each variable that may be set."""
     online: bool = False
     """Tune the policy by GRPO at every state, scored by what an experiment is expected to gain."""
-    system: Path = SHIPPED
+    system: Path = acbo.SHIPPED
     """Trained system; the default is the one that comes with this script."""
 
     def __post_init__(self):
@@ -140,49 +133,47 @@ class Demo:
 
 
 def suggest(config: Suggest) -> dict:
-    """Answer for one data set; prints it and returns it. Raises `DataError` as `read_experiments`
-    and `read_bounds` do, for more columns than the system takes, and where the answer is not
-    finite.
+    """Answer for one data set; prints it and returns it. Raises `DataError` as `acbo.System.ask`
+    does.
     """
-    bounds = read_bounds(config.bounds) if config.bounds else ()
-    data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
-    demand(
-        len(data.names) <= BUCKETS[-1],
-        f"{config.data}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
-        "leave out columns that cannot matter",
-    )
-    data, edges = known_edges(
-        within(data, config.constraint), config.require, config.forbid, config.tiers
-    )
-    goal = data.units.one(data.target).exact(config.target_value or 0.0).item()
-    demand(
-        config.target_value is None or math.isfinite(goal),
-        f"--target-value {config.target_value}: give a number that '{config.target}' can have",
-    )
-    deployed = deploy_trained_system(
-        TrainedACBOSystem.load(config.system), DeploymentConfig(config.objective or "min")
-    )
+    suggestion = acbo.load(config.system).answer(config)
+    shown = json.dumps(suggestion.answer, allow_nan=False) if config.json else str(suggestion)
+    print(shown)
+    return suggestion.answer
 
-    def ask(buffer: ExperienceBuffer):
-        asked = jax.device_get(deployed(buffer, data.task, config.remaining, *edges))
-        return asked if config.target_value is None else toward(asked, goal, data.task)
 
-    said = ask(data.buffer)
-    demand(
-        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(said._replace(parent_sets=()))),
-        f"{config.data}: the answer is not finite: look for cells far from the others, and for "
-        "columns in different units",
-    )
-    following = []
-    for _ in range(config.batch):
-        ahead = [*data.planned, *(asked.experiment for asked in following)]
-        asked = ask(imagined(data.buffer, said, ahead, data.target)) if ahead else said
-        following.append(elsewhere(data, asked, ahead))
-    answer = in_own_units(config, data, said, following)
-    if not data.blocked:
-        answer["warnings"] += resting_on_one(data, said, ask) + within_lots(data, ask)
-    print(json.dumps(answer, allow_nan=False) if config.json else as_text(answer))
-    return answer
+def observe_row(config: Observe) -> None:
+    """Add a result to a file; raises `DataError` as `lib.observing.observe` does."""
+    line = observe(config.data, row_of(config.row, "--row"))
+    print(f"{config.data}: written as row {line}")
+
+
+def run(config: Run) -> None:
+    """A campaign with experiments that a command makes, one line each. Raises `DataError` as
+    `suggest` does, and where an experiment fails; the file then holds all that came before.
+    """
+    system = acbo.load(config.system)
+    while (done := made(config.data)) < config.until:
+        question = replace(config, remaining=config.until - done)
+        suggestion = system.answer(question)
+        if not suggestion.settings:  # the answer, printed below, says why
+            break
+        said = suggestion.answer["next_experiment"]
+        row = made_by(config.experiment, suggestion.settings, config.timeout)
+        system.tell(suggestion, row)
+        setting = ", ".join(f"{name} = {text(to)}" for name, to in suggestion.settings.items())
+        target = suggestion.answer["target"]
+        print(
+            f"{done + 1}/{config.until}  {setting}:  {target} {row[target]}, expected "
+            f"{text(said['low'])} to {text(said['high'])}",
+            flush=True,
+        )
+    suggest(config)
+
+
+def made(data: Path) -> int:
+    """How many rows of a file are experiments."""
+    return sum(cell.lower() not in NOT_SET for cell in read_table(data).acted)
 
 
 def demo(config: Demo) -> list[float]:
@@ -227,9 +218,12 @@ def demo(config: Demo) -> list[float]:
 if __name__ == "__main__":
     with settings.errors_for_people():
         if sys.argv[1:] == ["--version"]:
-            print(f"answers of format {VERSION} by {SHIPPED.name}, {digest(SHIPPED)[:12]}")
+            shipped = acbo.SHIPPED
+            print(f"answers of format {VERSION} by {shipped.name}, {digest(shipped)[:12]}")
             sys.exit()
         settings.use_compilation_cache(HERE / "artifacts" / "cache")
-        commands = {"suggest": Suggest, "demo": Demo}
-        chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        suggest(chosen) if isinstance(chosen, Suggest) else demo(chosen)
+        commands = {"suggest": Suggest, "observe": Observe, "run": Run, "demo": Demo}
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            commands, description=__doc__, config=(tyro.conf.UseAppendAction,)
+        )
+        {Suggest: suggest, Observe: observe_row, Run: run, Demo: demo}[type(chosen)](chosen)

@@ -1,6 +1,5 @@
 """What a system said of a person's file, in the person's own units and words."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,7 +150,7 @@ class Predictions(NamedTuple):
         return {key: [one[key] for one in each] for key in each[0]}
 
 
-def in_own_units(config, data, said, following) -> dict:
+def in_own_units(question, data, said, following) -> dict:
     """What the system `said`, in the columns' own units and digits, and the experiments of the
     answers `following`.
     """
@@ -159,9 +158,9 @@ def in_own_units(config, data, said, following) -> dict:
 
     def worse(outcome, goal):
         """What is to be small: the outcome, its negative, or its distance from a goal."""
-        return {"min": outcome, "max": -outcome}.get(config.objective, np.abs(outcome - goal))
+        return {"min": outcome, "max": -outcome}.get(question.objective, np.abs(outcome - goal))
 
-    settable, goal = np.flatnonzero(data.task.candidates), config.target_value or 0.0
+    settable, goal = np.flatnonzero(data.task.candidates), question.target_value or 0.0
     cells = worse(said.mean, data.units.one(data.target).exact(goal))
     effects = [predictions.effect(i, said.grid[i, cells[i].argmin()]) for i in settable]
     lowest = min(settable, key=lambda i: cells[i].min())
@@ -192,13 +191,13 @@ def in_own_units(config, data, said, following) -> dict:
     }
     answer = {
         "target": names[data.target],
-        "objective": config.objective or "value",
+        "objective": question.objective or "value",
         "nothing": nothing,
         "recommended_action": action | {"probability_better_than_nothing": round(better, 3)},
         "next_experiment": experiment(following[0]),
         "stop": {
             "expected_gain": predictions.gain(most, action["predicted"]),
-            "worth_it": bool(most > config.worth * said.spread),
+            "worth_it": bool(most > question.worth * said.spread),
         },
         "parents": {
             names[i]: float(said.marginals[i])
@@ -215,8 +214,7 @@ def in_own_units(config, data, said, following) -> dict:
         "notes": data.notes,
         "warnings": warnings_of(data, check),
         "version": VERSION,
-        "system": config.system.name,
-        "data_sha256": hashlib.sha256(config.data.read_bytes()).hexdigest(),
+        "data_sha256": data.sha256,
     }
     if data.blocked:
         answer |= {
@@ -225,11 +223,11 @@ def in_own_units(config, data, said, following) -> dict:
             "stop": {"expected_gain": 0.0, "worth_it": False},
             "best_effects": [],
         }
-    elif config.batch > 1:
+    elif question.batch > 1:
         each = [experiment(asked) for asked in following]
         settings = [one["settings"] for one in each]  # again the same, where all have been chosen
         answer["batch"] = [one for i, one in enumerate(each) if settings.index(settings[i]) == i]
-    if config.curves:
+    if question.curves:
         answer["curves"] = {names[i]: predictions.curve(i) for i in settable}
     return answer
 

@@ -3,7 +3,6 @@
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -57,7 +56,7 @@ def unit_key(unit: str) -> str:
     return re.sub("r?s?$", "", unicodedata.normalize("NFKC", unit).casefold().removeprefix("°"))
 
 
-def columns_of(table: Table, path: Path, target: str, notes: list[str]) -> list[Column]:
+def columns_of(table: Table, target: str, notes: list[str]) -> list[Column]:
     """The columns that hold numbers, and indicators of levels for those of few words. Raises
     `DataError` where the target is none of them.
     """
@@ -76,7 +75,7 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str]) -> list[
         elif words.sum() > (known | below).sum():
             columns += levels_of(name, cells, notes) if name != target else []
         elif len(kinds) > 1:
-            demand(name != target, f"{path}, column '{name}': {several}")
+            demand(name != target, f"{table.where}, column '{name}': {several}")
             notes.append(f"'{name}': {several}; left out")
         else:
             code = codes_in(cells, values)
@@ -101,7 +100,7 @@ def columns_of(table: Table, path: Path, target: str, notes: list[str]) -> list[
             columns.append(Column(name, values, finest, "".join(kinds)))
     demand(
         target in [c.name for c in columns],
-        f"{path}, column '{target}': holds no numbers: give the outcomes",
+        f"{table.where}, column '{target}': holds no numbers: give the outcomes",
     )
     return columns
 
@@ -151,7 +150,6 @@ def levels_of(name: str, cells: Sequence[str], notes: list[str]) -> list[Column]
 
 def settings_of(
     table: Table,
-    path: Path,
     columns: list[Column],
     ranges: dict[str, Bound],
     target: str,
@@ -181,7 +179,7 @@ def settings_of(
         parts = re.split(";" if several else r"[+|,]", cells[r])
         for name in filter(None, map(str.strip, parts)):
             acted = find(name.removesuffix("?").strip(), names)
-            where = f"{path}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is"
+            where = f"{table.where}, row {table.lines[r]}, column '{INTERVENED}': '{name}' is"
             out = f"'{find(name, table.names)}': "
             why = next((note for note in notes if note.startswith(out)), "")
             problems += told(

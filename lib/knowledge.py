@@ -3,8 +3,8 @@ settings.
 """
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,35 +25,37 @@ def variable_index(name: str, data: Experience, where: str) -> int:
 
 
 def known_edges(
-    data: Experience, require: Sequence[str], forbid: Sequence[str], tiers: Path | None
+    data: Experience, require: Sequence[str], forbid: Sequence[str], tiers: Any
 ) -> tuple[Experience, Edges]:
     """Variables that are parents of the target and that are none. Those of a later tier than the
-    target (a CSV `variable,tier`, causes before effects) are none and cannot move it, so that the
-    ranges lack them.
+    target (a table `variable,tier`, or a dict; causes before effects) are none and cannot move it,
+    so that the ranges lack them.
 
     Raises `DataError` for what is no variable, for contradictions and for a file that does not fit.
     """
     required = tuple(variable_index(name, data, "--require") for name in require)
     forbidden = {variable_index(name, data, "--forbid") for name in forbid}
-    if tiers:
+    if tiers is not None:
+        if isinstance(tiers, Mapping) and "variable" not in tiers:
+            tiers = {"variable": list(tiers), "tier": list(tiers.values())}
         table, names, target = read_table(tiers, strict=True), data.names, data.names[data.target]
         demand(
             [name.lower() for name in table.names] == ["variable", "tier"],
-            f"{tiers}, row 1: write variable,tier",
+            f"{table.where}, row 1: write variable,tier",
         )
         tier = {find(name, names): number_of(cell, table.comma)[0] for name, cell in table.rows}
         refuse(
             [
-                f"{tiers}, row {line}: '{name}', '{cell}': write a variable and its tier, a "
+                f"{table.where}, row {line}: '{name}', '{cell}': write a variable and its tier, a "
                 f"number; the variables are {', '.join(names)}"
                 for line, (name, cell) in zip(table.lines, table.rows, strict=True)
                 if not find(name, names) or np.isnan(number_of(cell, table.comma)[0])
             ]
         )
-        demand(target in tier, f"{tiers}: '{target}' is not listed: give its tier")
+        demand(target in tier, f"{table.where}: '{target}' is not listed: give its tier")
         later = np.array([tier.get(name, tier[target]) > tier[target] for name in names])
         forbidden |= set(np.flatnonzero(later).tolist())
-        data = with_ranges(data, data.low, data.high, ~later, f"{tiers}")
+        data = with_ranges(data, data.low, data.high, ~later, table.where)
     both = ", ".join(data.names[i] for i in sorted(forbidden.intersection(required)))
     demand(not both, f"--require: {both}: cannot be parents and none: leave out one")
     return data, (required, tuple(sorted(forbidden)))

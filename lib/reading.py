@@ -4,8 +4,7 @@ assumed, as notes. What cannot be used at all is told in one go, a line each.
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +41,8 @@ class Experience(NamedTuple):
     lows and highs of the ranges `[vars]` in the columns' own, the bounds of those that have some,
     the ends of what the target can be, the settings that are still to be run (column and
     deviation), each row's line, columns of words that can be set (name, and words for 0 and 1),
-    columns that look like lots (each row's), and all that was left out or assumed, a sentence each.
+    columns that look like lots (each row's), all that was left out or assumed, a sentence each, and
+    the file's name and the SHA-256 of its bytes.
     """
 
     names: tuple[str, ...]
@@ -59,6 +59,8 @@ class Experience(NamedTuple):
     words: dict[int, tuple[str, tuple[str, str]]]
     lots: list[tuple[str, np.ndarray]]
     notes: list[str]
+    where: str
+    sha256: str
     blocked: str = ""  # why nothing can be set, if so
 
     def value(self, variable: int, deviation: ArrayLike) -> float:
@@ -79,11 +81,12 @@ class Experience(NamedTuple):
 
 
 def read_experiments(
-    path: Path, target: str, bounds: Sequence[Bound] = (), scale: Scale = "auto"
+    source: Any, target: str, bounds: Sequence[Bound] = (), scale: Scale = "auto"
 ) -> Experience:
-    """Read experiments: a column per variable, a row per experiment; a column `intervened` names
-    what was set by hand (`a;b` where several were, `*` for all, `a?` where it is not known to what,
-    0 and 1 where it can be told; empty: observed).
+    """Read experiments from a file, or columns in memory (`lib.table.read_table`): a column per
+    variable, a row per experiment; a column `intervened` names what was set by hand (`a;b` where
+    several were, `*` for all, `a?` where it is not known to what, 0 and 1 where it can be told;
+    empty: observed).
 
     Left out, with a note: rows without an outcome, observations far outside the rest or with cells
     missing, columns that are text, constant, mostly missing or the same as another. What counts
@@ -93,17 +96,17 @@ def read_experiments(
     positive outcome that does, is worked in logarithms, unless its `scale` says otherwise. Raises
     `DataError`, a line for each of all that cannot be used.
     """
-    table = read_table(path)
-    notes, wanted = table.notes, find(target, table.names)
+    table = read_table(source)
+    path, notes, wanted = table.where, table.notes, find(target, table.names)
     demand(
         wanted,
         f"{path}: no column '{target}' to use as target; the variables are "
         f"{', '.join(table.names)}",
     )
     demand(table.rows, f"{path}: no rows below the header: add observations")
-    problems, columns = [], columns_of(table, path, wanted, notes)
+    problems, columns = [], columns_of(table, wanted, notes)
     ranges = bounds_by_name(bounds, table.names, columns, problems)
-    flags, unusable = settings_of(table, path, columns, ranges, wanted, notes, problems)
+    flags, unusable = settings_of(table, columns, ranges, wanted, notes, problems)
     refuse(problems)
     rows = Rows(columns, np.stack([c.values for c in columns], 1), flags, table.lines)
     rows, pending = with_outcome(rows, unusable, wanted, notes)
@@ -178,6 +181,8 @@ def read_experiments(
         words={i: (c.source, c.words) for i, c in enumerate(rows.columns) if c.source},
         lots=lots_of(rows, at, free),
         notes=notes,
+        where=table.where,
+        sha256=table.sha256,
     )
 
 

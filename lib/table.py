@@ -1,15 +1,19 @@
-"""A text file as a person's program wrote it: its cells, the numbers in them, and ranges."""
+"""A person's table, a text file as some program wrote it or columns in memory: its cells, the
+numbers in them, and ranges.
+"""
 
+import codecs
 import csv
+import hashlib
 import io
 import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Context, Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +70,7 @@ def refuse(problems: list[str]) -> None:
 
 
 class Table(NamedTuple):
-    """Cells of a file, stripped: the header, and rows with their line numbers; apart from these,
+    """Cells of a table, stripped: the header, and rows with their line numbers; apart from these,
     the cells that name what was set by hand, none where there is no column of them.
     """
 
@@ -76,6 +80,11 @@ class Table(NamedTuple):
     acted: list[str]
     comma: bool  # between a number and its decimals
     notes: list[str]
+    where: str  # the file
+    delimiter: str  # between cells
+    header: int  # its line
+    place: int  # of the column of what was set by hand, -1 if there is none
+    sha256: str  # of the file's bytes, or of the cells of columns in memory
 
 
 class Bound(NamedTuple):
@@ -151,18 +160,41 @@ def rows_in_words(lines: Sequence[int] | np.ndarray) -> str:
     return f"row{'s' * (len(lines) > 1)} {shown}"
 
 
-def written_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+def bytes_of(path: Path) -> bytes:
+    """What is in a file; `DataError` where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: give the path of a CSV file") from None
+    except (OSError, ValueError) as error:  # also a NUL byte in the name
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path | str, error: Exception) -> DataError:
+    """The error for a file that is no table."""
+    return DataError(
+        f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
+        "give a file of comma-separated UTF-8 text"
+    )
+
+
+def decoded(data: bytes) -> tuple[str, str]:
+    """The text of a file, and its encoding."""
+    encoding = "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8"
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding = "utf-16"
+    try:
+        return data.decode(encoding), encoding
+    except UnicodeDecodeError:
+        return data.decode("cp1252"), "cp1252"
+
+
+def written_rows(path: Path, data: bytes) -> tuple[str, list[tuple[int, list[str]]]]:
     """What separates the cells of a text file, and its rows with their line numbers, cells
-    stripped. Raises `DataError` where it cannot be read.
+    stripped. Raises `DataError` where it is no text.
     """
     try:
-        data = path.read_bytes()
-        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            text = data.decode("cp1252")
-        text = re.sub(r"\A\s*sep=.[ \t]*\r?\n", "", text)
+        text = re.sub(r"\A\s*sep=.[ \t]*\r?\n", "\n", decoded(data)[0])
         written = [x for x in text.splitlines() if x.strip() and not COMMENT.match(x.lstrip())]
 
         def regular(delimiter):
@@ -174,13 +206,41 @@ def written_rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
         delimiter = max(";\t|,", key=regular)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         return delimiter, [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file: give the path of a CSV file") from None
-    except (OSError, ValueError, csv.Error) as error:  # also a NUL byte in the name
-        raise DataError(
-            f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error}): "
-            "give a file of comma-separated UTF-8 text"
-        ) from None
+    except (ValueError, csv.Error) as error:
+        raise unreadable(path, error) from None
+
+
+def columns_in(source: Any) -> dict[str, list[Any]]:
+    """Columns in memory by name: of a dict, of an array with named fields, or of a data frame
+    (pandas, polars, pyarrow and others that give a column as `frame[name]`; their common
+    `__dataframe__` is on its way out). `DataError` for anything else.
+    """
+    fields = source.dtype.names if isinstance(source, np.ndarray) else None
+    listed = getattr(source, "column_names", None) or getattr(source, "columns", None)
+    names = source if isinstance(source, Mapping) else fields if listed is None else listed
+    demand(
+        names is not None,
+        f"{type(source).__name__} is no table: give the path of a CSV file, a dict of columns, an "
+        "array with named fields or a data frame",
+    )
+    return {str(name): list(source[name]) for name in (() if names is None else names)}
+
+
+def as_csv(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """Columns as the bytes of a file; several names in a cell are joined by semicolons. `DataError`
+    where they are not all as long.
+    """
+
+    def cell(value: Any) -> str:
+        joined = isinstance(value, (list, tuple, set, frozenset))
+        return ";".join(map(str, value)) if joined else "" if value is None else str(value)
+
+    lengths = {name: len(column) for name, column in columns.items()}
+    demand(len(set(lengths.values())) <= 1, f"columns of different length: {lengths}")
+    text = io.StringIO()
+    rows = zip(*columns.values(), strict=True)
+    csv.writer(text).writerows([list(columns), *(map(cell, row) for row in rows)])
+    return text.getvalue().encode()
 
 
 def apart_from_frame(rows: list, comma: bool) -> tuple[list, list, list]:
@@ -195,12 +255,22 @@ def apart_from_frame(rows: list, comma: bool) -> tuple[list, list, list]:
     return rows[:first], rows[first:count], rows[count:]
 
 
-def read_table(path: Path, strict: bool = False) -> Table:
+def read_table(source: Any, strict: bool = False) -> Table:
+    """Header and rows of a text file, or of columns in memory (`columns_in`), which are called
+    `table` and read like the file that they would make: its header is row 1. Raises `DataError`
+    where it cannot be read, and as `parse_table` does.
+    """
+    if isinstance(source, (str, Path)):
+        return parse_table(Path(source), bytes_of(Path(source)), strict)
+    return parse_table(Path("table"), as_csv(columns_in(source)), strict)
+
+
+def parse_table(path: Path, data: bytes, strict: bool = False) -> Table:
     """Header and rows of a text file: separated by commas, semicolons, tabs or bars, with decimal
     points or commas; comments, a row of units, summaries at the end and, unless `strict`, few rows
-    of another number of cells are left out. Raises `DataError` where it cannot be read or is empty.
+    of another number of cells are left out. Raises `DataError` where it is empty, or not a table.
     """
-    delimiter, found = written_rows(path)
+    delimiter, found = written_rows(path, data)
     comments = [line for line, row in found if row and COMMENT.match(row[0])]
     filled = [(line, row) for line, row in found if any(row) and not COMMENT.match(row[0])]
     demand(filled, f"{path}: empty: the first row names the columns")
@@ -259,7 +329,14 @@ def read_table(path: Path, strict: bool = False) -> Table:
     ]
     acted = [row[acting[0]] for row in cells] if acting else []
     names, *rest = ([x for i, x in enumerate(row) if i not in acting] for row in (header, *cells))
-    return Table(names, lines, rest, acted, comma, notes)
+    return Table(
+        *(names, lines, rest, acted, comma, notes),
+        where=f"{path}",
+        delimiter=delimiter,
+        header=header_line,
+        place=acting[0] if acting else -1,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def find(name: str, names: Sequence[str]) -> str:
@@ -269,12 +346,17 @@ def find(name: str, names: Sequence[str]) -> str:
     return name if name in names else alike[0] if len(alike) == 1 else ""
 
 
-def read_bounds(path: Path) -> list[Bound]:
-    """Ranges from a CSV with columns `variable,low,high`, and perhaps `step`, `levels` (`0;5;10`),
-    `scale` (linear or log) and `cost` (1, if none is given). A single possible value has `low` =
-    `high`; a column of words has neither, and perhaps `levels` (`ethanol;water`).
+def read_bounds(source: Any) -> list[Bound]:
+    """Ranges from a table with columns `variable,low,high`, and perhaps `step`, `levels`
+    (`0;5;10`), `scale` (linear or log) and `cost` (1, if none is given), or a dict of names and
+    `(low, high)`. A single possible value has `low` = `high`; a column of words has neither, and
+    perhaps `levels` (`ethanol;water`).
     """
-    table, found, problems = read_table(path, strict=True), [], []
+    if isinstance(source, Mapping) and "variable" not in source:
+        lows, highs = ([pair[end] for pair in source.values()] for end in (0, 1))
+        source = {"variable": list(source), "low": lows, "high": highs}
+    table, found, problems = read_table(source, strict=True), [], []
+    path = table.where
     columns, known = [name.lower() for name in table.names], list(COLUMNS)
     demand(
         columns[:3] == known[:3] and set(columns[3:]) <= set(known[3:]),

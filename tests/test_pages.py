@@ -14,6 +14,7 @@ all words of the figure's labels that are stored at all, and no more others than
 import importlib
 import json
 import re
+import runpy
 from collections import namedtuple
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lib.system import TrainedACBOSystem
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "reference"
+EXAMPLES = [ROOT / "examples" / name for name in ("experiments.csv", "bounds.csv")]
 PAGES = [ROOT / "README.md", *sorted(REFERENCE.glob("*.md"))]
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)"
 CELL = re.compile(rf"{NUMBER}(?: \[{NUMBER}, {NUMBER}\])?(?: ± {NUMBER})?")
@@ -181,14 +183,17 @@ def test_every_stored_file_is_in_the_index_and_every_link_leads_to_a_file():
 def test_readme_names_every_file_and_its_commands_exist():
     """And at most 160 lines; a page's commands exist, or it says where they did."""
     text = (ROOT / "README.md").read_text()
-    found = [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("studies/**/*.py")]
+    folders = "", "lib/", "studies/**/", "examples/"
+    found = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]
     files = {p.relative_to(ROOT).as_posix() for p in found} - {"lib/__init__.py"}
-    named = set(re.findall(r"(?:(?:lib|studies)/)?[\w/]+\.py\b", text))
+    named = set(re.findall(r"(?:(?:lib|studies|examples)/)?[\w/]+\.py\b", text))
     assert named == files and len(text.splitlines()) <= 160
     assert all(name in text for name in ("Makefile", "pyproject.toml", "requirements-dev.txt"))
     for page in PAGES:
         commands = re.findall(r"(\S*)python\s+([\w/]+\.py)", page.read_text())
-        assert page in PAGES[1:] or {before.lstrip("`") for before, _ in commands} == {".venv/bin/"}
+        assert page in PAGES[1:] or {before.lstrip('`"') for before, _ in commands} == {
+            ".venv/bin/"
+        }
         gone = {script for _, script in commands if not (ROOT / script).exists()}
         assert not gone or "at commit `b6e223e`" in " ".join(page.read_text().split()), gone
 
@@ -199,12 +204,20 @@ def test_readme_says_the_sizes_and_its_python_runs(monkeypatch):
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
     assert len(snippet.split("\n")) <= 7  # five, a blank one after the imports, an empty end
     exec(snippet, given)
-    answer, data = given["answer"], given["data"]
-    deploy = importlib.import_module("06_deploy")
-    wanted = deploy.suggest(deploy.Suggest(Path("examples/experiments.csv"), "impurity", "min"))
-    chosen, value = int(answer.experiment[0]), float(answer.experiment[1])
-    written = data.value(chosen, np.float32(value))
-    assert wanted["next_experiment"]["settings"] == {data.names[chosen]: pytest.approx(written)}
+    deploy, (example, bounds) = importlib.import_module("06_deploy"), EXAMPLES
+    wanted = deploy.suggest(deploy.Suggest(example, "yield", "max", bounds))
+    assert given["suggestion"].answer == wanted
+    printed = re.search(r"\nset .*?\n```", text, flags=re.DOTALL)[0]
+    effects = [wanted["nothing"], wanted["recommended_action"], wanted["next_experiment"]]
+    numbers = [one[end] for one in effects for end in ("predicted", "low", "high")]
+    told = [float(number) for number in re.findall(r"\d+\.\d+", printed)]
+    assert all(min(abs(number - x) for x in told) < 0.05 for number in numbers)
+    plant = runpy.run_path(str(ROOT / "examples" / "plant.py"))
+    chosen, rng = wanted["recommended_action"]["settings"], np.random.default_rng(0)
+    truth = [plant["rows"](rng, one, 400_000)[:, -1].mean() for one in (chosen, {})]
+    said = re.search(r"`(\S+)` gives `(\S+)`, setting nothing `(\S+)`", text)
+    assert chosen == {"catalyst": float(said[1])}
+    assert [float(said[2]), float(said[3])] == pytest.approx(truth, abs=0.1)
     for name in ("acbo", "acbo_small"):
         system = TrainedACBOSystem.load(ROOT / "pretrained" / f"{name}.eqx")
         learned = eqx.tree_at(lambda policy: policy.span, system.policy, None)

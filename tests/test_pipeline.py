@@ -32,6 +32,7 @@ from lib.imitation import ImitationConfig
 from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import DataDesign, draw_problems
+from lib.reading import read_experiments
 from lib.scm import MECHANISMS, Mechanism, index_of
 from lib.scm_prior import SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
@@ -282,7 +283,7 @@ def test_the_shipped_system_answers_from_any_folder(tmp_path, monkeypatch, capsy
     """The README's first command, without `--system`, from a folder that holds nothing."""
     monkeypatch.chdir(tmp_path)
     best = suggest(EXAMPLE, objective="max", bounds=BOUNDS)["recommended_action"]
-    assert list(best["settings"]) == ["catalyst"] and best["settings"]["catalyst"] > 7
+    assert list(best["settings"]) == ["catalyst"] and 6 < best["settings"]["catalyst"] < 8
     assert "Next experiment" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -317,7 +318,7 @@ def as_stub(monkeypatch, share, slope=1.0):
         said = choice, choice, np.zeros(num_vars), sets, *surface, 2, 1, one, (weights, weights)
         return Answer(*said)
 
-    monkeypatch.setattr(DEPLOY, "deploy_trained_system", lambda *_: deployed)
+    monkeypatch.setattr("acbo.deploy_trained_system", lambda *_: deployed)
 
 
 def numbers_of(answer) -> list[float]:
@@ -381,7 +382,7 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
     ranges.write_text("variable,low,high\na,{},{}\n".format(*bounds))
     as_stub(monkeypatch, share, slope=2.0)
     one = suggest(data, bounds=ranges)["next_experiment"]
-    units = DEPLOY.read_experiments(data, "yield").units
+    units = read_experiments(data, "yield").units
     at = (value - units.shift[0]) / units.spread[0]
     nodes = (np.linspace(*bounds, 5) - units.shift[0]) / units.spread[0]
     low = np.interp(at, nodes, 2 * nodes - 0.1 - abs(nodes))
@@ -392,7 +393,7 @@ def test_a_prediction_is_of_the_setting_that_is_printed(
 
 
 def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
-    """On the example, where catalyst 7.2 is best: each of these would fail without its flag."""
+    """On the example, where catalyst 6.8 is best: each of these would fail without its flag."""
     plain = suggest(EXAMPLE, objective="max", bounds=BOUNDS)
     base = plain["nothing"]["predicted"]
 
@@ -471,7 +472,7 @@ def test_an_answer_that_is_not_finite_is_an_error(monkeypatch, capsys, as_json):
 def test_a_file_starts_a_campaign(finished, tmp_path):
     """Its experiments are no steps: in training a campaign starts at 0 with some in the buffer."""
     (tmp_path / "data.csv").write_text(EXPERIMENTS)
-    data = DEPLOY.read_experiments(tmp_path / "data.csv", "yield")
+    data = read_experiments(tmp_path / "data.csv", "yield")
     buffer, task = data.buffer, data.task
     system = TrainedACBOSystem.load(finished / "acbo.eqx")
     wide, task_of = buffer.widen(5).grow(128 - len(buffer.valid)), task.widen(5)
