@@ -229,7 +229,7 @@ if __name__ == "__main__":
         if sys.argv[1:] == ["--version"]:
             print(f"answers of format {VERSION} by {SHIPPED.name}, {digest(SHIPPED)[:12]}")
             sys.exit()
-        settings.use_compilation_cache(HERE / "artifacts" / "cache")
+        settings.use_compilation_cache(settings.user_cache())
         commands = {"suggest": Suggest, "demo": Demo}
         chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
         suggest(chosen) if isinstance(chosen, Suggest) else demo(chosen)
