@@ -31,16 +31,12 @@ import acbo
 from lib import settings
 from lib.answer import VERSION, text
 from lib.artifacts import digest
-from lib.columns import NOT_SET
 from lib.literature import Benchmark
 from lib.observing import made_by, observe, row_of
 from lib.problems import DataDesign, draw_data
 from lib.scm import Intervention
 from lib.system import BUCKETS, TrainedACBOSystem
 from lib.table import read_table, refuse, told
-
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -153,7 +149,7 @@ def run(config: Run) -> None:
     `suggest` does, and where an experiment fails; the file then holds all that came before.
     """
     system = acbo.load(config.system)
-    while (done := made(config.data)) < config.until:
+    while (done := read_table(config.data).num_experiments) < config.until:
         question = replace(config, remaining=config.until - done)
         suggestion = system.answer(question)
         if not suggestion.settings:  # the answer, printed below, says why
@@ -169,11 +165,6 @@ def run(config: Run) -> None:
             flush=True,
         )
     suggest(config)
-
-
-def made(data: Path) -> int:
-    """How many rows of a file are experiments."""
-    return sum(cell.lower() not in NOT_SET for cell in read_table(data).acted)
 
 
 def demo(config: Demo) -> list[float]:
@@ -221,7 +212,7 @@ if __name__ == "__main__":
             shipped = acbo.SHIPPED
             print(f"answers of format {VERSION} by {shipped.name}, {digest(shipped)[:12]}")
             sys.exit()
-        settings.use_compilation_cache(HERE / "artifacts" / "cache")
+        settings.use_compilation_cache(settings.user_cache())
         commands = {"suggest": Suggest, "observe": Observe, "run": Run, "demo": Demo}
         chosen = tyro.extras.subcommand_cli_from_dict(
             commands, description=__doc__, config=(tyro.conf.UseAppendAction,)

@@ -8,7 +8,10 @@ import numpy as np
 
 from lib.cleaning import Column
 from lib.table import (
+    EMPTY,
     INTERVENED,
+    NOT_SET,
+    SET,
     Bound,
     Table,
     decimal_comma,
@@ -21,15 +24,8 @@ from lib.table import (
 
 
 MOST_LEVELS = 8  # different words of a column that are levels, not names
-EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
 MISSING = EMPTY | {"-", "--", ".", "?", "none", "nil", "missing", "failed", "fail"}
-NOT_SET = {
-    *EMPTY,
-    *("0", "-", "no", "none", "false", "n"),
-    *("control", "ctrl", "baseline", "observed", "observation"),
-}
 THOUSAND = {"k": 1e3, "M": 1e6}  # behind numbers of which some have the k
-SET = {"1", "yes", "true", "y", "x"}
 SENTINEL = re.compile(r"-9{2,}(\.[09]*)?|9{3,}(\.0*)?")
 BELOW = re.compile(
     r"<?\s*(L?LO[DQ]|M?DL|RL|BDL|BQL|BLL?O?Q)( \(.*\))?|below .*|not detected", re.IGNORECASE

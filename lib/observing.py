@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from lib.artifacts import replace_file
-from lib.columns import SET
 from lib.table import (
     INTERVENED,
+    SET,
     DataError,
     Table,
     bytes_of,
@@ -143,7 +143,7 @@ def cells_of(table: Table, row: Mapping[str, Any]) -> tuple[list[str], str]:
         ]
         + told(
             (
-                settings and {cell.lower() for cell in table.acted} & SET,
+                settings and any(table.is_mark(cell, SET) for cell in table.acted),
                 f"{where}, column '{INTERVENED}': the rows above say 0 or 1: write the names there",
             )
         )

@@ -5,6 +5,7 @@ from itertools import compress
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -44,5 +45,7 @@ class ParentSetPosterior(eqx.Module):
 
     def to_dict(self, names: tuple[str, ...]) -> dict[frozenset[str], float]:
         """Named sets with positive probability, most probable first."""
-        order = [i for i in jnp.argsort(-self.log_probs) if self.probs[i] > 0]
-        return {frozenset(compress(names, self.sets[i])): float(self.probs[i]) for i in order}
+        # by numpy, which compiles nothing
+        sets, probs = np.asarray(self.sets), np.exp(self.log_probs)
+        order = [i for i in np.argsort(-probs, kind="stable") if probs[i] > 0]
+        return {frozenset(compress(names, sets[i])): float(probs[i]) for i in order}

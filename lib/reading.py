@@ -162,9 +162,9 @@ def read_experiments(
         names=found,
         target=at,
         buffer=ExperienceBuffer(
-            jnp.asarray(deviations, jnp.float32),
+            jnp.asarray(deviations.astype(np.float32)),
             jnp.asarray(rows.flags),
-            jnp.ones(len(values), bool),
+            jnp.asarray(np.ones(len(values), bool)),
         ),
         task=task,
         units=units,
@@ -283,5 +283,5 @@ def task_of(units: Units, low: np.ndarray, high: np.ndarray, which: np.ndarray, 
     """
     around = np.where(low == high, ONE_VALUE, 0.0)
     ends = np.where(which, [units.exact(low) - around, units.exact(high) + around], 0.0)
-    first, last = jnp.asarray(ends, jnp.float32)
-    return Task(jnp.array(target), first, last, jnp.ones(len(low), bool))
+    first, last, present = map(jnp.asarray, (*ends.astype(np.float32), np.ones(len(low), bool)))
+    return Task(jnp.array(target), first, last, present)

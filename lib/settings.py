@@ -105,6 +105,11 @@ def preset_arguments() -> list[str]:
     return ["small", *arguments]
 
 
+def user_cache() -> Path:
+    """Where a person's programs keep what can be made again (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "acbo"
+
+
 def use_compilation_cache(folder: Path) -> None:
     """Compile fast, and keep compiled programs under `folder` (or where JAX_COMPILATION_CACHE_DIR
     says): a second run, and another stage with the same program, skips compilation.

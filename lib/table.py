@@ -24,6 +24,13 @@ NUMBER = re.compile(
     r"\s*(?:(?:±|\+/?-)\s*[\d.,]+)?\s*(?P<unit>%|°?[a-zµμΩ][\w/·^%]{0,9})?\s*\**",
     re.IGNORECASE,
 )
+EMPTY = {"", "na", "n/a", "#n/a", "nan", "null"}  # cells of a column of words that are no level
+NOT_SET = {
+    *EMPTY,
+    *("0", "-", "no", "none", "false", "n"),
+    *("control", "ctrl", "baseline", "observed", "observation"),
+}
+SET = {"1", "yes", "true", "y", "x"}  # as cells of that column, unless a variable is called so
 INTERVENED = "intervened"  # the column of what was set by hand, however it is called
 ACTED = re.compile(r"interven\w*( on)?|manipulated|perturbed|set by hand", re.IGNORECASE)
 # columns of a file of bounds, the last four optional, and what an empty cell stands for
@@ -85,6 +92,15 @@ class Table(NamedTuple):
     header: int  # its line
     place: int  # of the column of what was set by hand, -1 if there is none
     sha256: str  # of the file's bytes, or of the cells of columns in memory
+
+    def is_mark(self, cell: str, marks: set[str]) -> bool:
+        """Whether a cell of what was set is one of `marks`, and no variable's name."""
+        return cell.lower() in marks and not find(cell, self.names)
+
+    @property
+    def num_experiments(self) -> int:
+        """Rows in which something was set."""
+        return sum(not self.is_mark(cell, NOT_SET) for cell in self.acted)
 
 
 class Bound(NamedTuple):

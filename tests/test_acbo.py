@@ -133,7 +133,7 @@ def test_a_campaign_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, cap
     assert [line[:3] for line in said.splitlines()[:3]] == ["7/9", "8/9", "9/9"]
     assert "Best action so far" in said
     assert whole.read_text() == campaign(tmp_path / "stopped", (0, 2)).read_text()
-    assert DEPLOY.made(whole) == 9 and len(whole.read_text().splitlines()) == 50
+    assert read_table(whole).num_experiments == 9 and len(whole.read_text().splitlines()) == 50
 
 
 def test_examples_are_what_they_say(capsys):

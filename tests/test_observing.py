@@ -76,6 +76,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, row, said
     assert path.read_text() == PLAIN
 
 
+def test_a_variable_may_be_called_as_a_mark_is(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("X,N,intervened\n1,2,\n2,1,N\n1,1,0\n")
+    observe(path, {"X": 3, "N": 4, "intervened": "X"})
+    assert read_table(path).acted == ["", "N", "0", "X"]
+    assert read_table(path).num_experiments == 2
+
+
 def test_marks_of_set_rows_are_refused_where_names_are_needed(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text(PLAIN.replace(",a\n", ",1\n"))

@@ -16,12 +16,14 @@ import pytest
 from cases import guard
 
 from lib.artifacts import ArtifactError, save
+from lib.buffer import ExperienceBuffer
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
 from lib.problems import DataDesign, draw_problem
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
     TrainedACBOSystem,
+    deploy_trained_system,
     flip_target,
     load_policy,
     load_surrogate,
@@ -237,6 +239,22 @@ def test_public_methods_are_compiled_once(system, problem, monkeypatch):
     np.testing.assert_allclose(first.probs, again.probs, atol=1e-6)
     direct = eqx.filter_jit(system.surrogate)(buffer, 2)
     np.testing.assert_allclose(first.probs, direct.probs, atol=1e-5)
+
+
+def test_a_campaign_compiles_nothing_after_its_first_answer(system, problem):
+    """Not where row 129 is added either, nor where the sixteenth experiment is."""
+    deployed, values = deploy_trained_system(system), np.array(problem[1].values)
+    start, steps, states = 125, 8, []
+    for step in range(steps):
+        rows = np.resize(values, (start + step, NUM_VARS))
+        set_by_hand = np.zeros(rows.shape, bool)
+        set_by_hand[: 12 + step, problem[0].order[0]] = True
+        valid = np.ones(len(rows), bool)
+        states.append(ExperienceBuffer(*map(jnp.asarray, (rows, set_by_hand, valid))))
+    deployed(states[0], problem[0].task, steps)
+    with jax.no_tracing(True):  # an error where something is compiled
+        for step, state in enumerate(states):
+            deployed(state, problem[0].task, steps - step)
 
 
 def test_shipped_weights_say_what_they_said():
