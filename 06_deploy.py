@@ -107,7 +107,10 @@ class Run(Suggest):
 
 @dataclass(frozen=True)
 class Demo:
-    """Play whole campaigns on a benchmark whose truth is known, and score what is recommended."""
+    """Play whole campaigns on a benchmark whose truth is known, and score what is recommended.
+
+    python 06_deploy.py demo --benchmark toy --seeds 3
+    """
 
     benchmark: Literal["toy", "epidemiology", "healthcare"] = "toy"
     """System to play on."""
