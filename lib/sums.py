@@ -27,6 +27,7 @@ MAX_POWER_BASE = 5.0
 # Of the Fourier features, in radians per standard deviation: one, two and three periods over 5.2
 # standard deviations, where all but 1 % of a Gaussian's values are.
 FREQUENCIES = (1.2, 2.4, 3.6)
+MOST_ROWS = 1024  # that are summed at once
 NUM_FEATURES = 14  # of a scalar: `scalar_features`
 
 
@@ -151,7 +152,25 @@ def range_scale(grid: Float[Array, "vars bins"]) -> Scale:
 
 
 def sum_rows(buffer: ExperienceBuffer, units: Standardisation, task: Task) -> Sums:
-    """The sums of some rows: those of a data set, or those of one row to be added."""
+    """The sums of some rows: those of a data set, or those of one row to be added. Of many they are
+    added up `MOST_ROWS` by `MOST_ROWS`: the products whose sums are `under_do` take 3 vars^2
+    numbers a row.
+    """
+    if len(buffer.valid) > MOST_ROWS:
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, MOST_ROWS, *leaf.shape[1:]),
+            buffer.grow(-len(buffer.valid) % MOST_ROWS),
+        )
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(lambda: sum_rows(first, units, task)),
+        )
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, sum_rows(part, units, task)), None
+
+        return jax.lax.scan(add, zeros, parts)[0]
     values, dtype = units.values(buffer, task.var_mask), buffer.values.dtype
     (num_rows, num_vars), outcome = values.shape, jnp.take(values, task.target, axis=1)
     intervened = (buffer.intervened & buffer.valid[:, None]).astype(dtype)

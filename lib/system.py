@@ -256,8 +256,10 @@ def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
 # numbers of variables that data are padded to: one program each, whatever the data
 BUCKETS = 8, 16, 32, 64, 128
 AHEAD = 128  # experiments for which there are places from the start
-# of XLA: compiles that program in a third of the time; it takes .012 s instead of .005 s
+# Of XLA: compiles that program in 3 s instead of 10 s. It takes .012 s instead of .005 s (8
+# variables, 128 rows), as long as `LARGEST_QUICK` .15 s more than optimised; larger ones seconds.
 QUICKLY = {"xla_backend_optimization_level": 0}
+LARGEST_QUICK = 2**19  # rows times variables squared, with places
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,10 @@ class DeployedACBOSystem(NamedTuple):
         data = jax.tree.map(lambda x: np.pad(x, (rows, columns)[: x.ndim]), buffer)
         task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
         sign = 1.0 if self.config.objective == "min" else -1.0
-        return _answer(self.system, data, task, remaining, sign, known, most, self.config.beliefs)
+        answer = (
+            QUICK if len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK else OPTIMISED
+        )
+        return answer(self.system, data, task, remaining, sign, known, most, self.config.beliefs)
 
 
 def deploy_trained_system(
@@ -349,7 +354,6 @@ def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
     return policy(state).mode()
 
 
-@ft.partial(jax.jit, static_argnames=("most", "beliefs"), compiler_options=QUICKLY)
 def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answer:
     """Of a target that is to be small, or, where `sign` is -1, large."""
     signs = jnp.where(jnp.arange(buffer.values.shape[1]) == task.target, sign, 1.0)
@@ -386,6 +390,12 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
         widened_by=jnp.nanmedian(wider),
         weights=belief.weights[:2],
     )
+
+
+QUICK, OPTIMISED = (
+    jax.jit(_answer, static_argnames=("most", "beliefs"), compiler_options=options)
+    for options in (QUICKLY, None)
+)
 
 
 # --- tuning while deployed: the group is scored by what is believed, never on the system ---
