@@ -3,6 +3,7 @@
 The next experiment for data of your own, and a whole campaign on a system whose truth is known:
 
     python 06_deploy.py suggest --data experiments.csv --target Y --objective min
+    python 06_deploy.py report --data experiments.csv --target Y --objective min --out report.html
     python 06_deploy.py demo --benchmark toy --seeds 3
 
 Data: one row per experiment, one column per variable, and a column `intervened` that names what was
@@ -16,7 +17,7 @@ The same question gets the same answer: nothing is drawn. `--version` says which
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -117,6 +118,21 @@ class Suggest:
 
 
 @dataclass(frozen=True)
+class Report(Suggest):
+    """Answer as `suggest` does, and write it as a page for people, with figures."""
+
+    out: Path = Path("report.html")
+    """HTML page to write; its figures are written beside it as a PNG."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        demand(
+            self.out.suffix.lower() in (".html", ".htm"),
+            f"--out {self.out}: give a name that ends in .html",
+        )
+
+
+@dataclass(frozen=True)
 class Demo:
     """Play whole campaigns on a benchmark whose truth is known, and score what is recommended."""
 
@@ -185,6 +201,23 @@ def suggest(config: Suggest) -> dict:
     return answer
 
 
+def report(config: Report) -> dict:
+    """Answer for one data set as `suggest` does, and write the page; returns the answer. Raises
+    `DataError` also where the page cannot be written.
+    """
+    from lib.report import Story, write  # here: the other commands need no matplotlib
+
+    answer = suggest(replace(config, curves=True))
+    bounds = read_bounds(config.bounds) if config.bounds else ()
+    data = read_experiments(config.data, config.target, bounds, config.outcome_scale)
+    data, _ = known_edges(
+        within(data, config.constraint), config.require, config.forbid, config.tiers
+    )
+    beside = write(config.out, Story(data, answer, asdict(config)))
+    print(f"page: {config.out}, its figures: {beside}", file=sys.stderr)
+    return answer
+
+
 def demo(config: Demo) -> list[float]:
     """Campaigns on a benchmark: prints every experiment of the first and the score of each; returns
     E[Y | do(recommended)] per seed.
@@ -230,6 +263,6 @@ if __name__ == "__main__":
             print(f"answers of format {VERSION} by {SHIPPED.name}, {digest(SHIPPED)[:12]}")
             sys.exit()
         settings.use_compilation_cache(HERE / "artifacts" / "cache")
-        commands = {"suggest": Suggest, "demo": Demo}
+        commands = {"suggest": Suggest, "report": Report, "demo": Demo}
         chosen = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        suggest(chosen) if isinstance(chosen, Suggest) else demo(chosen)
+        {Suggest: suggest, Report: report, Demo: demo}[type(chosen)](chosen)
