@@ -1,16 +1,16 @@
 """An answer as one HTML page for a reader who has never heard of this system, and its figures as a
 PNG. The page needs nothing else: no script, no font, no file beside it; the same answer gives the
 same bytes. Figures are drawn for a telephone, 356 points wide with letters of 11, and are never
-told apart by colour alone. Text is escaped by `tag` unless it is `Html` already.
+told apart by colour alone. Text is escaped by `tag` unless it is `Html` already, and no name is
+read as a formula.
 """
 
-import functools as ft
-import html
 import io
-import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lib.answer import text
 from lib.artifacts import replace_file
@@ -27,30 +26,30 @@ from lib.table import DataError
 
 
 MOST_SHOWN = 12  # curves, and variables around the target
-WIDTH, HEIGHT = 356 / 72, 262 / 72  # inches: 380 pixels without the margins
+SIZE = (356 / 72, 262 / 72)  # inches: 380 pixels without the margins
 RC = {
-    "text.parse_math": False,  # a name may hold dollars
     "svg.fonttype": "none",  # letters that can be searched and read aloud
     "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 11,
+    "lines.markersize": 5,
 }
-NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-ALONE, WITH_OTHERS, OBSERVED = "experiment", "several were set", "observed, nothing set"
-IDLE, BEST, WANTED = "average, nothing set", "best experiment so far", "wanted"
-EFFECT, BAND, RECOMMENDED, NEXT = "predicted", "90 % band", "recommended", "next experiment"
-LOOKS = {
-    ALONE: {"marker": "D", "ls": "none", "color": "black", "ms": 5},
-    WITH_OTHERS: {"marker": "x", "ls": "none", "color": "black", "ms": 6},
-    OBSERVED: {"marker": "o", "ls": "none", "color": "0.55", "mfc": "none", "ms": 3.5},
-    IDLE: {"ls": "--", "color": "0.35", "lw": 1.3},
-    WANTED: {"ls": ":", "color": "black", "lw": 1.8},
-    BEST: {"ls": "-", "color": "black", "lw": 1.3, "drawstyle": "steps-post"},
-    EFFECT: {"ls": "-", "color": "black", "lw": 1.6},
-    BAND: {"ls": "-", "color": "0.85", "lw": 9},
-    RECOMMENDED: {"marker": "*", "ls": "none", "color": "#0b5394", "ms": 14, "capsize": 4},
-    NEXT: {"marker": "^", "ls": "none", "color": "#b45309", "mfc": "white", "ms": 9, "capsize": 7},
+BARE: dict[str, Any] = {"frame_on": False, "xticks": [], "yticks": []}
+LOOKS = {  # in black and white as well
+    "frame": {"ls": "none"},  # what an axis has to hold
+    "predicted": {"ls": "-", "marker": ".", "color": "black", "lw": 1.6, "capsize": 2},
+    "90 % band": {"color": "0.85", "lw": 0},
+    "average, nothing set": {"ls": "--", "color": "0.35", "lw": 1.3},
+    "wanted": {"ls": ":", "color": "black", "lw": 1.8},
+    "observed": {"marker": "o", "ls": "none", "color": "0.55", "mfc": "none", "ms": 3.5},
+    "experiment": {"marker": "D", "ls": "none", "color": "black"},
+    "several were set": {"marker": "x", "ls": "none", "color": "black"},
+    "best experiment": {"ls": "-", "color": "black", "lw": 1.1, "drawstyle": "steps-post"},
+    "recommended": {"marker": "*", "ls": "none", "color": "#0b5394", "ms": 14, "capsize": 4},
+    "next experiment": {
+        **{"marker": "^", "ls": "none", "color": "#b45309", "mfc": "none", "ms": 9, "capsize": 7}
+    },
 }
 SURFACES = {
     "the surrogate's": "the trained network's prediction",
@@ -60,50 +59,48 @@ SURFACES = {
 ASSUMED = (
     "One variable is set at a time; all others run as they do when nothing is set.",
     "Causes have no cycles: nothing acts on itself by way of others.",
-    "Nothing outside the file moves both a variable and the target. The network was trained "
-    "without such hidden causes; only experiments can show them.",
-    "Rows are independent of each other, and the system behaves as it did when they were taken.",
+    "Nothing outside the file moves both a variable and the target. The network has seen no such "
+    "hidden causes in training: only experiments can show them.",
+    "The system stays as it was when the rows were taken.",
 )
 HEAD = """<meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>
 body { margin: 0; font: 16px/1.45 system-ui, sans-serif; color: #111; background: #fff; }
-main { max-width: 58rem; margin: auto; padding: 12px; }
-h1, h2, h3, p, li, th, td, dd, figcaption { overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-h3 { margin: 0; font-size: 1rem; font-weight: normal; }
-p, ul { max-width: 42rem; } ul { padding-left: 1.2rem; }
+main { max-width: 58rem; margin: auto; padding: 12px; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { margin-top: 2.2rem; font-size: 1.25rem; }
+h3 { margin: 1.2rem 0 .3rem; font-size: 1rem; }
+p, ul { max-width: 42rem; }
+ul { padding-left: 1.2rem; }
 .cards, .grid { display: grid; gap: 1rem; }
-.cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
+.cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .cards > div { border: 1px solid #888; border-radius: 6px; padding: .7rem; }
-.cards p { margin: .3rem 0 0; } .cards strong { display: block; font-size: 1.3rem; }
-.alarm { border-left: 5px solid #111; padding-left: .7rem; }
-figure { margin: 0; max-width: 34rem; break-inside: avoid; } svg { display: block; width: 100%; }
-figcaption, table { font-size: .875rem; }
+.cards p, .cards h3 { margin: .3rem 0 0; font-weight: normal; }
+.cards strong { font-size: 1.3rem; }
+svg { display: block; width: 100%; max-width: 34rem; break-inside: avoid; }
 table { border-collapse: collapse; width: 100%; max-width: 42rem; margin: .8rem 0; }
-th, td { border-bottom: 1px solid #ccc; padding: .25rem .5rem .25rem 0; }
+th, td { border-bottom: 1px solid #ccc; padding: .25rem .5rem .25rem 0; font-size: .875rem; }
+th, td { box-sizing: border-box; min-width: 4.7em; }
 th, td { text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
-tbody th { font-weight: normal; } td svg { width: 90px; }
+thead th { overflow-wrap: normal; }
+tbody th { font-weight: normal; }
+td svg { width: 80px; }
 </style>
 """
+Panel = tuple[str, Callable[[Axes], Any]]  # a figure in words, and what draws it
+Layer = tuple[str, Any, Any, Any]  # how it looks, x, y and errors of y; of a band, both ends
 
 
 class Html(str):
     """Text that is markup already."""
 
 
-class Panel(NamedTuple):
-    """A figure: what it shows in words, for who cannot see it, and what draws it on axes."""
-
-    label: str
-    draw: Callable[[Axes], Any]
-
-
 class Story(NamedTuple):
-    """What a page is about: a file, the answer with curves, and what was asked: at least
-    `remaining` and `target_value`, and whatever else is to be listed.
+    """What a page is about: a file, the answer with curves, and what was asked: `target_value`, and
+    whatever else is to be listed, by name.
     """
 
     data: Experience
@@ -121,42 +118,50 @@ class Story(NamedTuple):
         return np.asarray(self.data.buffer.intervened)
 
     @property
+    def scale(self) -> str:
+        """Of the target's axis."""
+        return "log" if self.data.units.logs[self.data.target] else "linear"
+
+    @property
     def mean(self) -> str:
-        """What is predicted of the target; of one in logarithms, the median."""
-        return "median" if self.data.units.logs[self.data.target] else "average"
+        """What is predicted of the target."""
+        return "median" if self.scale == "log" else "average"
+
+    @property
+    def ahead(self) -> list[dict]:
+        """The next experiments."""
+        return self.answer.get("batch") or [self.answer["next_experiment"]]
 
     @property
     def marks(self) -> list[tuple[str, dict]]:
-        """What to mark in figures, and how: the recommended action and the next experiments."""
-        ahead = self.answer.get("batch") or [self.answer["next_experiment"]]
-        every = [(RECOMMENDED, self.answer["recommended_action"]), *((NEXT, x) for x in ahead)]
-        return [(look, one) for look, one in every if one["settings"]]
+        """What is recommended and the next experiments, each as it looks in figures."""
+        each = [("recommended", self.answer["recommended_action"])]
+        each += [("next experiment", one) for one in self.ahead]
+        return [(look, one) for look, one in each if one["settings"]]
 
     @property
-    def settable(self) -> dict[str, list[int]]:
-        """The columns of each variable that can be set, several where it is words, those first that
-        move the target most; the recommended and the next one come before these.
+    def variables(self) -> dict[str, dict[int, dict]]:
+        """The curves of each variable that can be set, by column: words have several. Those that
+        are marked come first, then those that move the target most.
         """
-        groups, marked = {}, [name for _, one in self.marks for name in one["settings"]]
-        for column in self.answer["curves"]:
-            i = self.data.names.index(column)
-            groups.setdefault(self.data.words.get(i, (column,))[0], []).append(i)
-        curves, scale = self.answer["curves"], self.data.units.one(self.data.target).exact
-        size = {
-            name: max(np.ptp(scale(curves[self.data.names[i]]["predicted"])) for i in group)
-            for name, group in groups.items()
+        names, marked = self.data.names, [name for _, one in self.marks for name in one["settings"]]
+        curves = {names.index(column): curve for column, curve in self.answer["curves"].items()}
+        source = {i: self.data.words.get(i, (names[i],))[0] for i in curves}
+        exact = self.data.units.one(self.data.target).exact
+        size = {i: np.ptp(exact(np.array(one["predicted"]))) for i, one in curves.items()}
+        order = sorted(curves, key=lambda i: (source[i] not in marked, -size[i]))
+        return {
+            name: {i: curves[i] for i in curves if source[i] == name}
+            for name in dict.fromkeys(source[i] for i in order)
         }
-        return dict(sorted(groups.items(), key=lambda x: (x[0] not in marked, -size[x[0]])))
 
 
 def tag(name: str, *content: Any, **attributes: Any) -> Html:
     """An element; what it holds is escaped unless it is `Html`, attributes always."""
-    inner = (x if isinstance(x, Html) else html.escape(str(x)) for x in content)
-    about = (
-        f' {key.strip("_").replace("_", "-")}="{html.escape(str(x))}"'
-        for key, x in attributes.items()
-    )
-    return Html(f"<{name}{''.join(about)}>{''.join(inner)}</{name}>")
+    inner = "".join(x if isinstance(x, Html) else escape(str(x)) for x in content)
+    named = ((key.rstrip("_").replace("_", "-"), x) for key, x in attributes.items())
+    about = "".join(f' {key}="{escape(str(x))}"' for key, x in named)
+    return Html(f"<{name}{about}>{inner}</{name}>")
 
 
 def table(header: tuple[str, ...], rows) -> Html:
@@ -166,15 +171,15 @@ def table(header: tuple[str, ...], rows) -> Html:
     return tag("table", tag("thead", head), tag("tbody", *body))
 
 
-def items(sentences) -> Html:
-    """A list of sentences."""
-    return tag("ul", *(tag("li", x) for x in sentences))
+def listed(*sentences: str) -> Html:
+    """A list of sentences, without those that are empty."""
+    return tag("ul", *(tag("li", x) for x in sentences if x))
 
 
 def short(name: str, most: int) -> str:
-    """A name on one line, its middle left out where it is long."""
-    name = " ".join(name.split())
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    """A name for a figure: without its middle where it is long, and no formula in dollars."""
+    cut = name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    return cut.replace("$", r"\$")
 
 
 def share(p: float) -> str:
@@ -184,332 +189,292 @@ def share(p: float) -> str:
 
 def done(one: Mapping[str, Any]) -> str:
     """What is set, in words."""
-    return "Set " + (
-        ", ".join(f"{k} to {text(x)}" for k, x in one["settings"].items()) or "nothing"
-    )
+    settings = (f"{name} to {text(value)}" for name, value in one["settings"].items())
+    return f"Set {', '.join(settings) or 'nothing'}"
 
 
-def band(one: Mapping[str, Any]) -> str:
-    """The ends of a prediction's band."""
-    return f"{text(one['low'])} to {text(one['high'])}"
+def expected(one: Mapping[str, Any]) -> str:
+    """A prediction with its band."""
+    return f"{text(one['predicted'])} (90 % band {text(one['low'])} to {text(one['high'])})"
 
 
 # --- figures ---
 
 
-def drawn(panels: list[Panel], kind: str, size=(WIDTH, HEIGHT), across=1, **how: Any) -> bytes:
-    """Panels in a grid, as the bytes of an image file."""
+def drawn(panels: list[Panel], kind: str, across: int = 1, size=SIZE, **how: Any) -> bytes:
+    """Panels in a grid, as the bytes of an image file; ids differ between files of a page."""
     stream, down = io.BytesIO(), -(-len(panels) // across)
-    salt = {"svg.hashsalt": panels[0].label}  # ids that no other figure of a page has
-    with matplotlib.rc_context(RC | salt), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a reader's program may have the letter
-        figure = Figure(figsize=(across * size[0], down * size[1]), layout="constrained")
+    rc: dict[Any, Any] = RC | {"svg.hashsalt": panels[0][0]}
+    empty: list[Panel] = [("", Axes.set_axis_off)] * (across * down - len(panels))
+    with matplotlib.rc_context(rc), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a browser may have the letter
+        figure = Figure((across * size[0], down * size[1]), layout="constrained")
         places = figure.subplots(down, across, squeeze=False).flat
-        for axes, panel in itertools.zip_longest(places, panels):
-            panel.draw(axes) if panel else axes.set_axis_off()
+        for axes, (_, draw) in zip(places, panels + empty, strict=True):
+            draw(axes)
         figure.savefig(stream, format=kind, **how)
     return stream.getvalue()
 
 
-def svg(panel: Panel, **how: Any) -> Html:
+def pictured(panel: Panel, **how: Any) -> Html:
     """A figure to stand in a page."""
-    source = drawn([panel], "svg", metadata=NO_METADATA, **how).decode()
+    about = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    source = drawn([panel], "svg", metadata=about, **how).decode()
     ((box, inner),) = re.findall(r'<svg.*?viewBox="([^"]*)".*?>(.*)</svg>', source, re.DOTALL)
     content = Html(re.sub(r'<g id="[^"]*">', "<g>", inner))
-    return tag("svg", content, role="img", aria_label=panel.label, viewBox=box)
+    return tag("svg", content, role="img", aria_label=panel[0], viewBox=box)
 
 
-def point(axes: Axes, x, one: Mapping[str, Any], look: str) -> None:
+def lines(layers: list[Layer], key: dict | None, settings: dict, axes: Axes) -> None:
+    """Draw layers, perhaps with a key of them, and what else is set of the axes."""
+    for look, x, y, ends in layers:
+        draw = axes.fill_between if look == "90 % band" else axes.errorbar
+        draw(x, y, ends, label=look, **LOOKS[look])
+    if key:
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        axes.legend(list(named.values()), list(named), frameon=False, ncols=2, **key)
+    axes.set(**settings)
+
+
+def point(look: str, x: Any, one: Mapping[str, Any]) -> Layer:
     """A prediction with its band."""
-    middle, ends = one["predicted"], np.array([[one["low"]], [one["high"]]])
-    axes.errorbar(x, middle, np.abs(ends - middle), **LOOKS[look])
+    ends = np.abs(np.array([[one["low"]], [one["high"]]]) - one["predicted"])
+    return look, [x], [one["predicted"]], ends
 
 
-def levels(story: Story, axes: Axes) -> None:
-    """The target's axis: what it is where nothing is set, and what is wanted."""
-    target, goal = story.data.target, story.asked["target_value"]
-    axes.axhline(story.answer["nothing"]["predicted"], **LOOKS[IDLE])
-    if goal is not None:
-        axes.axhline(goal, **LOOKS[WANTED])
-    axes.set_ylabel(short(story.answer["target"], 30))
-    if story.data.units.logs[target]:
-        in_decades(axes, "y")
+def levels(story: Story, ends: list) -> list[Layer]:
+    """What the target is where nothing is set, and what is wanted, between two ends of an axis."""
+    nothing, goal = story.answer["nothing"]["predicted"], story.asked["target_value"]
+    wanted = [] if goal is None else [("wanted", ends, [goal] * 2, None)]
+    return [("average, nothing set", ends, [nothing] * 2, None), *wanted]
 
 
-def in_decades(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
-    low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def campaign(story: Story, axes: Axes) -> None:
-    """Outcomes in the order of rows, and what is predicted behind the last."""
-    data, lines, acted = story.data, story.data.lines, story.flags.any(1)
-    outcomes, goal = story.rows[:, data.target], story.asked["target_value"]
-    scale = data.units.one(data.target).exact
-    score = scale(outcomes[acted]) * {"min": 1.0, "max": -1.0}.get(story.answer["objective"], 1.0)
-    score = score if goal is None else np.abs(score - scale(goal))
-    best = [outcomes[acted][score[: k + 1].argmin()] for k in range(len(score))]
-    axes.plot(lines[~acted], outcomes[~acted], label=OBSERVED, **LOOKS[OBSERVED])
-    axes.plot(lines[acted], outcomes[acted], label=ALONE, **LOOKS[ALONE])
-    axes.plot(lines[acted], best, label=BEST, **LOOKS[BEST])
-    ahead = itertools.count(lines.max() + 0.06 * np.ptp(lines), 0.06 * np.ptp(lines))
-    for x, (look, one) in zip(ahead, story.marks, strict=False):
-        point(axes, x, one, look)
-        axes.plot([], [], label=look, **{k: v for k, v in LOOKS[look].items() if k != "capsize"})
-    axes.axvline(lines.max() + 0.03 * np.ptp(lines), color="0.6", lw=0.8)
-    axes.set_xlabel("row of the file; right of the line: predicted")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    levels(story, axes)
-
-
-def effect(story: Story, name: str, group: list[int], axes: Axes) -> None:
-    """E[target | do(variable = value)] with its band, and the experiments with the variable."""
-    data, curves, flags = story.data, story.answer["curves"], story.flags
-    each = [(i, curves[data.names[i]]) for i in group]
-    words = {
-        data.setting(i, value)[name]: {
-            key: np.interp(value, curve["values"], curve[key]) for key in curve
-        }
-        for i, curve in each
-        if i in data.words
-        for value in data.bounds[i].values
+def campaign(story: Story) -> Panel:
+    """Outcomes in the order of rows, and right of them what is predicted."""
+    data, lots, acted = story.data, story.data.lines, story.flags.any(1)
+    outcomes, deviations = story.rows[:, data.target], data.buffer.values[:, data.target]
+    away = np.abs(deviations - data.units.one(data.target).exact(story.asked["target_value"] or 0))
+    worse = {"min": deviations, "max": -deviations}.get(story.answer["objective"], away)[acted]
+    best = [outcomes[acted][worse[: k + 1].argmin()] for k in range(len(worse))]
+    end, width = lots.max(), np.ptp(lots)
+    layers = [
+        ("observed", lots[~acted], outcomes[~acted], None),
+        ("best experiment", lots[acted], best, None),
+        ("experiment", lots[acted], outcomes[acted], None),
+        *(point(look, end + 0.07 * k * width, x) for k, (look, x) in enumerate(story.marks, 1)),
+        *levels(story, [lots.min(), end]),
+    ]
+    settings = {
+        "xlabel": f"row of the file; predicted right of {end}",
+        "ylabel": short(story.answer["target"], 30),
+        "yscale": story.scale,
     }
-    place = {word: k for k, word in enumerate(words)}
-    for word, one in words.items():
-        point(axes, place[word], one, EFFECT)
-    for _, curve in [] if words else each:
-        axes.fill_between(*(curve[key] for key in ("values", "low", "high")), color="0.85", lw=0)
-        axes.plot(curve["values"], curve["predicted"], **LOOKS[EFFECT])
-    for r, i in np.argwhere(flags[:, group]):
-        value = data.setting(group[i], story.rows[r, group[i]])[name]
-        look = LOOKS[ALONE if flags[r].sum() == 1 else WITH_OTHERS]
-        if not words or value in place:
-            axes.plot(
-                place.get(value, 0) + 0.2 if words else value, story.rows[r, data.target], **look
+    key = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
+    marked = "; ".join(f"{look}: {done(one)}, {expected(one)}" for look, one in story.marks)
+    label = f"{story.answer['target']}, row by row; {acted.sum()} experiments. {marked}"
+    return label, partial(lines, [x for x in layers if len(x[1])], key, settings)
+
+
+def effect(story: Story, name: str) -> Panel:
+    """What setting a variable does, with its band, and the experiments with it; of words, a place
+    on the axis for each.
+    """
+    data, curves, outcomes = story.data, story.variables[name], story.rows[:, story.data.target]
+    spots = [(i, v) for i in curves if i in data.words for v in data.bounds[i].values]
+    place: dict[Any, int] = {data.setting(i, v)[name]: k for k, (i, v) in enumerate(spots)}
+    some = [one for group in list(story.variables.values())[:MOST_SHOWN] for one in group.values()]
+    reach = [y for one in some for y in (*one["low"], *one["high"])]
+    reach += outcomes[story.flags.any(1)].tolist()
+    column, first = next(iter(curves.items()))
+    ends = [-0.4, len(place) - 0.6] if place else [first["values"][0], first["values"][-1]]
+    layers = [
+        ("90 % band", first["values"], first["low"], first["high"]),
+        ("predicted", first["values"], first["predicted"], None),
+    ]
+    if place:
+        layers = [
+            point(
+                "predicted", k, {x: np.interp(v, curves[i]["values"], curves[i][x]) for x in first}
             )
-    for look, one in story.marks:
-        if name in one["settings"]:
-            value = one["settings"][name]
-            point(axes, place.get(value, value), one, look)
-    axes.set_xlabel(short(name, 40))
-    if words:
-        axes.set_xticks(list(place.values()), [short(word, 40 // len(place)) for word in place])
-    elif data.units.logs[group[0]]:
-        in_decades(axes, "x")
-    levels(story, axes)
+            for k, (i, v) in enumerate(spots)
+        ]
+    tried = [
+        ("several were set" if story.flags[r].sum() > 1 else "experiment", outcomes[r], value)
+        for i in curves
+        for r in np.flatnonzero(story.flags[:, i])
+        if (value := data.setting(i, story.rows[r, i].item())[name]) in place or not place
+    ]
+    marked = [
+        (look, one, one["settings"][name]) for look, one in story.marks if name in one["settings"]
+    ]
+    layers = [
+        ("frame", ends, [min(reach), max(reach)], None),
+        *layers,
+        *levels(story, ends),
+        *((look, [place[x] - 0.15 if place else x], [y], None) for look, y, x in tried),
+        *(point(look, place[x] + 0.15 if place else x, one) for look, one, x in marked),
+    ]
+    settings = {
+        "xlabel": short(name, 40),
+        "ylabel": short(story.answer["target"], 30),
+        "yscale": story.scale,
+    }
+    settings |= (
+        {"xticks": [*place.values()], "xticklabels": [short(x, 40 // len(place)) for x in place]}
+        if place
+        else {"xscale": "log" if data.units.logs[column] else "linear"}
+    )
+    at = zip(first["values"][::5], first["predicted"][::5], strict=True)
+    said = ", ".join(place or (f"{text(y)} at {text(x)}" for x, y in at))
+    label = f"Predicted {story.mean} of {story.answer['target']} by {name}: {said}"
+    return label, partial(lines, layers, None, settings)
+
+
+def effect_key(story: Story) -> Panel:
+    """What lines and marks mean in the curves."""
+    left_out = ["frame", "observed", "best experiment"]
+    left_out += ["wanted"] * (story.asked["target_value"] is None)
+    bars = ("90 % band", "predicted", "recommended", "next experiment")
+    layers = [(x, [], [], [] if x in bars else None) for x in LOOKS if x not in left_out]
+    return "What lines and marks mean", partial(lines, layers, {"loc": "center"}, BARE)
 
 
 def graph(story: Story, axes: Axes) -> None:
     """The most probable causes, each with an edge to the target."""
     parents = list(story.answer["parents"].items())[:MOST_SHOWN]
-    box = {"boxstyle": "round", "fc": "white", "ec": "black"}
+    boxed: dict[str, Any] = {
+        "bbox": {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "black"},
+        "va": "center",
+    }
+    bare: dict[str, Any] = {
+        "bbox": {"fc": "white", "ec": "none", "pad": 0.5},
+        "va": "center",
+        "ha": "center",
+    }
     middle = (1 - len(parents)) / 2
-    axes.text(0.7, middle, short(story.answer["target"], 15), va="center", bbox=box, weight="bold")
+    axes.text(0.7, middle, short(story.answer["target"], 14), weight="bold", **boxed)
     for k, (name, p) in enumerate(parents):
         end = middle - 0.15 * (k + middle)
-        line = {"lw": 0.7 + 4 * p, "ls": "-" if p >= 0.5 else "--" if p >= 0.1 else ":"}
-        axes.text(0.38, -k, short(name, 18), ha="right", va="center", bbox=box)
-        axes.annotate("", (0.69, end), (0.4, -k), arrowprops={"arrowstyle": "-|>", **line})
-        label = {"fc": "white", "ec": "none", "pad": 0.5}
-        axes.text(0.46, -k + 0.2 * (end + k), share(p), ha="center", va="center", bbox=label)
-    axes.set(xlim=(0, 1), ylim=(-len(parents) + 0.4, 0.6))
-    axes.set_axis_off()
+        look = {"lw": 0.7 + 4 * p, "ls": "-" if p >= 0.5 else "--" if p >= 0.1 else ":"}
+        arrow = {"arrowstyle": "-|>", "color": "black", **look}
+        axes.text(0.4, -k, short(name, 18), ha="right", **boxed)
+        axes.annotate("", (0.69, end), (0.42, -k), arrowprops=arrow)
+        axes.text(0.49, -k + 0.25 * (end + k), share(p), **bare)
+    axes.set(xlim=(0, 1), ylim=(-len(parents) + 0.4, 0.6), **BARE)
 
 
 def strip(story: Story, i: int, axes: Axes) -> None:
     """How one column's values are spread: a histogram where it was not set, ticks where it was."""
     values, acted = np.asarray(story.data.buffer.values[:, i]), story.flags[:, i]
     ends = (values.min(), values.max())
-    height = axes.hist(values[~acted], 15, ends, color="0.6")[0].max()
-    axes.plot(values[acted], np.full(acted.sum(), -0.3 * max(height, 1)), "|", color="black", ms=8)
-    axes.set_axis_off()
+    counts, *_ = axes.hist(values[~acted], 15, range=ends, color="0.6")
+    below = np.full(acted.sum(), -0.3 * max(np.max(counts), 1))
+    axes.plot(values[acted], below, "|", color="black", ms=8)
+    axes.set(**BARE)
 
 
-def key(axes: Axes) -> None:
-    """What lines and marks mean, of all the curves."""
-    for look in (EFFECT, BAND, IDLE, WANTED, ALONE, WITH_OTHERS, RECOMMENDED, NEXT):
-        axes.plot([], [], label=look, **{k: x for k, x in LOOKS[look].items() if k != "capsize"})
-    axes.legend(loc="center", ncols=2, frameon=False)
-    axes.set_axis_off()
-
-
-def figures(story: Story) -> dict[str, list[Panel]]:
-    """The figures of a page: of the campaign, the effects (their key first) and the graph."""
-    answer, target = story.answer, story.answer["target"]
-    marked = "; ".join(
-        f"{look}: {done(one)}, {target} {text(one['predicted'])} ({band(one)})"
-        for look, one in story.marks
-    )
-    shown = list(story.settable.items())[:MOST_SHOWN]
-    several = []
-    for name, group in shown:
-        curves = [answer["curves"][story.data.names[i]] for i in group]
-        ends = [f(x for one in curves for x in one["predicted"]) for f in (min, max)]
-        several.append(
-            Panel(
-                f"Predicted {story.mean} of {target} where {name} is set: {text(ends[0])} to {text(ends[1])}. {marked}",
-                ft.partial(effect, story, name, group),
-            )
-        )
-    parents = ", ".join(f"{name} {share(p)}" for name, p in answer["parents"].items())
-    return {
-        "campaign": [Panel(f"{target}, row by row. {marked}", ft.partial(campaign, story))],
-        "effects": [Panel("Key of the curves", key), *several],
-        "graph": [
-            Panel(
-                f"Probability of being a direct cause of {target}: {parents}",
-                ft.partial(graph, story),
-            )
-        ],
-    }
+def figures(story: Story) -> tuple[Panel, Panel, Panel, list[Panel]]:
+    """The campaign, the key of the curves, the graph, and the curves of some variables."""
+    parents = ", ".join(f"{name} {share(p)}" for name, p in story.answer["parents"].items())
+    causes = f"Direct causes of {story.answer['target']}, with probabilities: {parents}"
+    curves = [effect(story, name) for name in list(story.variables)[:MOST_SHOWN]]
+    return campaign(story), effect_key(story), (causes, partial(graph, story)), curves
 
 
 # --- page ---
 
 
-def section(title: str, *content: Html) -> Html:
-    """A part of a page with its heading."""
-    return tag("section", tag("h2", title), *content)
-
-
-def pictures(panels: list[Panel]) -> Html:
-    """Figures side by side where there is room, else one below the other."""
-    return tag("div", *(tag("figure", svg(panel)) for panel in panels), class_="grid")
+def section(title: str, *content: str) -> Html:
+    """A part of a page with its heading; what is no markup becomes a paragraph, unless empty."""
+    parts = (x if isinstance(x, Html) else tag("p", x) for x in content if x)
+    return tag("section", tag("h2", title), *parts)
 
 
 def next_step(story: Story) -> Html:
     """What to do, and whether one more experiment is worth it."""
-    answer, target = story.answer, story.answer["target"]
-    best, stop, alarms = answer["recommended_action"], answer["stop"], len(answer["warnings"])
-    following, *others = answer.get("batch") or [answer["next_experiment"]]
-    p, gains = text(best["probability_better_than_nothing"]), text(following["expected_gain"])
-
-    def card(title: str, headline: str, one: Mapping[str, Any], *sentences: str) -> Html:
-        said = (
-            f"{story.mean} {target} {text(one['predicted'])}, 90 % band {band(one)}" if one else ""
-        )
-        lines = (tag("p", x) for x in (f"Predicted: {said}." if one else "", *sentences) if x)
-        return tag("div", tag("h3", title), tag("strong", headline), *lines)
-
+    answer, blocked, (following, *others) = story.answer, story.data.blocked, story.ahead
+    best, stop = answer["recommended_action"], answer["stop"]
+    predicted = f"Predicted {story.mean} of {answer['target']}:"
     cards = (
-        card("Next experiment", "None", {}, f"{story.data.blocked}.")
-        if story.data.blocked
-        else card(
-            "Next experiment",
-            done(following),
-            following,
+        (
+            "Next experiment" if stop["worth_it"] else "Next experiment, if you go on",
+            "None" if blocked else done(following),
+            "" if blocked else f"{predicted} {expected(following)}.",
             f"Why: {following['reason']}.",
-            f"Expected gain: {gains}, in the unit of {target}.",
+            f"Expected gain: {text(following['expected_gain'])}. By so much, on average, what "
+            "comes of it makes the best action better.",
         ),
-        *(card("At the same time", done(one), one) for one in others),
-        card(
+        *(("At the same time", done(one), f"{predicted} {expected(one)}.") for one in others),
+        (
             "Recommended action, by what is known now",
             done(best),
-            best,
-            f"Better than setting nothing with probability {p}."
+            f"{predicted} {expected(best)}.",
+            "Better than setting nothing with probability "
+            f"{text(best['probability_better_than_nothing'])}."
             if best["settings"]
             else "No setting gains enough for what it risks.",
         ),
-        card("For comparison", "Set nothing", answer["nothing"]),
-        card(
+        ("For comparison", "Set nothing", f"{predicted} {expected(answer['nothing'])}."),
+        (
             "Is one more experiment worth it?",
             "Yes" if stop["worth_it"] else "No, stop here",
-            {},
-            f"It is expected to improve the best action by {text(stop['expected_gain'])} at most, in "
-            f"the unit of {target}.",
-            "" if stop["worth_it"] else "The noise of an outcome is what is left.",
+            f"The most that one is expected to gain is {text(stop['expected_gain'])}.",
+            "" if stop["worth_it"] else "That is too little to be worth it.",
         ),
     )
-    alarm = tag("a", f"Read the warnings first: {alarms}", href="#warnings")
-    said = [tag("p", alarm, class_="alarm")] if alarms else []
-    return section("What to do next", *said, tag("div", *cards, class_="cards"))
+    each = (
+        tag("div", tag("h3", title), tag("strong", head), *(tag("p", x) for x in said if x))
+        for title, head, *said in cards
+    )
+    alarm = tag("p", tag("a", "Read the warnings before you act on it.", href="#warnings"))
+    alarms = [alarm] if answer["warnings"] else []
+    return section("What to do next", tag("div", *each, class_="cards"), *alarms)
 
 
-def effects(story: Story, panels: list[Panel]) -> Html:
-    """The curves, and the best setting of every variable."""
-    answer, target = story.answer, story.answer["target"]
-    more = len(story.settable) - len(panels) + 1
+def effects(story: Story, key: Panel, panels: list[Panel]) -> Html:
+    """The curves, and the best value of every variable."""
+    answer, target, count = story.answer, story.answer["target"], len(story.variables)
+    nothing = {"settings": {"nothing": ""}, **answer["nothing"]}
     best = (
-        (*next(iter(one["settings"].items())), text(one["predicted"]), band(one))
-        for one in answer["best_effects"]
+        (name, text(value), expected(one))
+        for one in (*answer["best_effects"], nothing)
+        for name, value in one["settings"].items()
+    )
+    many = (
+        f"Shown are the {MOST_SHOWN} of {count} variables with the largest effects; all are below."
     )
     return section(
         "What setting each variable does",
-        tag(
-            "p",
-            f"Each picture is about one variable that can be set: if it alone were set to the value "
-            f"on the horizontal axis, what {target} would be, in the {story.mean} of many "
-            "repetitions. The true curve is believed to lie in the band with a probability of 90 % "
-            "at each value; a single outcome has its own noise on top of that, so that experiments "
-            "may lie outside.",
-        ),
-        *(
-            [
-                tag(
-                    "p",
-                    f"Shown are the {MOST_SHOWN} of {MOST_SHOWN + more} variables with the largest effects; the table has all.",
-                )
-            ]
-            if more > 0
-            else []
-        ),
-        pictures(panels),
+        f"Each picture is about one variable. If it alone were set to the value on the horizontal "
+        f"axis, and that many times, what would be the {story.mean} of {target}? The answer is "
+        "believed to lie in the band with a probability of 90 %. A single outcome has its own "
+        "noise on top, so that experiments may lie outside. All pictures have the same vertical "
+        "axis.",
+        many if count > MOST_SHOWN else "",
+        pictured(key, size=(SIZE[0], 1.3)),
+        tag("div", *map(pictured, panels), class_="grid"),
         tag("h3", "The best value of each variable"),
-        table(
-            ("set", "to", f"{story.mean} {target}", "90 % band"),
-            [
-                *((name, text(x), *rest) for name, x, *rest in best),
-                ("(nothing)", "", text(answer["nothing"]["predicted"]), band(answer["nothing"])),
-            ],
-        ),
+        table(("set", "to", f"predicted {story.mean}"), best),
     )
 
 
-def causes(story: Story, panels: list[Panel]) -> Html:
-    """The graph around the target and the parent sets."""
+def causes(story: Story, panel: Panel) -> Html:
+    """The graph around the target, and sets of causes."""
     answer, target = story.answer, story.answer["target"]
-    more = len(answer["parents"]) - MOST_SHOWN
+    others = [f"{name} {share(p)}" for name, p in list(answer["parents"].items())[MOST_SHOWN:]]
+    sets = (
+        (", ".join(one["parents"]) or "(none of the columns)", share(one["probability"]))
+        for one in answer["parent_sets"]
+    )
     return section(
         f"What acts on {target} directly",
-        tag(
-            "p",
-            "Each number is the probability that the variable is a direct cause: that it acts on "
-            f"{target} by itself, not by way of another column. A variable that is no direct cause "
-            "may still have an effect when it is set, by way of those that are.",
-        ),
-        *(
-            [
-                tag(
-                    "p",
-                    f"Drawn are the {MOST_SHOWN} most probable of {MOST_SHOWN + more} variables.",
-                )
-            ]
-            if more > 0
-            else []
-        ),
-        pictures(panels),
-        *(
-            [
-                table(
-                    ("variable", "probability"),
-                    [(name, share(p)) for name, p in list(answer["parents"].items())[MOST_SHOWN:]],
-                )
-            ]
-            if more > 0
-            else []
-        ),
-        table(
-            (f"all direct causes of {target} together", "probability"),
-            [
-                (", ".join(one["parents"]) or "(none of the columns)", share(one["probability"]))
-                for one in answer["parent_sets"]
-            ],
-        ),
+        f"A number is the probability that the variable is a direct cause of {target}: that it "
+        "acts by itself, not by way of other columns. A variable that is none may still have an "
+        "effect when it is set, by way of those that are.",
+        pictured(panel),
+        f"Not drawn: {', '.join(others)}." if others else "",
+        table(("all direct causes together", "probability"), sets),
     )
 
 
@@ -517,19 +482,16 @@ def glance(story: Story) -> Html:
     """Every column of the data."""
     data, rows = story.data, []
     for i, name in enumerate(data.names):
-        values = np.asarray(data.buffer.values[:, i])
-        low, high = (text(data.units.written(i, x)) for x in (values.min(), values.max()))
-        times = int(story.flags[:, i].sum())
-        label = f"{name}: {low} to {high}, set {times} times"
-        picture = svg(Panel(label, ft.partial(strip, story, i)), size=(1.25, 0.45))
-        rows.append((name, len(values), f"{low} to {high}", times, picture))
+        values, times = np.asarray(data.buffer.values[:, i]), int(story.flags[:, i].sum())
+        span = " to ".join(text(data.units.written(i, x)) for x in (values.min(), values.max()))
+        panel = f"{name}: {span}, set {times} times", partial(strip, story, i)
+        rows.append(
+            (name, f"{len(values) - times} + {times}", span, pictured(panel, size=(1.25, 0.45)))
+        )
     return section(
         "The data at a glance",
-        tag(
-            "p",
-            "Grey: how often a value was seen while the variable was not set. Ticks below: what it was set to.",
-        ),
-        table(("column", "rows", "values", "times set", "spread"), rows),
+        "Grey: values where the variable was not set. Ticks below: what it was set to.",
+        table(("column", "rows seen + set", "values", "spread"), rows),
     )
 
 
@@ -538,114 +500,99 @@ def trust(story: Story) -> Html:
     answer, check = story.answer, story.answer["check"]
     return section(
         "How far to trust it",
-        tag(
-            "p",
-            f"{check['experiments']} experiments in the file were predicted without looking at their outcomes: {check['in_band']} lay inside their 90 % bands; nine of ten should. "
-            if check["experiments"]
-            else "There is no experiment in the file to check the predictions against.",
-        ),
-        tag(
-            "p",
-            f"Believed most is {SURFACES[check['surface']]}; the network's prediction has a weight of {text(check['surrogate_weight'])} (1: it alone counts). The bands are {text(check['widened_by'])} times as wide as the network gave them.",
-        ),
+        f"Of {check['experiments']} experiments in the file, each predicted without its outcome, "
+        f"{check['in_band']} turned out inside their 90 % band; nine of ten should."
+        if check["experiments"]
+        else "There is no experiment in the file to hold the predictions against.",
+        f"Believed most is {SURFACES[check['surface']]}. The network's prediction has a weight of "
+        f"{text(check['surrogate_weight'])}, where 1 is full trust; bands are "
+        f"{text(check['widened_by'])} times as wide as it gave them.",
         tag("h3", "Warnings", id="warnings"),
-        items(f"{x}." for x in answer["warnings"] or ["none"]),
+        listed(*(f"{x}." for x in answer["warnings"] or ["None"])),
         tag("h3", "Notes on how the file was read"),
-        items(f"{x}." for x in answer["notes"] or ["none"]),
+        listed(*(f"{x}." for x in answer["notes"] or ["None"])),
     )
 
 
-def assumed(story: Story) -> Html:
-    """What was assumed, ranges, and what gives the same answer again."""
-    data, answer = story.data, story.answer
-    ranges = [
-        (
-            name,
-            *(text(float(f"{x:.12g}")) for x in (data.low[i], data.high[i])),
-            "logarithmic" if data.units.logs[i] else "",
+def ranges(story: Story):
+    """What each variable may be set to: rows of a table, with values where these are few."""
+    data = story.data
+    for name, curves in story.variables.items():
+        column = next(iter(curves))
+        ends = (text(float(f"{x:.12g}")) for x in (data.low[column], data.high[column]))
+        values = (
+            text(data.setting(i, v)[name])
+            for i in curves
+            if i in data.bounds and len(data.bounds[i].values) <= MOST_SHOWN
+            for v in data.bounds[i].values
         )
-        for i, name in enumerate(data.names)
-        if name in answer["curves"]
-    ]
-    listed = {
-        key.replace("_", " "): x.name if isinstance(x, Path) else x
-        for key, x in story.asked.items()
+        scale = "logarithmic" if data.units.logs[column] else ""
+        yield name, ", ".join(values) or " to ".join(ends), scale
+
+
+def assumed(story: Story) -> Html:
+    """What was assumed, ranges, and what it takes to get the same answer again."""
+    answer = story.answer
+    own = {key: answer[key] for key in ("system", "version", "data_sha256")}
+    about = (
+        (key.replace("_", " "), x.name if isinstance(x, Path) else x)
+        for key, x in ({**story.asked, **own}).items()
         if x not in (None, (), False)
-    }
+    )
+    median = f"{answer['target']} is worked in logarithms, and predictions are its medians."
     return section(
         "What is assumed",
-        items(
-            ASSUMED
-            + (
-                (f"'{answer['target']}' is worked in logarithms: predictions are medians.",)
-                if story.mean == "median"
-                else ()
-            )
-        ),
-        tag("h3", "Ranges within which variables may be set"),
-        table(("variable", "from", "to", "scale"), ranges),
-        tag("h3", "What was asked, and of what"),
-        table(
-            ("", ""),
-            [
-                *listed.items(),
-                ("system", answer["system"]),
-                ("format of the answer", answer["version"]),
-                ("SHA-256 of the data", answer["data_sha256"]),
-            ],
-        ),
+        listed(*ASSUMED, median if story.mean == "median" else ""),
+        tag("h3", "What variables may be set to"),
+        table(("variable", "values", "scale"), ranges(story)),
+        tag("h3", "What was asked, and what answered"),
+        table(("setting", "value"), about),
     )
 
 
 def page(story: Story) -> str:
     """The whole page."""
-    answer, target, panels = story.answer, story.answer["target"], figures(story)
-    aim = {"min": "as small as possible", "max": "as large as possible"}.get(
-        answer["objective"], f"as near as possible to {story.asked['target_value']}"
-    )
-    acted = int(story.flags.any(1).sum())
-    title = f"{target}: what to do next"
-    body = tag(
-        "main",
-        tag("h1", title),
+    target, count, acted = story.answer["target"], len(story.flags), story.flags.any(1).sum()
+    past, key, parents, curves = figures(story)
+    aims = {"min": "as small as possible", "max": "as large as possible"}
+    near = f"as near as possible to {text(story.asked['target_value'] or 0.0)}"
+    body = (
+        tag("h1", f"{target}: what to do next"),
         tag(
             "p",
-            f"Wanted is {target} {aim}. This page rests on {len(story.flags)} rows of data: {len(story.flags) - acted} observations, in which nothing was set, and {acted} experiments, in which something was set by hand. Numbers are in the units of the file.",
+            f"Wanted is {target} {aims.get(story.answer['objective'], near)}. The file has "
+            f"{count} rows that could be used: {count - acted} observations, in which nothing was "
+            f"set by hand, and {acted} experiments, in which something was. Numbers are in its own "
+            "units.",
         ),
         next_step(story),
         section(
             "The campaign so far",
-            pictures(panels["campaign"]),
-            tag(
-                "p",
-                "Outcomes as they were used: what was left out or corrected is in the notes. Bars are 90 % bands of the predicted average, without the noise of a single outcome.",
-            ),
+            pictured(past),
+            "Outcomes are those that were used; notes below say what was left out or corrected. "
+            f"Vertical bars are 90 % bands of the {story.mean}: a single outcome varies more.",
         ),
-        effects(story, panels["effects"]),
-        causes(story, panels["graph"]),
+        effects(story, key, curves),
+        causes(story, parents),
         glance(story),
         trust(story),
         assumed(story),
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{HEAD}{tag("title", title)}</head><body>{body}</body></html>\n'
-
-
-def picture(story: Story) -> bytes:
-    """All figures but those of single columns, as a PNG."""
-    panels = [panel for part in figures(story).values() for panel in part]
-    return drawn(panels, "png", across=2, dpi=110)
+    head = tag("head", Html(HEAD), tag("title", f"{target}: what to do next"))
+    html = tag("html", head, tag("body", tag("main", *body)), lang="en")
+    return f"<!DOCTYPE html>\n{html}\n"
 
 
 def write(out: Path, story: Story) -> Path:
-    """Write the page to `out` and the PNG beside it, whose path is returned. Raises `DataError`
-    where they cannot be written.
+    """Write the page to `out`, and beside it its figures but those of single columns as a PNG,
+    whose path is returned. Raises `DataError` where they cannot be written.
     """
+    *panels, curves = figures(story)
     beside = out.with_suffix(".png")
-    for path, make in ((out, lambda: page(story).encode()), (beside, lambda: picture(story))):
-        content = make()
-        try:
-            replace_file(path, content)
-        except (OSError, ValueError) as error:  # also a NUL byte in the name
-            why = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: cannot be written ({why}): give another --out") from None
+    try:
+        replace_file(out, page(story).encode())
+        replace_file(beside, drawn([*panels, *curves], "png", across=2, dpi=110))
+    except (OSError, ValueError) as error:  # also a NUL byte in the name
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{out}, {beside}: cannot be written ({why}): give another --out") from None
     return beside
