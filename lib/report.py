@@ -86,7 +86,7 @@ th, td { border-bottom: 1px solid #ccc; padding: .25rem .5rem .25rem 0; font-siz
 th, td { box-sizing: border-box; min-width: 4.7em; }
 th, td { text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
 thead th { overflow-wrap: normal; }
-tbody th { font-weight: normal; }
+tbody th { min-width: 6.6em; font-weight: normal; }
 td svg { width: 80px; }
 </style>
 """
@@ -189,8 +189,7 @@ def share(p: float) -> str:
 
 def done(one: Mapping[str, Any]) -> str:
     """What is set, in words."""
-    settings = (f"{name} to {text(value)}" for name, value in one["settings"].items())
-    return f"Set {', '.join(settings) or 'nothing'}"
+    return f"Set {', '.join(f'{k} to {text(x)}' for k, x in one['settings'].items()) or 'nothing'}"
 
 
 def expected(one: Mapping[str, Any]) -> str:
@@ -266,7 +265,7 @@ def campaign(story: Story) -> Panel:
         *levels(story, [lots.min(), end]),
     ]
     settings = {
-        "xlabel": f"row of the file; predicted right of {end}",
+        "xlabel": f"row of the file (after {end}: predicted)",
         "ylabel": short(story.answer["target"], 30),
         "yscale": story.scale,
     }
@@ -335,6 +334,7 @@ def effect_key(story: Story) -> Panel:
     """What lines and marks mean in the curves."""
     left_out = ["frame", "observed", "best experiment"]
     left_out += ["wanted"] * (story.asked["target_value"] is None)
+    left_out += ["several were set"] * int(story.flags.sum(1).max() <= 1)
     bars = ("90 % band", "predicted", "recommended", "next experiment")
     layers = [(x, [], [], [] if x in bars else None) for x in LOOKS if x not in left_out]
     return "What lines and marks mean", partial(lines, layers, {"loc": "center"}, BARE)
@@ -533,7 +533,11 @@ def ranges(story: Story):
 def assumed(story: Story) -> Html:
     """What was assumed, ranges, and what it takes to get the same answer again."""
     answer = story.answer
-    own = {key: answer[key] for key in ("system", "version", "data_sha256")}
+    own = {
+        "system": answer["system"],
+        "format of the answer": answer["version"],
+        "SHA-256 of the data": answer["data_sha256"],
+    }
     about = (
         (key.replace("_", " "), x.name if isinstance(x, Path) else x)
         for key, x in ({**story.asked, **own}).items()
