@@ -135,9 +135,9 @@ class Story(NamedTuple):
     @property
     def marks(self) -> list[tuple[str, dict]]:
         """What is recommended and the next experiments, each as it looks in figures."""
-        each = [("recommended", self.answer["recommended_action"])]
-        each += [("next experiment", one) for one in self.ahead]
-        return [(look, one) for look, one in each if one["settings"]]
+        ahead = (("next experiment", one) for one in self.ahead)
+        every = ("recommended", self.answer["recommended_action"]), *ahead
+        return [(look, one) for look, one in every if one["settings"]]
 
     @property
     def variables(self) -> dict[str, dict[int, dict]]:
@@ -231,7 +231,7 @@ def lines(layers: list[Layer], key: dict | None, settings: dict, axes: Axes) -> 
         draw(x, y, ends, label=look, **LOOKS[look])
     if key:
         handles, labels = axes.get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True))
+        named = dict(zip(labels, handles, strict=True))  # each once
         axes.legend(list(named.values()), list(named), frameon=False, ncols=2, **key)
     axes.set(**settings)
 
@@ -332,11 +332,13 @@ def effect(story: Story, name: str) -> Panel:
 
 def effect_key(story: Story) -> Panel:
     """What lines and marks mean in the curves."""
-    left_out = ["frame", "observed", "best experiment"]
-    left_out += ["wanted"] * (story.asked["target_value"] is None)
-    left_out += ["several were set"] * int(story.flags.sum(1).max() <= 1)
     bars = ("90 % band", "predicted", "recommended", "next experiment")
-    layers = [(x, [], [], [] if x in bars else None) for x in LOOKS if x not in left_out]
+    shown = {
+        **dict.fromkeys(("frame", "observed", "best experiment"), False),
+        "wanted": story.asked["target_value"] is not None,
+        "several were set": story.flags.sum(1).max() > 1,
+    }
+    layers = [(x, [], [], [] if x in bars else None) for x in LOOKS if shown.get(x, True)]
     return "What lines and marks mean", partial(lines, layers, {"loc": "center"}, BARE)
 
 
@@ -356,8 +358,8 @@ def graph(story: Story, axes: Axes) -> None:
     axes.text(0.7, middle, short(story.answer["target"], 14), weight="bold", **boxed)
     for k, (name, p) in enumerate(parents):
         end = middle - 0.15 * (k + middle)
-        look = {"lw": 0.7 + 4 * p, "ls": "-" if p >= 0.5 else "--" if p >= 0.1 else ":"}
-        arrow = {"arrowstyle": "-|>", "color": "black", **look}
+        dashes = "-" if p >= 0.5 else "--" if p >= 0.1 else ":"
+        arrow = {"arrowstyle": "-|>", "color": "black", "lw": 0.7 + 4 * p, "ls": dashes}
         axes.text(0.4, -k, short(name, 18), ha="right", **boxed)
         axes.annotate("", (0.69, end), (0.42, -k), arrowprops=arrow)
         axes.text(0.49, -k + 0.25 * (end + k), share(p), **bare)
@@ -367,10 +369,10 @@ def graph(story: Story, axes: Axes) -> None:
 def strip(story: Story, i: int, axes: Axes) -> None:
     """How one column's values are spread: a histogram where it was not set, ticks where it was."""
     values, acted = np.asarray(story.data.buffer.values[:, i]), story.flags[:, i]
-    ends = (values.min(), values.max())
-    counts, *_ = axes.hist(values[~acted], 15, range=ends, color="0.6")
-    below = np.full(acted.sum(), -0.3 * max(np.max(counts), 1))
-    axes.plot(values[acted], below, "|", color="black", ms=8)
+    edges = np.linspace(values.min(), values.max(), 16)
+    axes.hist(values[~acted], edges, color="0.6")
+    below = -0.3 * max(axes.dataLim.y1, 1.0)
+    axes.plot(values[acted], np.full(acted.sum(), below), "|", color="black", ms=8)
     axes.set(**BARE)
 
 
@@ -428,8 +430,11 @@ def next_step(story: Story) -> Html:
         for title, head, *said in cards
     )
     alarm = tag("p", tag("a", "Read the warnings before you act on it.", href="#warnings"))
-    alarms = [alarm] if answer["warnings"] else []
-    return section("What to do next", tag("div", *each, class_="cards"), *alarms)
+    return section(
+        "What to do next",
+        tag("div", *each, class_="cards"),
+        alarm if answer["warnings"] else "",
+    )
 
 
 def effects(story: Story, key: Panel, panels: list[Panel]) -> Html:
