@@ -1,11 +1,12 @@
 """Stage 6: the trained system at work, without the expert and without ground truth.
 
 The next experiment for data of your own; a result added to them; a whole campaign with a command
-that makes the experiments; and one on a system whose truth is known:
+that makes the experiments; a page to look at and to send; a campaign whose truth is known:
 
     python 06_deploy.py suggest --data experiments.csv --target yield --objective max
     python 06_deploy.py observe --data experiments.csv --row '{"catalyst": 8, "yield": 66, ...}'
     python 06_deploy.py run --data experiments.csv --target yield --objective max --experiment ./lab
+    python 06_deploy.py report --data experiments.csv --target yield --objective max
     python 06_deploy.py demo --benchmark toy --seeds 3
 
 Data: one row per experiment, one column per variable, and a column `intervened` that names what was
@@ -19,7 +20,7 @@ The same question gets the same answer: nothing is drawn. `--version` says which
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ from lib.observing import made_by, observe, row_of
 from lib.problems import DataDesign, draw_data
 from lib.scm import Intervention
 from lib.system import BUCKETS, TrainedACBOSystem
-from lib.table import read_table, refuse, told
+from lib.table import demand, find, read_table, refuse, told
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,24 @@ class Run(Suggest):
 
 
 @dataclass(frozen=True)
+class Report(Suggest):
+    """Suggest, and write the answer as a page for people, with figures.
+
+    python 06_deploy.py report --data experiments.csv --target yield --objective max
+    """
+
+    out: Path = Path("report.html")
+    """HTML page to write; its figures are written beside it as a PNG."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        demand(
+            self.out.suffix.lower() in (".html", ".htm"),
+            f"--out {self.out}: give a name that ends in .html",
+        )
+
+
+@dataclass(frozen=True)
 class Demo:
     """Play whole campaigns on a benchmark whose truth is known, and score what is recommended.
 
@@ -162,12 +181,25 @@ def run(config: Run) -> None:
         system.tell(suggestion, row)
         setting = ", ".join(f"{name} = {text(to)}" for name, to in suggestion.settings.items())
         target = suggestion.answer["target"]
+        outcome = {find(name, [target]): value for name, value in row.items()}[target]
         print(
-            f"{done + 1}/{config.until}  {setting}:  {target} {row[target]}, expected "
+            f"{done + 1}/{config.until}  {setting}:  {target} {outcome}, expected "
             f"{text(said['low'])} to {text(said['high'])}",
             flush=True,
         )
     suggest(config)
+
+
+def report(config: Report) -> dict:
+    """Answer for one data set, printed and written as a page; raises `DataError` as `suggest` does,
+    and where the page cannot be written.
+    """
+    from lib.report import Story, write  # here: the other commands need no matplotlib
+
+    suggestion = acbo.load(config.system).answer(replace(config, curves=True))
+    beside = write(config.out, Story(suggestion.data, suggestion.answer, asdict(config)))
+    print(f"{suggestion}\n\nPage: {config.out}, its figures: {beside}")
+    return suggestion.answer
 
 
 def demo(config: Demo) -> list[float]:
@@ -216,8 +248,16 @@ if __name__ == "__main__":
             print(f"answers of format {VERSION} by {shipped.name}, {digest(shipped)[:12]}")
             sys.exit()
         settings.use_compilation_cache(settings.user_cache())
-        commands = {"suggest": Suggest, "observe": Observe, "run": Run, "demo": Demo}
+        commands = {
+            "suggest": (Suggest, suggest),
+            "report": (Report, report),
+            "observe": (Observe, observe_row),
+            "run": (Run, run),
+            "demo": (Demo, demo),
+        }
         chosen = tyro.extras.subcommand_cli_from_dict(
-            commands, description=__doc__, config=(tyro.conf.UseAppendAction,)
+            {name: config for name, (config, _) in commands.items()},
+            description=__doc__,
+            config=(tyro.conf.UseAppendAction,),
         )
-        {Suggest: suggest, Observe: observe_row, Run: run, Demo: demo}[type(chosen)](chosen)
+        dict(commands.values())[type(chosen)](chosen)

@@ -2,7 +2,6 @@
 the expert and without ground truth.
 """
 
-import functools as ft
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
