@@ -45,7 +45,7 @@ LOOKS = {  # in black and white as well
     "observed": {"marker": "o", "ls": "none", "color": "0.55", "mfc": "none", "ms": 3.5},
     "experiment": {"marker": "D", "ls": "none", "color": "black"},
     "several were set": {"marker": "x", "ls": "none", "color": "black"},
-    "best experiment": {"ls": "-", "color": "black", "lw": 1.1, "drawstyle": "steps-post"},
+    "best so far": {"ls": "-", "color": "black", "lw": 1.1, "drawstyle": "steps-post"},
     "recommended": {"marker": "*", "ls": "none", "color": "#0b5394", "ms": 14, "capsize": 4},
     "next experiment": {
         **{"marker": "^", "ls": "none", "color": "#b45309", "mfc": "none", "ms": 9, "capsize": 7}
@@ -259,13 +259,13 @@ def campaign(story: Story) -> Panel:
     end, width = lots.max(), np.ptp(lots)
     layers = [
         ("observed", lots[~acted], outcomes[~acted], None),
-        ("best experiment", lots[acted], best, None),
+        ("best so far", lots[acted], best, None),
         ("experiment", lots[acted], outcomes[acted], None),
         *(point(look, end + 0.07 * k * width, x) for k, (look, x) in enumerate(story.marks, 1)),
         *levels(story, [lots.min(), end]),
     ]
     settings = {
-        "xlabel": f"row of the file (after {end}: predicted)",
+        "xlabel": f"line of the file; right of {end}: predicted",
         "ylabel": short(story.answer["target"], 30),
         "yscale": story.scale,
     }
@@ -334,7 +334,7 @@ def effect_key(story: Story) -> Panel:
     """What lines and marks mean in the curves."""
     bars = ("90 % band", "predicted", "recommended", "next experiment")
     shown = {
-        **dict.fromkeys(("frame", "observed", "best experiment"), False),
+        **dict.fromkeys(("frame", "observed", "best so far"), False),
         "wanted": story.asked["target_value"] is not None,
         "several were set": story.flags.sum(1).max() > 1,
     }
@@ -393,6 +393,19 @@ def section(title: str, *content: str) -> Html:
     return tag("section", tag("h2", title), *parts)
 
 
+def untried(story: Story, one: Mapping[str, Any]) -> str:
+    """A sentence for a setting that lies outside all values in the file; none for one of words."""
+    names, said = story.data.names, ""
+    for name, value in one["settings"].items():
+        if name in names:
+            seen = story.rows[:, names.index(name)]
+            low, high = seen.min(), seen.max()
+            ends = f"{low:.4g} to {high:.4g}"
+            outside = value < low or value > high
+            said = f"No row has such a {name} yet: the file has {ends}." if outside else said
+    return said
+
+
 def next_step(story: Story) -> Html:
     """What to do, and whether one more experiment is worth it."""
     answer, blocked, (following, *others) = story.answer, story.data.blocked, story.ahead
@@ -404,14 +417,16 @@ def next_step(story: Story) -> Html:
             "None" if blocked else done(following),
             "" if blocked else f"{predicted} {expected(following)}.",
             f"Why: {following['reason']}.",
-            f"Expected gain: {text(following['expected_gain'])}. By so much, on average, what "
-            "comes of it makes the best action better.",
+            f"Expected gain: {text(following['expected_gain'])}. By so much, on average, its "
+            "outcome will improve what is recommended, even where its own prediction is no better.",
+            untried(story, following),
         ),
         *(("At the same time", done(one), f"{predicted} {expected(one)}.") for one in others),
         (
             "Recommended action, by what is known now",
             done(best),
             f"{predicted} {expected(best)}.",
+            untried(story, best),
             "Better than setting nothing with probability "
             f"{text(best['probability_better_than_nothing'])}."
             if best["settings"]
@@ -421,7 +436,8 @@ def next_step(story: Story) -> Html:
         (
             "Is one more experiment worth it?",
             "Yes" if stop["worth_it"] else "No, stop here",
-            f"The most that one is expected to gain is {text(stop['expected_gain'])}.",
+            f"The best one is expected to gain {text(stop['expected_gain'])}; what it costs is not "
+            "counted.",
             "" if stop["worth_it"] else "That is too little to be worth it.",
         ),
     )
@@ -475,8 +491,9 @@ def causes(story: Story, panel: Panel) -> Html:
     return section(
         f"What acts on {target} directly",
         f"A number is the probability that the variable is a direct cause of {target}: that it "
-        "acts by itself, not by way of other columns. A variable that is none may still have an "
-        "effect when it is set, by way of those that are.",
+        "acts by itself, not by way of other columns. It says nothing of how large its effect "
+        "is; and one that is no direct cause may still have an effect, by way of those that are. "
+        "Arrows below 0.5 are dashed, below 0.1 dotted.",
         pictured(panel),
         f"Not drawn: {', '.join(others)}." if others else "",
         table(("all direct causes together", "probability"), sets),
@@ -496,7 +513,7 @@ def glance(story: Story) -> Html:
     return section(
         "The data at a glance",
         "Grey: values where the variable was not set. Ticks below: what it was set to.",
-        table(("column", "rows seen + set", "values", "spread"), rows),
+        table(("column", "rows not set + set", "values", "spread"), rows),
     )
 
 
@@ -571,8 +588,8 @@ def page(story: Story) -> str:
             "p",
             f"Wanted is {target} {aims.get(story.answer['objective'], near)}. The file has "
             f"{count} rows that could be used: {count - acted} observations, in which nothing was "
-            f"set by hand, and {acted} experiments, in which something was. Numbers are in its own "
-            "units.",
+            f"set by hand, and {acted} experiments, in which something was. Numbers are in the "
+            "units of the file.",
         ),
         next_step(story),
         section(
