@@ -2,7 +2,6 @@
 the expert and without ground truth.
 """
 
-import functools as ft
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -254,10 +253,10 @@ def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
 # numbers of variables that data are padded to: one program each, whatever the data
 BUCKETS = 8, 16, 32, 64, 128
 AHEAD = 128  # experiments for which there are places from the start
-# Of XLA: compiles that program in 3 s instead of 10 s. It takes .012 s instead of .005 s (8
-# variables, 128 rows), as long as `LARGEST_QUICK` .15 s more than optimised; larger ones seconds.
-QUICKLY = {"xla_backend_optimization_level": 0}
-LARGEST_QUICK = 2**19  # rows times variables squared, with places
+# Without optimisation XLA compiles that program in 3 s instead of 10 s, and it answers in .012 s
+# instead of .005 s (8 variables, 128 rows). Up to this size, rows times variables squared, an
+# answer takes .15 s longer at most; 50,000 rows of 64 variables took 11 s instead of 5 s.
+LARGEST_QUICK = 2**19
 
 
 @dataclass(frozen=True)
@@ -334,9 +333,8 @@ class DeployedACBOSystem(NamedTuple):
         data = jax.tree.map(lambda x: np.pad(x, (rows, columns)[: x.ndim]), buffer)
         task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
         sign = 1.0 if self.config.objective == "min" else -1.0
-        answer = (
-            QUICK if len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK else OPTIMISED
-        )
+        size = len(data.valid) * data.values.shape[1] ** 2
+        answer = QUICK if size <= LARGEST_QUICK else OPTIMISED
         return answer(self.system, data, task, remaining, sign, known, most, self.config.beliefs)
 
 
@@ -392,7 +390,7 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
 
 QUICK, OPTIMISED = (
     jax.jit(_answer, static_argnames=("most", "beliefs"), compiler_options=options)
-    for options in (QUICKLY, None)
+    for options in ({"xla_backend_optimization_level": 0}, None)
 )
 
 
