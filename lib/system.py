@@ -2,6 +2,9 @@
 the expert and without ground truth.
 """
 
+import contextlib
+import functools as ft
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +17,10 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.export import deserialize, export
 from jaxtyping import Array, Float, Int, Key
 
-from lib.artifacts import load, save
+from lib.artifacts import ArtifactError, code_digest, load, save, stored
 from lib.buffer import ExperienceBuffer
 from lib.campaign import Choice, run_campaign
 from lib.check import BELIEFS, CheckConfig, check
@@ -332,10 +336,14 @@ class DeployedACBOSystem(NamedTuple):
         known = [np.isin(np.arange(num_vars), which) for which in (required, forbidden)]
         data = jax.tree.map(lambda x: np.pad(x, (rows, columns)[: x.ndim]), buffer)
         task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
-        sign = 1.0 if self.config.objective == "min" else -1.0
-        size = len(data.valid) * data.values.shape[1] ** 2
-        answer = QUICK if size <= LARGEST_QUICK else OPTIMISED
-        return answer(self.system, data, task, remaining, sign, known, most, self.config.beliefs)
+        sign = np.float32(1 if self.config.objective == "min" else -1)
+        given = self.system, data, task, np.int32(remaining), sign, known
+        leaves, structure = jax.tree.flatten(given)
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        quick = len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK
+        program = _program(structure, shapes, quick, most, self.config.beliefs)
+        found = program(*leaves)
+        return Answer(**found | {"parent_sets": ParentSetPosterior(*found["parent_sets"])})
 
 
 def deploy_trained_system(
@@ -348,6 +356,37 @@ def deploy_trained_system(
 @eqx.filter_jit
 def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
     return policy(state).mode()
+
+
+@ft.cache
+def _program(structure, shapes, quick, most, beliefs) -> Callable:
+    """`_answer`, compiled, from the leaves of what it is given to its fields by name, of the parent
+    sets leaves. The first process traces it, which takes Python two seconds, and leaves it to
+    others beside the compiled programs; without a folder for these, each traces it.
+    """
+
+    def fields(*leaves):
+        given = jax.tree.unflatten(structure, leaves)
+        found = _answer(*given, most=most, beliefs=beliefs)._asdict()
+        return found | {"parent_sets": jax.tree.leaves(found["parent_sets"])}
+
+    def traced():
+        exported = export(jax.jit(fields))(*shapes)
+        return {"program": np.frombuffer(exported.serialize(), np.uint8)}
+
+    call, folder = fields, jax.config.values["jax_compilation_cache_dir"]
+    if folder:
+        about = code_digest(), jax.__version__, jax.default_backend(), structure, shapes, most
+        mark = hashlib.sha256(repr((*about, beliefs)).encode()).hexdigest()
+        path = Path(folder) / f"answer-{mark}.npz"
+        with contextlib.suppress(OSError):  # where it cannot be written
+            try:
+                packed = stored(path, mark, traced, config={}, seed=0)["program"].tobytes()
+                call = deserialize(bytearray(packed)).call
+            except ArtifactError:  # damaged: the next process writes it anew
+                path.unlink()
+    options = {"xla_backend_optimization_level": 0} if quick else None
+    return jax.jit(call, compiler_options=options)
 
 
 def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answer:
@@ -386,12 +425,6 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
         widened_by=jnp.nanmedian(wider),
         weights=belief.weights[:2],
     )
-
-
-QUICK, OPTIMISED = (
-    jax.jit(_answer, static_argnames=("most", "beliefs"), compiler_options=options)
-    for options in ({"xla_backend_optimization_level": 0}, None)
-)
 
 
 # --- tuning while deployed: the group is scored by what is believed, never on the system ---
