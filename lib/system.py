@@ -2,9 +2,6 @@
 the expert and without ground truth.
 """
 
-import contextlib
-import functools as ft
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +14,9 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.export import deserialize, export
 from jaxtyping import Array, Float, Int, Key
 
-from lib.artifacts import ArtifactError, code_digest, load, save, stored
+from lib.artifacts import load, save
 from lib.buffer import ExperienceBuffer
 from lib.campaign import Choice, run_campaign
 from lib.check import BELIEFS, CheckConfig, check
@@ -34,6 +30,7 @@ from lib.policy import (
     make_state,
 )
 from lib.posterior import ParentSetPosterior
+from lib.programs import compiled
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Task, check_index
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
@@ -338,11 +335,8 @@ class DeployedACBOSystem(NamedTuple):
         task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
         sign = np.float32(1 if self.config.objective == "min" else -1)
         given = self.system, data, task, np.int32(remaining), sign, known
-        leaves, structure = jax.tree.flatten(given)
-        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        quick = len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK
-        program = _program(structure, shapes, quick, most, self.config.beliefs)
-        found = program(*leaves)
+        quickly = len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK
+        found = compiled(_answer, given, (most, self.config.beliefs), quickly)
         return Answer(**found | {"parent_sets": ParentSetPosterior(*found["parent_sets"])})
 
 
@@ -358,39 +352,10 @@ def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
     return policy(state).mode()
 
 
-@ft.cache
-def _program(structure, shapes, quick, most, beliefs) -> Callable:
-    """`_answer`, compiled, from the leaves of what it is given to its fields by name, of the parent
-    sets leaves. The first process traces it, which takes Python two seconds, and leaves it to
-    others beside the compiled programs; without a folder for these, each traces it.
+def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict:
+    """The fields of `Answer`, of the parent sets leaves, about a target that is to be small, or,
+    where `sign` is -1, large.
     """
-
-    def fields(*leaves):
-        given = jax.tree.unflatten(structure, leaves)
-        found = _answer(*given, most=most, beliefs=beliefs)._asdict()
-        return found | {"parent_sets": jax.tree.leaves(found["parent_sets"])}
-
-    def traced():
-        exported = export(jax.jit(fields))(*shapes)
-        return {"program": np.frombuffer(exported.serialize(), np.uint8)}
-
-    call, folder = fields, jax.config.values["jax_compilation_cache_dir"]
-    if folder:
-        about = code_digest(), jax.__version__, jax.default_backend(), structure, shapes, most
-        mark = hashlib.sha256(repr((*about, beliefs)).encode()).hexdigest()
-        path = Path(folder) / f"answer-{mark}.npz"
-        with contextlib.suppress(OSError):  # where it cannot be written
-            try:
-                packed = stored(path, mark, traced, config={}, seed=0)["program"].tobytes()
-                call = deserialize(bytearray(packed)).call
-            except ArtifactError:  # damaged: the next process writes it anew
-                path.unlink()
-    options = {"xla_backend_optimization_level": 0} if quick else None
-    return jax.jit(call, compiler_options=options)
-
-
-def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answer:
-    """Of a target that is to be small, or, where `sign` is -1, large."""
     signs = jnp.where(jnp.arange(buffer.values.shape[1]) == task.target, sign, 1.0)
     buffer = eqx.tree_at(lambda b: b.values, buffer, buffer.values * signs[None])
     checked = check(system.surrogate, buffer, task, most, beliefs)
@@ -407,11 +372,11 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
     mean, low, high = own(belief.mean, low, high)
     # A campaign starts with the data that are there, in training as here: none of it is a step.
     state = AcquisitionState(buffer, checked.averaged, jnp.array(0), remaining)
-    return Answer(
+    return dict(
         experiment=checked.choose(system.policy(state).logits, beliefs.enough),
         action=checked.recommended(beliefs.pays),
         marginals=believed.marginals(),
-        parent_sets=believed.posterior().top_k(5),
+        parent_sets=jax.tree.leaves(believed.posterior().top_k(5)),
         grid=output.grid,
         mean=mean,
         low=low,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cases import guard
 
+from lib import programs
 from lib.artifacts import ArtifactError, save
 from lib.buffer import ExperienceBuffer
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
@@ -23,7 +24,6 @@ from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
     TrainedACBOSystem,
-    _program,
     deploy_trained_system,
     flip_target,
     load_policy,
@@ -248,16 +248,16 @@ def test_a_program_from_a_file_says_the_same(system, problem, tmp_path, monkeypa
 
     def ask(folder=str(tmp_path)):
         jax.config.update("jax_compilation_cache_dir", folder)
-        _program.cache_clear()
+        programs.program.cache_clear()
         try:
             return deploy_trained_system(system)(problem[1], problem[0].task, 3)
         finally:
             jax.config.update("jax_compilation_cache_dir", kept)
 
     first = ask()
-    (path,) = tmp_path.glob("answer-*.npz")
+    (path,) = tmp_path.glob("traced-*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr("lib.system._answer", None)
+        patch.setattr("lib.system.check", None)
         again = ask()
     path.write_bytes(path.read_bytes()[:-9])
     anew, without = ask(), ask(None)
