@@ -30,6 +30,7 @@ from lib.policy import (
     make_state,
 )
 from lib.posterior import ParentSetPosterior
+from lib.programs import compiled
 from lib.rewards import RewardComponents
 from lib.scm import AbstractSCM, Task, check_index
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
@@ -255,10 +256,10 @@ def load_policy(path: Path | str) -> tuple[AcquisitionPolicyNetwork, dict]:
 # numbers of variables that data are padded to: one program each, whatever the data
 BUCKETS = 8, 16, 32, 64, 128
 AHEAD = 128  # experiments for which there are places from the start
-# Of XLA: compiles that program in 3 s instead of 10 s. It takes .012 s instead of .005 s (8
-# variables, 128 rows), as long as `LARGEST_QUICK` .15 s more than optimised; larger ones seconds.
-QUICKLY = {"xla_backend_optimization_level": 0}
-LARGEST_QUICK = 2**19  # rows times variables squared, with places
+# Without optimisation XLA compiles that program in 3 s instead of 10 s, and it answers in .012 s
+# instead of .005 s (8 variables, 128 rows). Up to this size, rows times variables squared, an
+# answer takes .15 s longer at most; 50,000 rows of 64 variables took 11 s instead of 5 s.
+LARGEST_QUICK = 2**19
 
 
 @dataclass(frozen=True)
@@ -334,11 +335,11 @@ class DeployedACBOSystem(NamedTuple):
         known = [np.isin(np.arange(num_vars), which) for which in (required, forbidden)]
         data = jax.tree.map(lambda x: np.pad(x, (rows, columns)[: x.ndim]), buffer)
         task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
-        sign = 1.0 if self.config.objective == "min" else -1.0
-        answer = (
-            QUICK if len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK else OPTIMISED
-        )
-        return answer(self.system, data, task, remaining, sign, known, most, self.config.beliefs)
+        sign = np.float32(1 if self.config.objective == "min" else -1)
+        given = self.system, data, task, np.int32(remaining), sign, known
+        quickly = len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK
+        found = compiled(_answer, given, (most, self.config.beliefs), quickly)
+        return Answer(**found | {"parent_sets": ParentSetPosterior(*found["parent_sets"])})
 
 
 def deploy_trained_system(
@@ -353,8 +354,10 @@ def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
     return policy(state).mode()
 
 
-def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answer:
-    """Of a target that is to be small, or, where `sign` is -1, large."""
+def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict:
+    """The fields of `Answer`, of the parent sets leaves, about a target that is to be small, or,
+    where `sign` is -1, large.
+    """
     signs = jnp.where(jnp.arange(buffer.values.shape[1]) == task.target, sign, 1.0)
     buffer = eqx.tree_at(lambda b: b.values, buffer, buffer.values * signs[None])
     checked = check(system.surrogate, buffer, task, most, beliefs)
@@ -371,11 +374,11 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
     mean, low, high = own(belief.mean, low, high)
     # A campaign starts with the data that are there, in training as here: none of it is a step.
     state = AcquisitionState(buffer, checked.averaged, jnp.array(0), remaining)
-    return Answer(
+    return dict(
         experiment=checked.choose(system.policy(state).logits, beliefs.least_gain_share),
         action=checked.recommended(beliefs.least_gain_ratio),
         marginals=believed.marginals(),
-        parent_sets=believed.posterior().top_k(5),
+        parent_sets=jax.tree.leaves(believed.posterior().top_k(5)),
         grid=output.grid,
         mean=mean,
         low=low,
@@ -389,12 +392,6 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> Answ
         widened_by=jnp.nanmedian(wider),
         weights=belief.weights[:2],
     )
-
-
-QUICK, OPTIMISED = (
-    jax.jit(_answer, static_argnames=("most", "beliefs"), compiler_options=options)
-    for options in (QUICKLY, None)
-)
 
 
 # --- tuning while deployed: the group is scored by what is believed, never on the system ---

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cases import guard
 
+from lib import programs
 from lib.artifacts import ArtifactError, save
 from lib.buffer import ExperienceBuffer
 from lib.policy import AcquisitionPolicyNetwork, PolicyConfig
@@ -239,6 +240,30 @@ def test_public_methods_are_compiled_once(system, problem, monkeypatch):
     np.testing.assert_allclose(first.probs, again.probs, atol=1e-6)
     direct = eqx.filter_jit(system.surrogate)(buffer, 2)
     np.testing.assert_allclose(first.probs, direct.probs, atol=1e-5)
+
+
+def test_a_program_from_a_file_says_the_same(system, problem, tmp_path, monkeypatch):
+    """Nothing is traced where there is one; a damaged one is not used, and goes."""
+    kept = jax.config.jax_compilation_cache_dir
+
+    def ask(folder=str(tmp_path)):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        programs.program.cache_clear()
+        try:
+            return deploy_trained_system(system)(problem[1], problem[0].task, 3)
+        finally:
+            jax.config.update("jax_compilation_cache_dir", kept)
+
+    first = ask()
+    (path,) = tmp_path.glob("traced-*.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.system.check", None)
+        again = ask()
+    path.write_bytes(path.read_bytes()[:-9])
+    anew, without = ask(), ask(None)
+    assert not path.exists()
+    for other in (again, anew, without):
+        assert eqx.tree_equal(first, other)
 
 
 def test_a_campaign_compiles_nothing_after_its_first_answer(system, problem):
