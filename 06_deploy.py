@@ -194,7 +194,9 @@ def report(config: Report) -> dict:
     """Answer for one data set, printed and written as a page; raises `DataError` as `suggest` does,
     and where the page cannot be written.
     """
-    from lib.report import Story, write  # here: the other commands need no matplotlib
+    # here: the other commands need no matplotlib
+    from lib.figures import Story
+    from lib.report import write
 
     suggestion = acbo.load(config.system).answer(replace(config, curves=True))
     beside = write(config.out, Story(suggestion.data, suggestion.answer, asdict(config)))

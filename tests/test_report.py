@@ -20,8 +20,9 @@ import pytest
 from matplotlib.image import imread
 
 from lib.answer import text
+from lib.figures import MOST_SHOWN, Story
 from lib.reading import read_experiments
-from lib.report import MOST_SHOWN, Story, page, write
+from lib.report import page, write
 from lib.table import DataError
 
 
