@@ -37,7 +37,7 @@ from lib.observing import made_by, observe, row_of
 from lib.problems import DataDesign, draw_data
 from lib.scm import Intervention
 from lib.system import BUCKETS, TrainedACBOSystem
-from lib.table import demand, find, read_table, refuse, told
+from lib.table import INTERVENED, demand, find, read_table, refuse, told
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Run(Suggest):
             told(
                 (not self.experiment.strip(), "--experiment: give a command that makes one"),
                 (not self.timeout > 0, f"--timeout {self.timeout}: give a number above 0"),
+                (self.batch > 1, "--batch: a command makes one experiment after the other"),
                 (self.until < 1, f"--until {self.until}: give a number of at least 1"),
             )
         )
@@ -154,10 +155,14 @@ def suggest(config: Suggest) -> dict:
     """Answer for one data set; prints it and returns it. Raises `DataError` as `acbo.System.ask`
     does.
     """
-    suggestion = acbo.load(config.system).answer(config)
-    shown = json.dumps(suggestion.answer, allow_nan=False) if config.json else str(suggestion)
-    print(shown)
-    return suggestion.answer
+    return printed(acbo.load(config.system).answer(config), config)
+
+
+def printed(suggestion: acbo.Suggestion, config: Suggest) -> dict:
+    """Print a suggestion as it is asked for; returns the answer."""
+    answer = suggestion.answer
+    print(json.dumps(answer, allow_nan=False) if config.json else suggestion)
+    return answer
 
 
 def observe_row(config: Observe) -> None:
@@ -171,14 +176,15 @@ def run(config: Run) -> None:
     `suggest` does, and where an experiment fails; the file then holds all that came before.
     """
     system = acbo.load(config.system)
-    while (done := read_table(config.data).num_experiments) < config.until:
-        question = replace(config, remaining=config.until - done)
-        suggestion = system.answer(question)
-        if not suggestion.settings:  # the answer, printed below, says why
+    while True:
+        done = read_table(config.data).num_experiments
+        suggestion = system.answer(replace(config, remaining=max(config.until - done, 1)))
+        if done >= config.until or not suggestion.settings:  # the answer says why none is made
             break
         said = suggestion.answer["next_experiment"]
         row = made_by(config.experiment, suggestion.settings, config.timeout)
-        system.tell(suggestion, row)
+        # whatever the command calls it, it is an experiment: `until` counts it
+        system.tell(suggestion, {**row, INTERVENED: list(suggestion.settings)})
         setting = ", ".join(f"{name} = {text(to)}" for name, to in suggestion.settings.items())
         target = suggestion.answer["target"]
         outcome = {find(name, [target]): value for name, value in row.items()}[target]
@@ -187,7 +193,7 @@ def run(config: Run) -> None:
             f"{text(said['low'])} to {text(said['high'])}",
             flush=True,
         )
-    suggest(config)
+    printed(suggestion, config)
 
 
 def report(config: Report) -> dict:
@@ -200,8 +206,8 @@ def report(config: Report) -> dict:
 
     suggestion = acbo.load(config.system).answer(replace(config, curves=True))
     beside = write(config.out, Story(suggestion.data, suggestion.answer, asdict(config)))
-    print(f"{suggestion}\n\nPage: {config.out}, its figures: {beside}")
-    return suggestion.answer
+    print(f"page: {config.out}, its figures: {beside}", file=sys.stderr)
+    return printed(suggestion, config)
 
 
 def demo(config: Demo) -> list[float]:

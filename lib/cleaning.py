@@ -4,7 +4,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import betainc
+from scipy.stats import f_oneway, spearmanr
 
 from lib.buffer import MIN_OBSERVATIONS
 from lib.table import Bound, demand, rows_in_words, told
@@ -245,29 +245,6 @@ def as_design(rows: Rows, notes: list[str]) -> Rows:
     return rows._replace(flags=flags)
 
 
-def p_value(unexplained: float, freedom: int, columns: int) -> float:
-    """Of the F-test of a regression on so many columns, from the share of the squares that it
-    leaves and their degrees of freedom. Not by `scipy.stats`, whose import takes half a second.
-    """
-    return betainc(freedom / 2, columns / 2, unexplained)
-
-
-def p_of_groups(groups: list[np.ndarray]) -> float:
-    """Of the one-way analysis of variance: whether the groups have the same mean."""
-    everything, within = np.concatenate(groups), sum(one.var() * len(one) for one in groups)
-    share = within / (everything.var() * len(everything))
-    return p_value(share, len(everything) - len(groups), len(groups) - 1)
-
-
-def rank_correlation(*columns: np.ndarray) -> float:
-    """Spearman's, of two columns that vary; equal values have their mean rank."""
-    ranks = []
-    for column in columns:
-        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - counts / 2)[place])
-    return np.corrcoef(ranks)[0, 1]
-
-
 def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     """How much the `outcomes[rows]` drifted until the last row `[rows]`: a straight line along the
     observations beside all other columns but counts of rows, and their squares. Zero where there
@@ -281,8 +258,7 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     scaled = (columns - columns.mean(0)) / deviation(columns)
     scaled = scaled[:, np.abs((x - x.mean()) @ scaled) < (1 - 1e-9) * x.std() * len(x)]
     enough = len(x) >= MIN_OBSERVATIONS + 2 * scaled.shape[1] and np.ptp(y) > 0
-    drift = rank_correlation(x, y) if enough else 0.0
-    chance = p_value(1 - drift**2, len(x) - 2, 1) if drift else 1.0
+    drift, chance = np.array(spearmanr(x, y)) if enough else (0.0, 1.0)
     if chance > 1e-5 or abs(np.sign(np.diff(y)).mean()) > 0.5:
         return none
     design = np.column_stack([x - x.mean(), np.ones(len(x)), scaled, scaled**2])
@@ -292,7 +268,7 @@ def drift_of(rows: Rows, target: int, outcomes: np.ndarray, notes: list[str]):
     noise = np.sum(rest**2) / (len(x) - design.shape[1]) * (1 + lag) / (1 - lag)
     straight = slopes[0] ** 2 > 25 * noise * np.linalg.pinv(design.T @ design)[0, 0]
     moving = np.hstack([scaled, np.abs(scaled - scaled[-len(x) // 5 :].mean(0))])
-    along = [rank_correlation(x, other) for other in moving[:, ~constant(moving)].T]
+    along = [np.array(spearmanr(x, other))[0] for other in moving[:, ~constant(moving)].T]
     alone = straight and lag < 0.5 and np.all(np.abs(along) < 0.5)
     notes.append(
         f"the target drifts along the rows (rank correlation {drift:.2f}): "
@@ -317,7 +293,7 @@ def lots_of(rows: Rows, target: int, settable: np.ndarray) -> list[tuple[str, np
             len(groups) > 1
             and in_runs
             and not (own[target] or settable[own].any())
-            and p_of_groups(groups) < 1e-4
+            and f_oneway(*groups).pvalue < 1e-4
         ):
             found.append((name, lot))
     return found

@@ -196,12 +196,13 @@ def effect(story: Story, name: str) -> Panel:
     """What setting a variable does, with its band, and the experiments with it; of words, a place
     on the axis for each.
     """
-    data, curves, outcomes = story.data, story.variables[name], story.rows[:, story.data.target]
+    data, variables, rows, flags = story.data, story.variables, story.rows, story.flags
+    curves, outcomes = variables[name], rows[:, data.target]
     spots = [(i, v) for i in curves if i in data.words for v in data.bounds[i].values]
     place: dict[Any, int] = {data.setting(i, v)[name]: k for k, (i, v) in enumerate(spots)}
-    some = [one for group in list(story.variables.values())[:MOST_SHOWN] for one in group.values()]
+    some = [one for group in list(variables.values())[:MOST_SHOWN] for one in group.values()]
     reach = [y for one in some for y in (*one["low"], *one["high"])]
-    reach += outcomes[story.flags.any(1)].tolist()
+    reach += outcomes[flags.any(1)].tolist()
     column, first = next(iter(curves.items()))
     ends = [-0.4, len(place) - 0.6] if place else [first["values"][0], first["values"][-1]]
     layers = [
@@ -216,10 +217,10 @@ def effect(story: Story, name: str) -> Panel:
             for k, (i, v) in enumerate(spots)
         ]
     tried = [
-        ("several were set" if story.flags[r].sum() > 1 else "experiment", outcomes[r], value)
+        ("several were set" if flags[r].sum() > 1 else "experiment", outcomes[r], value)
         for i in curves
-        for r in np.flatnonzero(story.flags[:, i])
-        if (value := data.setting(i, story.rows[r, i].item())[name]) in place or not place
+        for r in np.flatnonzero(flags[:, i])
+        if (value := data.setting(i, rows[r, i].item())[name]) in place or not place
     ]
     marked = [
         (look, one, one["settings"][name]) for look, one in story.marks if name in one["settings"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from scipy.stats import qmc
 
 from lib.scm import AbstractSCM, Intervention
 
@@ -168,7 +169,5 @@ class Benchmark(AbstractSCM):
 @ft.cache
 def low_discrepancy(dims: int) -> np.ndarray:
     """`NUM_REFERENCE` points of (0, 1)^dims, a scrambled Sobol sequence: `[samples, dims]`."""
-    from scipy.stats import qmc  # half a second, for the benchmarks alone
-
     points = qmc.Sobol(dims, scramble=True, rng=np.random.default_rng(2026)).random(NUM_REFERENCE)
     return np.clip(points, 1e-6, 1.0 - 1e-6).astype(np.float32)

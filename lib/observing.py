@@ -58,8 +58,10 @@ def observe(path: Path, row: Mapping[str, Any]) -> int:
             (after.names, after.comma, after.rows) == before and after.acted[-1:] in ([acted], []),
             f"{path}: a row behind the last one would change how others are read: add it by hand",
         )
+        mode = path.stat().st_mode
         try:
             replace_file(path, longer)
+            path.chmod(mode)  # whoever could write it still can
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.with_name(path.name + ".tmp").unlink()
