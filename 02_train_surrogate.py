@@ -22,6 +22,7 @@ Departures from phase4_training_infrastructure.md, section 2:
 3. there are no epochs and no early stopping: simulated data never repeat.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +38,8 @@ from lib import settings, surrogate
 from lib.accuracy import accuracy, posterior_seconds
 from lib.artifacts import save
 from lib.buffer import MIN_OBSERVATIONS
-from lib.problems import DataDesign, Problem, draw_problem, draw_problems
-from lib.scm_prior import SCMPrior, inherit
+from lib.problems import DATA, DataDesign, Problem, draw_problem, draw_problems
+from lib.scm_prior import WORLD, SCMPrior, inherit
 from lib.training import Learner, Progress, drawn, merged, moving_average, train
 from lib.trajectories import ExpertTrajectory, load_trajectories
 
@@ -48,9 +49,11 @@ class Bucket:
     """Problems that are padded to one size."""
 
     max_size: int
-    """Most variables; the fewest are one more than the bucket before holds."""
+    """Most variables; the fewest are one more than a smaller bucket holds."""
     models: int
     """Fresh causal models of these sizes in a step."""
+    max_obs: int = 0
+    """Most observational rows, if not those of the design."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,18 @@ class Config:
     """Seed of everything random here."""
 
     # --- problems ---
-    prior: SCMPrior = field(default_factory=SCMPrior)
-    """Distribution of causal models; left at its default, save sizes, it is that of the
+    prior: SCMPrior = field(default_factory=lambda: SCMPrior(**WORLD))
+    """Distribution of causal models; left at its default, save sizes and shares, it is that of the
     demonstrations. The largest sizes are those of the buckets.
     """
-    buckets: tuple[Bucket, ...] = (Bucket(6, 4), Bucket(10, 4))
+    buckets: tuple[Bucket, ...] = (Bucket(6, 4), Bucket(10, 3), Bucket(10, 1, 2000))
     """Sizes that problems are padded to, in ascending order."""
     buffers_per_model: int = 4
     """Data sets drawn from each model."""
     design: DataDesign = field(
-        default_factory=lambda: DataDesign(max_obs=300, per_variable=0, max_interventions=40)
+        default_factory=lambda: DataDesign(
+            max_obs=300, per_variable=0, max_interventions=40, **DATA
+        )
     )
     """Distribution of data sets."""
 
@@ -112,7 +117,7 @@ class Config:
     def __post_init__(self):
         settings.validate(self)
         sizes = [bucket.max_size for bucket in self.buckets]
-        if sizes != sorted(set(sizes)) or sizes[0] < self.prior.min_size:
+        if sizes != sorted(sizes) or sizes[0] < self.prior.min_size:
             raise ValueError(
                 f"buckets: sizes {sizes} must ascend from at least {self.prior.min_size}"
             )
@@ -130,15 +135,20 @@ class Config:
     @property
     def priors(self) -> tuple[SCMPrior, ...]:
         """The prior of each bucket."""
-        largest = [bucket.max_size for bucket in self.buckets]
-        smallest = [self.prior.min_size, *(size + 1 for size in largest[:-1])]
+        sizes = [bucket.max_size for bucket in self.buckets]
+        smaller = [[size for size in sizes if size < high] for high in sizes]
         return tuple(
-            replace(self.prior, min_size=low, max_size=high, max_vars=high)
-            for low, high in zip(smallest, largest, strict=True)
+            replace(
+                self.prior,
+                min_size=below[-1] + 1 if below else self.prior.min_size,
+                max_size=high,
+                max_vars=high,
+            )
+            for below, high in zip(smaller, sizes, strict=True)
         )
 
 
-LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80)
+LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80, **DATA)
 PRESETS = settings.presets(
     Config,
     smoke=dict(
@@ -149,7 +159,7 @@ PRESETS = settings.presets(
         checkpoint_every=20,
     ),
     hour=dict(  # 61 minutes on 2 idle CPU cores
-        buckets=(Bucket(6, 4), Bucket(10, 4), Bucket(20, 1)),
+        buckets=(Bucket(6, 4), Bucket(10, 3), Bucket(10, 1, 2000), Bucket(20, 1)),
         design=LARGE,
         model=surrogate.SurrogateConfig(model_hidden_dim=96, model_n_layers=6),
         steps=15_000,
@@ -157,7 +167,7 @@ PRESETS = settings.presets(
         evaluate_every=1000,
     ),
     paper=dict(
-        buckets=(Bucket(6, 32), Bucket(10, 32), Bucket(20, 16)),
+        buckets=(Bucket(6, 32), Bucket(10, 24), Bucket(10, 8, 2000), Bucket(20, 16)),
         design=LARGE,
         model=surrogate.SurrogateConfig(
             model_hidden_dim=256,
@@ -212,7 +222,8 @@ def draw_chunk(
 
     def one_bucket(key, bucket, prior):
         sizes = config.model.num_bins, config.buffers_per_model
-        return draw_problems(key, bucket.models, prior, config.design, *sizes)
+        design = replace(config.design, max_obs=bucket.max_obs or config.design.max_obs)
+        return draw_problems(key, bucket.models, prior, design, *sizes, thin=2)
 
     def one_step(step):
         step_key, buckets = jr.fold_in(key, step), zip(config.buckets, config.priors, strict=True)
@@ -266,9 +277,17 @@ def train_surrogate(
     learner = Learner.of(model, make_optimiser(config))
     validation = merged(draw_chunk(validation_key, jnp.array(0), config.chunk, config))
 
+    # the next problems are drawn while the network learns from these
+    drawing, ahead = ThreadPoolExecutor(1), {}
+
+    def drawn_ahead(step, count):
+        return drawing.submit(draw_chunk, data_key, jnp.array(step), count, config)
+
     def advance(state, step, count):
         index, done, every = jnp.array(step), step + count, config.evaluate_every
-        batches = draw_chunk(data_key, index, count, config)
+        batches = (ahead.pop(step, None) or drawn_ahead(step, count)).result()
+        if done < config.steps:
+            ahead[done] = drawn_ahead(done, min(config.chunk, config.steps - done))
         state, losses = train_chunk(state, batches, examples, demo_key, index, config)
         record = losses._asdict()
         if done // every > step // every or done == config.steps:

@@ -31,9 +31,9 @@ from lib import settings
 from lib.buffer import ExperienceBuffer
 from lib.grpo import GRPOConfig, grpo_iteration, grpo_optimiser
 from lib.policy import AcquisitionPolicyNetwork
-from lib.problems import DataDesign, Problem, draw_problems
+from lib.problems import DATA, DataDesign, Problem, draw_problems
 from lib.rewards import RewardConfig
-from lib.scm_prior import SCMPrior, inherit
+from lib.scm_prior import WORLD, SCMPrior, inherit
 from lib.surrogate import (
     LossWeights,
     ParentSetPredictionModel,
@@ -56,12 +56,14 @@ class Config:
     """Seed of everything random here."""
 
     # --- problems ---
-    prior: SCMPrior = field(default_factory=SCMPrior)
+    prior: SCMPrior = field(default_factory=lambda: SCMPrior(**WORLD))
     """Distribution of causal models at full difficulty; left at its default, save sizes, it is the
     surrogate's.
     """
     design: DataDesign = field(
-        default_factory=lambda: DataDesign(max_obs=200, per_variable=0, max_interventions=36)
+        default_factory=lambda: DataDesign(
+            max_obs=200, per_variable=0, max_interventions=36, **DATA
+        )
     )
     """Distribution of simulated data sets for the surrogate."""
     campaign: DataDesign = field(default_factory=lambda: DataDesign(num_steps=8))

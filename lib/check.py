@@ -39,7 +39,7 @@ from lib.improvement import expected_improvement
 from lib.linalg import positive_inverse_and_log_det
 from lib.regression import log_evidence, weight_posterior
 from lib.scm import Task, highest
-from lib.sums import Summary
+from lib.sums import Standardisation, Summary, sum_rows
 from lib.surrogate import ParentSetPredictionModel, SurrogateOutput
 
 
@@ -236,14 +236,14 @@ class Checked(NamedTuple):
         bin_width = jnp.maximum(grid[:, 1] - grid[:, 0], 1e-6)[:, None, None]
         near = jnp.exp(-0.5 * ((grid[..., None] - self.done.value[None, None]) / bin_width) ** 2)
         tried = (own[:, None] * near).sum(-1)
-        return self.belief.gain(self.output.task.candidates, self.output.spread**2, tried)
+        return self.belief.gain(self.output.task.candidates, self.output.observed_std**2, tried)
 
     @property
     def in_band(self) -> Bool[Array, " done"]:
         """Which outcomes lay in the 90 % band that the surrogate predicted for them."""
         mean, std = self.predicted
         # the 95 % quantile of the standard normal distribution
-        band = 1.645 * jnp.sqrt(std**2 + self.output.spread**2)
+        band = 1.645 * jnp.sqrt(std**2 + self.output.observed_std**2)
         return self.done.valid & (jnp.abs(self.done.outcome - mean) <= band)
 
     def recommended(
@@ -285,7 +285,10 @@ def check(
     """
     done, bins = Experiments.of(buffer, task, most), surrogate.config.num_bins
     rest = buffer.valid.at[done.row].set(buffer.valid[done.row] & ~done.valid)
-    before = Summary.of(eqx.tree_at(lambda b: b.valid, buffer, rest), task, bins)
+    # units are those of all rows: what experiments move is not clipped in the first prediction
+    units = Standardisation.of(buffer, task, bins)
+    others = eqx.tree_at(lambda b: b.valid, buffer, rest)
+    before = Summary(units, sum_rows(others, units, task))
     made = ExperienceBuffer(buffer.values[done.row], buffer.intervened[done.row], done.valid)
     both = jax.tree.map(lambda *x: jnp.stack(x), before, before.add(made, task))
     outputs = jax.vmap(surrogate.predict, (0, None))(both, task)  # faster than one by one
@@ -294,13 +297,13 @@ def check(
         jax.vmap(jnp.interp)(done.value, first.grid[done.variable], surface[done.variable])
         for surface in (first.effect_mean, first.effect_std)
     )
-    scale = before.units.scale
-    reach = jnp.abs(scale(jnp.stack([task.low, task.high]))).max(0)
+    centre = units.scale.shift
+    reach = jnp.abs(jnp.stack([task.low, task.high]) - centre[None]).max(0) / units.observed_std
     belief = average(
         output,
         (mean, std),
         done,
-        usual=scale.shift,
+        usual=centre,
         reach=reach,
         observed=jnp.maximum(buffer.observational.sum(), 1),
         config=config,
@@ -356,9 +359,12 @@ def average(output, predicted, done, usual, reach, observed, config) -> Belief:
     num_vars, task = len(reach), output.task
     nothing, moved = output.shift, jnp.where(done.valid, done.outcome - output.shift, 0.0)
     # what outcomes span: their root mean square, at least the standard deviation of the target
-    unit = jnp.maximum(jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1)), output.spread)
+    unit = jnp.maximum(
+        jnp.sqrt((moved**2).sum() / jnp.maximum(done.valid.sum(), 1)), output.observed_std
+    )
     noise = jnp.append(
-        output.spread**2 * NOISE_VARIANCES, 3.0 * output.spread**2 + (config.loose_std * unit) ** 2
+        output.observed_std**2 * NOISE_VARIANCES,
+        3.0 * output.observed_std**2 + (config.loose_std * unit) ** 2,
     )
     outlier = config.outlier_prob, nothing, 3.0 * unit  # three times what outcomes span: anywhere
     own = done.by_variable(num_vars).astype(noise.dtype)
@@ -391,7 +397,7 @@ def average(output, predicted, done, usual, reach, observed, config) -> Belief:
     mean = (share * means).sum(0)
     std = jnp.sqrt((share * (stds**2 + (means - mean[None]) ** 2)).sum(0))
     weights = weights.sum(0).T
-    nothing_std = output.spread / jnp.sqrt(observed)
+    nothing_std = output.observed_std / jnp.sqrt(observed)
     means = jnp.stack([output.effect_mean, jnp.full_like(output.effect_mean, nothing), *mean])
     stds = jnp.stack([output.effect_std, jnp.full_like(output.effect_std, nothing_std), *std])
     return Belief(weights, means, stds, nothing, nothing_std)
@@ -420,7 +426,7 @@ def processes(output, done, own, noise, unit, usual, anchor):
     nothing, on_grid = output.shift, basis_functions(jnp.linspace(0.0, 1.0, output.grid.shape[1]))
     # at least a hundred roundings of the outcomes' variance: float32 tells no less apart
     noise = noise + 100 * jnp.finfo(noise.dtype).eps * unit**2
-    anchor_variance = (anchor * output.spread) ** 2
+    anchor_variance = (anchor * output.observed_std) ** 2
     moved = jnp.append(done.outcome - nothing, 0.0)
 
     def of_variable(grid, usual, own):

@@ -207,7 +207,7 @@ def evaluate_system_performance(
         name: scenario.regret(name, system, test_scms, optima(test_scms.scm), key)
         for name in (baseline_method, "acbo")
     }
-    records = regret_records(task, regret, test_scms.scm.mechanism)
+    records = regret_records(task, regret, test_scms.scm.mechanism[:, 0])
     return EvaluationReport(records, {task: regret})
 
 
@@ -233,7 +233,7 @@ def evaluate_acquisition_performance(
             name: scenario.regret(name, system, problems, best, play_key)
             for name in ("acbo", *rivals)
         }
-        records += regret_records(scenario.name, regret, problems.scm.mechanism)
+        records += regret_records(scenario.name, regret, problems.scm.mechanism[:, 0])
     return {
         "/".join((r.task, r.method, r.metric)) + end: value
         for r in records

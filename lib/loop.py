@@ -12,6 +12,7 @@ with optimisers that remember. `params` are modules. What the documents leave op
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -117,9 +118,13 @@ def _sample_problem(key, prior, design):
     renamed = (
         swap[scm.order],
         jnp.array(last),
-        *(x[swap] for x in (scm.low, scm.high, scm.var_mask)),
+        *(x[swap] for x in (scm.low, scm.high, scm.var_mask, scm.hidden)),
     )
-    scm = eqx.tree_at(lambda s: (s.order, s.target, s.low, s.high, s.var_mask), scm, renamed)
+    scm = eqx.tree_at(
+        lambda s: (s.order, s.target, s.low, s.high, s.var_mask, s.hidden), scm, renamed
+    )
+    if scm.known is not None:
+        scm = replace(scm, known=scm.known[swap][:, swap])
     return scm, draw_data(data_key, scm, design)
 
 
@@ -278,8 +283,8 @@ def outcome_nll(output: SurrogateOutput, buffer: ExperienceBuffer) -> Float[Arra
             jnp.interp(row[i], output.grid[i], table[i])
             for table in (output.effect_mean, output.effect_std)
         )
-        variance = 1.0 + (std / output.spread) ** 2
-        error = (row[task.target] - mean) / output.spread
+        variance = 1.0 + (std / output.observed_std) ** 2
+        error = (row[task.target] - mean) / output.observed_std
         return 0.5 * (error**2 / variance + jnp.log(variance))
 
     nll = jax.vmap(one)(buffer.values, buffer.intervened)

@@ -32,7 +32,7 @@ from lib.sums import NUM_FEATURES, Sums
 
 
 NUM_LIKELY = 5  # variables whose subsets are compared as the parents of another: 32 of them
-NUM_PAIR_STATISTICS = NUM_FEATURES**2 + 36
+NUM_PAIR_STATISTICS = NUM_FEATURES**2 + 40
 # Compressed statistics are clipped there, lest one degenerate regression outweigh all other inputs.
 # First to reach it are a residual standard deviation of e^-2.5 = 0.08 and 147 rows under do(j).
 MAX_STATISTIC = 5.0
@@ -58,6 +58,7 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     5       `responses`, of i to do(j)
     14      the five lines above, of j on i
     3       whether i is the target, whether j is, whether they are the same
+    4       whether an edge i -> j is known to be there, or not to be; the same of j -> i
     2       log(1 + rows) / 5: observational, interventional
     ======  ========================================================================
     """
@@ -103,7 +104,9 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
 
     # / 5: log(150) is five
     rows = jnp.log(jnp.stack([sums.observational, sums.count - sums.observational]) + 1.0) / 5.0
-    known = [jnp.broadcast_to(x, own.shape) for x in (is_target, is_target.T, own, *rows)]
+    told = jnp.zeros(own.shape, int) if task.known is None else task.known
+    marks = (is_target, is_target.T, own, told > 0, told < 0, told.T > 0, told.T < 0, *rows)
+    known = [jnp.broadcast_to(x, own.shape) for x in marks]
     return jnp.concatenate([moments, found, jnp.stack(known, -1)], -1)
 
 

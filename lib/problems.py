@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,6 +22,8 @@ from lib.training import merged
 
 # of a campaign that has found where to look: widths of a range, and share of experiments elsewhere
 FOCUS_WIDTH, STRAY_SHARE = 0.4, 0.3
+LEAST_DESIGNED = 10  # experiments where nothing is observed
+KINDS = 0x6B696E64  # folded into a data set's key for what is special about it
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,23 @@ class DataDesign:
     """Most interventions beside these, as a campaign makes them."""
     num_steps: int = 0
     """Experiments to come, for which there are free rows."""
+    designed: float = 0.0
+    """Share of data sets whose experiments set several variables at once, at two to five levels;
+    every other one of these has no observational row.
+    """
+    levels: float = 0.0
+    """Share of the others whose experiments are at two to five levels."""
+    alone: float = 0.0
+    """Share whose experiments are all on one variable."""
 
     def capacity(self, num_vars: int) -> int:
         """Rows of a data set of `num_vars` variables, filled or free."""
         fixed = self.max_obs + self.max_interventions + self.num_steps
         return fixed + self.per_variable * num_vars
+
+
+# The data that the surrogate is trained on, beside those of campaigns.
+DATA: dict[str, Any] = dict(designed=0.1, levels=0.2, alone=0.1)
 
 
 def draw_data(key: Key[Array, ""], scm: AbstractSCM, design: DataDesign) -> ExperienceBuffer:
@@ -53,29 +67,57 @@ def draw_data(key: Key[Array, ""], scm: AbstractSCM, design: DataDesign) -> Expe
     """
     obs_key, value_key, row_key, campaign_key, count_key = jr.split(key, 5)
     num_vars, candidates = scm.var_mask.shape[0], scm.candidates
+    number = design.per_variable * num_vars + design.max_interventions
+    u = draw(
+        jr.uniform,
+        jr.fold_in(key, KINDS),
+        **dict.fromkeys(("designed", "bare", "levels", "coarse", "alone", "share"), ()),
+        **dict.fromkeys(("set", "fraction"), (number, num_vars)),
+    )
+    designed = u["designed"] < design.designed
+    bare = designed & (u["bare"] < 0.5)
     observed = scm.sample(obs_key, Intervention.none(num_vars), design.max_obs)
     count = log_between(jr.uniform(count_key), design.min_obs, design.max_obs + 1).astype(int)
-    known = jnp.arange(design.max_obs) < jnp.clip(count, design.min_obs, design.max_obs)
+    count = jnp.where(bare, 0, jnp.clip(count, design.min_obs, design.max_obs))
     first = jnp.tile(jnp.arange(num_vars), design.per_variable)
-    later, fraction, made = campaign_so_far(campaign_key, candidates, design.max_interventions)
-    variables = jnp.concatenate([first, later])
-    fraction = jnp.concatenate([jr.uniform(value_key, first.shape), fraction])
-    values = between(fraction, scm.low[variables], scm.high[variables])
-    kept = jnp.concatenate([known, candidates[first], made])
-    buffer = with_experiments(row_key, scm, observed, variables, values).only(kept)
+    later, fraction, made = campaign_so_far(
+        campaign_key,
+        candidates,
+        design.max_interventions,
+        jnp.where(bare, LEAST_DESIGNED, 0),
+        u["alone"] < design.alone,
+    )
+    fraction = jnp.concatenate([jr.uniform(value_key, first.shape), fraction])[:, None]
+    intervened = jnp.concatenate([first, later])[:, None] == jnp.arange(num_vars)[None]
+    # every other time all candidates are set, or each with a probability of this data set's
+    share = jnp.maximum(2.0 * u["share"], 0.2)
+    several = candidates[None] & (u["set"] < share)
+    intervened |= designed & several
+    fraction = jnp.where(designed, u["fraction"], fraction)
+    gaps = whole(u["levels"], 1, 5)
+    coarse = designed | (u["coarse"] < design.levels)
+    fraction = jnp.where(coarse, jnp.round(fraction * gaps) / gaps, fraction)
+    settings = between(fraction, scm.low[None], scm.high[None])
+    kept = jnp.concatenate([jnp.arange(design.max_obs) < count, candidates[first], made])
+    buffer = with_experiments(row_key, scm, observed, intervened, settings).only(kept)
     front = jnp.argsort(~kept, stable=True)
     return jax.tree.map(lambda leaf: leaf[front], buffer).grow(design.num_steps)
 
 
 def campaign_so_far(
-    key: Key[Array, ""], candidates: Bool[Array, " vars"], most: int
+    key: Key[Array, ""],
+    candidates: Bool[Array, " vars"],
+    most: int,
+    least: Int[Array, ""] | int = 0,
+    alone: Bool[Array, ""] | bool = False,
 ) -> tuple[Int[Array, " most"], Float[Array, " most"], Bool[Array, " most"]]:
     """The interventions of a campaign at a random moment: variables, values as shares of their
     ranges, and which were made.
 
     Up to a random moment at uniform values, on random candidates or (every other time) going round
     them; from then on, as an optimiser's are, around one random variable and value: within
-    `FOCUS_WIDTH`, but for the share `STRAY_SHARE` that is on any candidate.
+    `FOCUS_WIDTH`, but for the share `STRAY_SHARE` that is on any candidate. If `alone`, all are on
+    that variable.
     """
     u = draw(
         jr.uniform,
@@ -87,28 +129,26 @@ def campaign_so_far(
     spread_out = index < whole(u["wide"], 0, most + 1)
     around = pick((index % number + 0.5) / number, candidates)
     roaming = jnp.where(u["round"] < 0.5, around, pick(u["variable"], candidates))
-    variables = jnp.where(
-        spread_out | (u["stray"] < STRAY_SHARE), roaming, pick(u["focus"], candidates)
-    )
+    elsewhere = (spread_out | (u["stray"] < STRAY_SHARE)) & ~jnp.asarray(alone)
+    variables = jnp.where(elsewhere, roaming, pick(u["focus"], candidates))
     near = jnp.clip(u["centre"] + FOCUS_WIDTH * (u["fraction"] - 0.5), 0.0, 1.0)
     fraction = jnp.where(spread_out, u["fraction"], near)
-    return variables, fraction, index < whole(u["total"], 0, most + 1)
+    return variables, fraction, index < whole(u["total"], least, most + 1)
 
 
 def with_experiments(
     key: Key[Array, ""],
     scm: AbstractSCM,
     observed: Float[Array, "observed vars"],
-    variables: Int[Array, " done"],
-    values: Float[Array, " done"],
+    intervened: Bool[Array, "done vars"],
+    settings: Float[Array, "done vars"],
 ) -> ExperienceBuffer:
-    """The observed rows, then one under do(variables[n] = values[n]) for each n."""
-    num_vars = observed.shape[1]
+    """The observed rows, then one under each row of interventions."""
     done = jax.vmap(
-        lambda noise, i, v: scm.simulate(noise[None], Intervention.single(i, v, num_vars))[0]
-    )(scm.draw_noise(key, len(variables)), variables, values)
-    chosen = jnp.concatenate([jnp.full(len(observed), -1), variables])
-    rows, flags = jnp.concatenate([observed, done]), chosen[:, None] == jnp.arange(num_vars)[None]
+        lambda noise, mask, values: scm.simulate(noise[None], Intervention(mask, values))[0]
+    )(scm.draw_noise(key, len(settings)), intervened, settings)
+    rows = jnp.concatenate([observed, done])
+    flags = jnp.concatenate([jnp.zeros(observed.shape, bool), intervened])
     return ExperienceBuffer(rows, flags, jnp.ones(len(rows), bool))
 
 
@@ -125,10 +165,11 @@ class GroundTruth(eqx.Module):
     parents: Bool[Array, " vars"]
 
     @staticmethod
-    def of(scm: AbstractSCM, num_bins: int) -> "GroundTruth":
-        """The truth about a simulated system."""
+    def of(scm: AbstractSCM, num_bins: int, thin: int = 1) -> "GroundTruth":
+        """The truth about a simulated system, effects over every `thin`-th row of noise."""
+        noise = scm.reference_noise()[::thin]
         return GroundTruth(
-            scm.effect_table(value_grid(scm.low, scm.high, num_bins)),
+            scm.effect_table(value_grid(scm.low, scm.high, num_bins), noise),
             scm.mean_outcome(Intervention.none(len(scm.low))),
             scm.parents,
         )
@@ -148,12 +189,17 @@ class Problem(NamedTuple):
 
 
 def draw_problem(
-    key: Key[Array, ""], prior: SCMPrior, design: DataDesign, num_bins: int
+    key: Key[Array, ""],
+    prior: SCMPrior,
+    design: DataDesign,
+    num_bins: int,
+    feedback: Bool[Array, ""] | None = None,
+    thin: int = 1,
 ) -> Problem:
     """A random problem, its effects at `num_bins` values per variable."""
     scm_key, data_key = jr.split(key)
-    scm = sample_scm(scm_key, prior)
-    return Problem(scm, GroundTruth.of(scm, num_bins), draw_data(data_key, scm, design))
+    scm = sample_scm(scm_key, prior, feedback)
+    return Problem(scm, GroundTruth.of(scm, num_bins, thin), draw_data(data_key, scm, design))
 
 
 @eqx.filter_jit
@@ -164,13 +210,16 @@ def draw_problems(
     design: DataDesign,
     num_bins: int,
     data_sets: int = 1,
+    thin: int = 1,
 ) -> Problem:
     """`count` problems, or as many models with several `data_sets` of each, which share the truth,
-    the costly part (leading axis `count * data_sets`).
+    the costly part (leading axis `count * data_sets`). All have feedback or none has: a batch takes
+    as many rounds as its slowest.
     """
+    feedback = jr.uniform(jr.fold_in(key, KINDS)) < prior.feedback
 
     def one(key):
-        scm, truth, buffer = draw_problem(key, prior, design, num_bins)
+        scm, truth, buffer = draw_problem(key, prior, design, num_bins, feedback, thin)
         buffers = jax.tree.map(lambda leaf: leaf[None], buffer)
         if data_sets > 1:  # all drawn anew; `draw_problem` has split 0 and 1 off the key
             keys = jr.split(jr.fold_in(key, 2), data_sets)

@@ -23,17 +23,19 @@ class Scale(NamedTuple):
 
     @staticmethod
     def of(
-        values: Float[Array, "samples vars"], rows: Bool[Array, " samples"] | bool = True
+        values: Float[Array, "samples vars"],
+        rows: Bool[Array, "samples vars"] | Bool[Array, " samples"] | bool = True,
     ) -> "Scale":
-        """Over `rows`, by default all of them; a constant column has the spread 1."""
-        rows = jnp.broadcast_to(rows, len(values))
-        count, kept = jnp.maximum(rows.sum(), 1), rows[:, None]
+        """Over `rows`, by default all of them, or those of each column; a constant column has the spread 1."""
+        each = rows if jnp.ndim(rows) == 2 else jnp.broadcast_to(rows, len(values))[:, None]
+        kept = jnp.broadcast_to(each, values.shape)
+        count = jnp.maximum(kept.sum(0), 1)
         shift = jnp.where(kept, values, 0.0).sum(0) / count
         spread = jnp.sqrt(jnp.where(kept, (values - shift[None]) ** 2, 0.0).sum(0) / count)
         # 1e-6 of the mean is what float32 rounds; relative to it, so that no unit is too small
         varies = spread > 1e-6 * jnp.abs(shift)
         # the mean of equal numbers may differ from them in the last digit: take the first
-        first = values[jnp.argmax(rows)]
+        first = jnp.take_along_axis(values, kept.argmax(0)[None], 0)[0]
         return Scale(jnp.where(varies, shift, first), jnp.where(varies, spread, 1.0))
 
     def __call__(self, values: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:

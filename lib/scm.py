@@ -85,6 +85,8 @@ class Task(eqx.Module):
     low: Float[Array, " vars"]
     high: Float[Array, " vars"]
     var_mask: Bool[Array, " vars"]
+    known: Int[Array, "vars vars"] | None = None
+    """Of each edge i -> j: 1 where it is known to be there, -1 where to be absent, else 0."""
 
     @property
     def possible_parents(self) -> Bool[Array, " vars"]:
@@ -303,6 +305,8 @@ NOISES: dict[str, Callable[[Array], Array]] = {
     "laplace": lambda noise: -jnp.sign(noise) * jnp.log(tails(noise)) / jnp.sqrt(2.0),
     "uniform": lambda noise: jnp.sign(noise) * jnp.sqrt(3.0) * (1.0 - tails(noise)),
     "heteroscedastic": lambda noise: noise,  # and its deviation varies (`structural_equation`)
+    # Tukey's h distribution, h = 0.15, of variance (1 - 2 h)^(-3/2): a kurtosis of 10
+    "heavy": lambda noise: 0.7**0.75 * noise * jnp.exp(0.075 * noise**2),
 }
 
 
@@ -311,22 +315,31 @@ def index_of(name: str, kinds: Iterable[str]) -> Int[Array, ""]:
     return jnp.int32(list(kinds).index(name))
 
 
+MAX_HIDDEN = 2  # variables of a model
+# Of feedback: rounds through the variables until none moves by more than `SETTLED` deviations.
+MAX_ROUNDS, SETTLED = 15, 0.01
+
+
 class SyntheticSCM(AbstractSCM):
-    """A random model with one kind of mechanism and of additive noise, each variable standardised
+    """A random model, each variable with a kind of mechanism and of additive noise, standardised
     while it is generated.
 
     Mechanism arrays are in topological order: row and column k belong to the k-th variable
     generated, which is variable `order[k]` for everyone outside. Standardisation inside generation
     (`shift`, `spread`) removes the variance ordering that makes plain simulations easy (iSCM, arXiv
     2406.11601).
+
+    Variables that are `hidden` are simulated like all others, but nobody sees or sets them: for an
+    experimenter they are padding, out of `var_mask` and zero in every row. An edge that goes back
+    in the order is feedback: values are those of the equilibrium.
     """
 
     family: Int[Array, ""]  # index into lib.graphs.FAMILIES
     order: Int[Array, " vars"]
     # adjacency[i, k]: the i-th generated variable is a parent of the k-th
     adjacency: Bool[Array, "vars vars"]
-    mechanism: Int[Array, ""]  # index into MECHANISMS
-    noise_kind: Int[Array, ""]  # index into NOISES
+    mechanism: Int[Array, " vars"]  # index into MECHANISMS
+    noise_kind: Int[Array, " vars"]  # index into NOISES
     weights: Float[Array, "vars vars"]
     frequencies: Float[Array, "vars vars features"]  # [parent, child, feature]
     phases: Float[Array, "vars features"]
@@ -338,6 +351,13 @@ class SyntheticSCM(AbstractSCM):
     low: Float[Array, " vars"]
     high: Float[Array, " vars"]
     var_mask: Bool[Array, " vars"]
+    hidden: Bool[Array, " vars"]
+    known: Int[Array, "vars vars"] | None = None  # as that of `Task`
+
+    @property
+    def task(self) -> Task:
+        """The public part of the model."""
+        return Task(self.target, self.low, self.high, self.var_mask, self.known)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -354,14 +374,25 @@ class SyntheticSCM(AbstractSCM):
         return self.adjacency[self.position][:, self.position]
 
     @property
+    def seen_graph(self) -> Bool[Array, "vars vars"]:
+        """The graph among what is seen: an edge is a directed path whose inner nodes are hidden."""
+        graph, hidden = self.graph, self.hidden
+        found = graph
+        for _ in range(MAX_HIDDEN):
+            found |= (found[:, :, None] & (hidden[:, None] & graph)[None]).any(1)
+        return found & ~hidden[:, None] & ~hidden[None]
+
+    @property
     def parents(self) -> Bool[Array, " vars"]:
-        return jnp.take(self.graph, self.target, axis=1)
+        """Those of the target in `seen_graph`."""
+        return jnp.take(self.seen_graph, self.target, axis=1)
 
     def disturbance(self, noise: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
         """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the
         model's noise has.
         """
-        return jax.lax.select_n(self.noise_kind, *(kind(noise) for kind in NOISES.values()))
+        kinds = jnp.broadcast_to(self.noise_kind[None], noise.shape)
+        return jax.lax.select_n(kinds, *(kind(noise) for kind in NOISES.values()))
 
     def structural_equation(
         self,
@@ -380,11 +411,11 @@ class SyntheticSCM(AbstractSCM):
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
         kinds = MECHANISMS.values()
-        hidden = jax.lax.select_n(self.mechanism, *(kind.hidden(z) for kind in kinds))
-        direct = jnp.array([kind.linear for kind in kinds])[self.mechanism]
+        hidden = jax.lax.select_n(self.mechanism[k], *(kind.hidden(z) for kind in kinds))
+        direct = jnp.array([kind.linear for kind in kinds])[self.mechanism[k]]
         effect = hidden @ self.amplitudes[k] + jnp.where(direct, linear, 0.0)
         effect = jnp.where(edges.any(), effect, 0.0)
-        varies = self.noise_kind == index_of("heteroscedastic", NOISES)
+        varies = self.noise_kind[k] == index_of("heteroscedastic", NOISES)
         scale = jnp.where(varies, jnp.exp(jnp.tanh(linear)), 1.0)
         return effect + self.noise_scale[k] * scale * disturbance[:, k]
 
@@ -396,15 +427,27 @@ class SyntheticSCM(AbstractSCM):
 
     def simulate(self, noise, intervention):
         fixed, values = intervention.mask[self.order], intervention.values[self.order]
-        present, disturbance = self.var_mask[self.order], self.disturbance(noise)
+        present, disturbance = (self.var_mask | self.hidden)[self.order], self.disturbance(noise)
 
         def generate(x, k):
             raw = self.structural_equation(x, disturbance, k)
             natural = jnp.where(present[k], (raw - self.shift[k]) / self.spread[k], 0.0)
             return x.at[:, k].set(jnp.where(fixed[k], values[k], natural)), None
 
-        x, _ = jax.lax.scan(generate, jnp.zeros_like(noise), jnp.arange(noise.shape[1]))
-        return x[:, self.position]
+        def once_more(state):
+            x, _, number = state
+            after, _ = jax.lax.scan(generate, x, jnp.arange(noise.shape[1]))
+            return after, jnp.abs(after - x).max(), number + 1
+
+        feedback = jnp.tril(self.adjacency).any()
+        x, _, _ = jax.lax.while_loop(
+            lambda state: (
+                (state[2] == 0) | (feedback & (state[1] > SETTLED) & (state[2] < MAX_ROUNDS))
+            ),
+            once_more,
+            (jnp.zeros_like(noise), jnp.array(0.0), 0),
+        )
+        return jnp.where(self.hidden[None], 0.0, x[:, self.position])
 
 
 def check_scm(scm: AbstractSCM) -> None:

@@ -1,26 +1,35 @@
 """The distribution of causal models: random graphs and mechanisms, a target worth optimising."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from lib.graphs import FAMILIES, between, draw, log_between, one_of, pick, sample_graph, whole
 from lib.scm import (
+    MAX_HIDDEN,
     MECHANISMS,
     NOISES,
     Intervention,
     SyntheticSCM,
     antithetic_normal,
+    index_of,
     value_grid,
 )
 
 
 NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
+KINDS = 0x6B696E64  # folded into a model's key for what is special about it
+QUIET_NOISE = 0.1, 0.35  # of a quiet model, as a share of what its noise would be
+# of a tight model: the same of a variable that is nearly determined, and how many of them there are
+TIGHT_NOISE, TIGHT_SHARE = 0.05, 0.3
+FEEDBACK_WEIGHT = 0.5  # of what an edge that goes back in the order would weigh otherwise
+MAX_EFFECT = 100.0  # of feedback, in deviations: beyond it does not settle
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,21 @@ class SCMPrior:
     something to gain; 0 admits every variable as target.
     """
 
+    hidden: float = 0.0
+    """Share of models in which one or two variables are hidden."""
+    quiet: float = 0.0
+    """Share whose noise is small, so that ranges reach far outside what is observed."""
+    inert: float = 0.0
+    """Share in which nothing lowers the target by `min_effect`."""
+    mixed: float = 0.0
+    """Share of any graph family, each variable with a kind of mechanism and noise of its own."""
+    tight: float = 0.0
+    """Share in which one variable copies another and parents nearly determine some others."""
+    feedback: float = 0.0
+    """Share in which one effect acts back on its cause."""
+    told: float = 0.0
+    """Share of which a part of the graph is known."""
+
     def __post_init__(self):
         for field, known in (
             ("families", FAMILIES),
@@ -83,6 +107,9 @@ class SCMPrior:
                 f"sizes {self.min_size} to {self.max_size} do not fit 2 <= min_size "
                 f"<= max_size <= max_vars = {self.max_vars}"
             )
+        for name, share in zip(Special._fields, self.shares, strict=True):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} = {share} must be a share, from 0 to 1")
         for name in ("density", "noise", "lengthscale", "range"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if low > high:
@@ -90,16 +117,34 @@ class SCMPrior:
             if low <= 0 and name != "density":
                 raise ValueError(f"min_{name} = {low} must be positive")
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of models that are `Special`, in its order."""
+        return tuple(getattr(self, name) for name in Special._fields)
+
+
+class Special(NamedTuple):
+    """What is special about a model, as `SCMPrior` says of its shares."""
+
+    hidden: Bool[Array, ""]
+    quiet: Bool[Array, ""]
+    inert: Bool[Array, ""]
+    mixed: Bool[Array, ""]
+    tight: Bool[Array, ""]
+    feedback: Bool[Array, ""]
+    told: Bool[Array, ""]
+
 
 def inherit(prior: SCMPrior, header: dict) -> SCMPrior:
-    """The prior of a stage that builds on an artifact with this `header`: its own sizes, and all
-    else from the prior that the artifact was made with, unless a setting of its own departs from
-    the default. So a prior that stage 1 was given reaches every later stage.
+    """The prior of a stage that builds on an artifact with this `header`: its own sizes and shares
+    of special models, and all else from the prior that the artifact was made with, unless a setting
+    of its own departs from the default. So a prior that stage 1 was given reaches all later stages.
     """
-    sizes = {name: getattr(prior, name) for name in ("max_vars", "min_size", "max_size")}
-    if prior != SCMPrior(**sizes):
+    names = ("max_vars", "min_size", "max_size", *Special._fields)
+    own = {name: getattr(prior, name) for name in names}
+    if prior != SCMPrior(**own):
         return prior
-    return SCMPrior(**prior_in(header) | sizes)
+    return SCMPrior(**prior_in(header) | own)
 
 
 def prior_in(header: dict) -> dict[str, Any]:
@@ -108,6 +153,13 @@ def prior_in(header: dict) -> dict[str, Any]:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in header["config"]["prior"].items()
     }
+
+
+# The world that the surrogate is trained in. The shares were chosen on problems of their own, by
+# what each buys outside the simulator against what it costs in the narrow world.
+WORLD: dict[str, Any] = dict(
+    hidden=0.35, quiet=0.25, inert=0.1, mixed=0.3, tight=0.15, feedback=0.05, told=0.25
+)
 
 
 def multimodal(prior: SCMPrior) -> SCMPrior:
@@ -124,21 +176,71 @@ def multimodal(prior: SCMPrior) -> SCMPrior:
     )
 
 
-def sample_scm(key: Key[Array, ""], prior: SCMPrior) -> SyntheticSCM:
+def sample_scm(
+    key: Key[Array, ""], prior: SCMPrior, feedback: Bool[Array, ""] | None = None
+) -> SyntheticSCM:
     """A random model whose target has an ancestor that can lower it by at least `min_effect`
-    standard deviations (redrawn until it does).
+    standard deviations, or none if it is to be inert (redrawn until it is so); with `feedback` or
+    without, if that is not to be drawn here.
     """
+    share_key, hidden_key, told_key = jr.split(jr.fold_in(key, KINDS), 3)
+    special = Special(*(jr.uniform(share_key, (len(prior.shares),)) < jnp.array(prior.shares)))
+
+    if feedback is not None:
+        special = special._replace(feedback=feedback)
 
     def attempt(state):
         key, draw_key = jr.split(state[0])
-        return key, *_sample_once(draw_key, prior)
+        return key, *_sample_once(draw_key, prior, special)
 
-    shape = jax.eval_shape(lambda k: _sample_once(k, prior), key)
+    shape = jax.eval_shape(lambda k: _sample_once(k, prior, special), key)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-    return jax.lax.while_loop(lambda state: ~state[2], attempt, (key, *nothing))[1]
+    scm = jax.lax.while_loop(lambda state: ~state[2], attempt, (key, *nothing))[1]
+    scm = hide(hidden_key, scm, special.hidden) if prior.hidden else scm
+    return tell(told_key, scm, special.told) if prior.told else scm
 
 
-def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bool[Array, ""]]:
+def hide(key: Key[Array, ""], scm: SyntheticSCM, some: Bool[Array, ""]) -> SyntheticSCM:
+    """The model with one or two of its variables hidden, if `some` are to be: any but the target,
+    of three variables at most one; causes of the target with other children four times as often.
+    """
+    num_vars = scm.var_mask.shape[0]
+    u = draw(jr.uniform, key, number=(), which=(num_vars,))
+    reach = (scm.graph | jnp.eye(num_vars, dtype=bool)).astype(float)
+    for _ in range(int(np.ceil(np.log2(num_vars)))):  # paths of every length
+        reach = jnp.minimum(reach @ reach, 1.0)
+    confounds = (jnp.take(reach, scm.target, axis=1) > 0) & (scm.graph.sum(1) >= 2)
+    # the largest of log weights plus Gumbel noise: draws without replacement
+    score = jnp.where(confounds, jnp.log(4.0), 0.0) - jnp.log(-jnp.log(u["which"] + 1e-7))
+    score = jnp.where(scm.task.possible_parents, score, -jnp.inf)
+    number = jnp.minimum(whole(u["number"], 1, MAX_HIDDEN + 1), scm.var_mask.sum() - 2)
+    rank = (score[:, None] < score[None]).sum(1)
+    hidden = some & scm.task.possible_parents & (rank < number)
+    low, high = (jnp.where(hidden, 0.0, end) for end in (scm.low, scm.high))
+    return replace(scm, hidden=hidden, var_mask=scm.var_mask & ~hidden, low=low, high=high)
+
+
+def tell(key: Key[Array, ""], scm: SyntheticSCM, some: Bool[Array, ""]) -> SyntheticSCM:
+    """The model with a part of its graph known, if `some` is to be: of some pairs (of all
+    variables, or with the target as the effect) whether there is an edge; or tiers, which tell that
+    there is none from a later to an earlier one. All of it is true.
+    """
+    num_vars, exists, graph = scm.var_mask.shape[0], scm.var_mask, scm.seen_graph
+    u = draw(
+        jr.uniform, key, pair=(num_vars, num_vars), **dict.fromkeys(("kind", "share", "tiers"), ())
+    )
+    kind, to_target = whole(u["kind"], 0, 3), jnp.arange(num_vars) == scm.target
+    pairs = ((kind == 0) | to_target[None]) & (u["pair"] < u["share"] ** 2)
+    place = (jnp.cumsum(exists[scm.order]) - 1)[scm.position]
+    tier = place * whole(u["tiers"], 2, 5) // exists.sum()
+    told = jnp.where(kind == 2, (tier[:, None] > tier[None]) & ~graph, pairs)
+    told &= some & exists[:, None] & exists[None] & ~jnp.eye(num_vars, dtype=bool)
+    return replace(scm, known=jnp.where(told, jnp.where(graph, 1, -1), 0))
+
+
+def _sample_once(
+    key: Key[Array, ""], prior: SCMPrior, special: Special
+) -> tuple[SyntheticSCM, Bool[Array, ""]]:
     """One draw, and whether some variable of it qualifies as a target."""
     d = prior.max_vars
     graph_key, uniform_key, normal_key, noise_key = jr.split(key, 4)
@@ -154,8 +256,30 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
     )
     n = draw(jr.normal, normal_key, frequency=(d, d, NUM_HIDDEN), amplitude=(d, NUM_HIDDEN))
     size = whole(u["size"], prior.min_size, prior.max_size + 1)
+    v = draw(
+        jr.uniform,
+        jr.fold_in(key, KINDS),
+        **dict.fromkeys(("family", "loud", "copy", "original", "back"), ()),
+        **dict.fromkeys(("mechanism", "noise", "tight"), (d,)),
+    )
+    index, edges = jnp.arange(d), (prior.min_density, prior.max_density)
     family = one_of(u["family"], prior.families, FAMILIES)
+    family = jnp.where(special.mixed, whole(v["family"], 0, len(FAMILIES)), family)
     mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
+    mechanism = jnp.where(special.mixed, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
+    noise_kind = one_of(jr.uniform(noise_key), prior.noises, NOISES)
+    noise_kind = jnp.where(special.mixed, whole(v["noise"], 0, len(NOISES)), noise_kind)
+    graph = sample_graph(graph_key, family, size, d, edges)
+    # a copy is a leaf whose only parent is its original
+    copy = whole(v["copy"], 1, size)
+    is_copy, original = special.tight & (index == copy), index == whole(v["original"], 0, copy)
+    graph = jnp.where(is_copy[None], original[:, None], graph & ~is_copy[:, None])
+    mechanism = jnp.where(is_copy, index_of("linear", MECHANISMS), mechanism)
+    determined = is_copy | (special.tight & (v["tight"] < TIGHT_SHARE))
+    # feedback turns one of the edges around, beside the edge itself
+    cause, effect = jnp.divmod(pick(v["back"], graph.reshape(-1)), d)
+    back = special.feedback & (index == effect)[:, None] & (index == cause)[None]
+    weigh = jnp.where(back, FEEDBACK_WEIGHT, 1.0)
     phases, fixed = (
         jnp.array([getattr(kind, name) for kind in MECHANISMS.values()])[mechanism]
         for name in ("phases", "lengthscale")
@@ -166,21 +290,23 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties
         family=family,
         # a random name for each place, padding kept last
-        order=jnp.argsort(jnp.where(jnp.arange(d) < size, u["order"], 2.0 + jnp.arange(d))),
-        adjacency=sample_graph(graph_key, family, size, d, (prior.min_density, prior.max_density)),
+        order=jnp.argsort(jnp.where(index < size, u["order"], 2.0 + index)),
+        adjacency=graph | back,
         mechanism=mechanism,
-        noise_kind=one_of(jr.uniform(noise_key), prior.noises, NOISES),
-        weights=between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
-        frequencies=n["frequency"] / lengthscale[None, :, None],
-        phases=between(u["phase"], *phases),
+        noise_kind=noise_kind,
+        weights=weigh * between(u["weight"], 0.5, 2.0) * jnp.where(u["sign"] < 0.5, -1.0, 1.0),
+        frequencies=weigh[:, :, None] * n["frequency"] / lengthscale[None, :, None],
+        phases=between(u["phase"], *jnp.moveaxis(phases, -1, 0)[:, :, None]),
         amplitudes=2.0 * jnp.sqrt(2.0 / NUM_HIDDEN) * n["amplitude"],
-        noise_scale=log_between(u["noise"], prior.min_noise, prior.max_noise),
+        noise_scale=log_between(u["noise"], prior.min_noise, prior.max_noise)
+        * jnp.where(determined, TIGHT_NOISE, 1.0),
         shift=jnp.zeros(d),
         spread=jnp.ones(d),
         target=jnp.array(0),
-        low=jnp.where(jnp.arange(d) < size, -low, 0.0),
-        high=jnp.where(jnp.arange(d) < size, high, 0.0),
-        var_mask=jnp.arange(d) < size,
+        low=jnp.where(index < size, -low, 0.0),
+        high=jnp.where(index < size, high, 0.0),
+        var_mask=index < size,
+        hidden=jnp.zeros(d, bool),
     )
     mean, deviation = _moments(scm, prior.standardised)
     if prior.standardised:
@@ -192,8 +318,13 @@ def _sample_once(key: Key[Array, ""], prior: SCMPrior) -> tuple[SyntheticSCM, Bo
             jnp.where(scm.var_mask, centre + unit * end, 0.0) for end in (scm.low, scm.high)
         )
         scm = replace(scm, low=low, high=high)
-    qualifies = scm.var_mask & (_largest_drops(scm) >= prior.min_effect * unit)
-    return replace(scm, target=pick(u["target"], qualifies)), qualifies.any()
+    loud = jnp.where(special.quiet, log_between(v["loud"], *QUIET_NOISE), 1.0)
+    scm = replace(scm, noise_scale=loud * scm.noise_scale)
+    drops = _largest_drops(scm)
+    moved = drops >= prior.min_effect * unit
+    qualifies = scm.var_mask & jnp.where(special.inert, ~moved, moved)
+    settled = ~special.feedback | (jnp.abs(drops) < MAX_EFFECT * unit).all()
+    return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
 
 
 def _moments(

@@ -16,6 +16,7 @@ from lib.regression import Scale, centred_moments, powers_of, ridge
 from lib.scm import Task
 from lib.sums import (
     MAX_DEVIATIONS,
+    Standardisation,
     Summary,
     Sums,
     biweight_kernel,
@@ -40,20 +41,19 @@ class Statistics(NamedTuple):
     """All that the surrogate sees of a data set, standardised, and the units.
 
     `pairs` of ordered pairs of variables (`pair_statistics`), `effects` of the effect of setting a
-    variable to each value of its grid (`effect_statistics`); `scale` is the mean and the standard
-    deviation of every variable.
+    variable to each value of its grid (`effect_statistics`); `units` are those of every variable.
     """
 
     pairs: Float[Array, "vars vars pair"]
     effects: Float[Array, "vars bins effect"]
-    scale: Scale
+    units: Standardisation
 
 
 def statistics(data: ExperienceBuffer | Summary, task: Task, num_bins: int) -> Statistics:
     """Of a data set, or of its `Summary`, which has to be one with as many bins."""
     summary = data if isinstance(data, Summary) else Summary.of(data, task, num_bins)
     pairs, effects = pair_statistics(summary.sums, task), effect_statistics(summary, task)
-    return Statistics(pairs, effects, summary.units.scale)
+    return Statistics(pairs, effects, summary.units)
 
 
 def effect_statistics(summary: Summary, task: Task) -> Float[Array, "vars bins effect"]:

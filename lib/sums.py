@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lib.buffer import ExperienceBuffer
+from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.regression import Scale, powers_of, usable_rows
 from lib.scm import Task, value_grid
 
 
+FARTHEST_END = 5.0  # units to the further end of a range
+OUTLIER = 10.0  # deviations of all other observations, beyond which a single one does not count
 MAX_DEVIATIONS = 10.0  # values are clipped there, lest one outlier decide every sum
 # Polynomials are of values clipped there: the sums hold products of two cubes, and of one row at
 # 5^6 = 15,625 float32 (7 digits) still keeps what rows near the mean add.
@@ -32,24 +34,52 @@ NUM_FEATURES = 14  # of a scalar: `scalar_features`
 
 
 class Standardisation(NamedTuple):
-    """Mean and standard deviation of every variable, and its grid of values in these units."""
+    """Mean and unit of every variable, its grid of values in these units, and its standard
+    deviation over the observational rows.
+    """
 
     scale: Scale
     grid: Float[Array, "vars bins"]
+    observed_std: Float[Array, " vars"]
 
     @staticmethod
     def of(buffer: ExperienceBuffer, task: Task, num_bins: int) -> "Standardisation":
-        """Of the observational rows, or of all valid ones where fewer than two are observational
-        (one has no standard deviation); the grid has `num_bins` values from `low` to `high`.
+        """Mean and standard deviation are of the observational rows, or of all valid ones where
+        fewer than two are observational (one has no standard deviation), without a single row
+        beyond `OUTLIER` deviations of all others. The unit is that deviation, but where a system is
+        quiet, what experiments do to it must not be clipped: so at least a `FARTHEST_END`th of the
+        distance to the further end of the range, a third of the deviation over the rows in which
+        the variable was not set, and a `MAX_DEVIATIONS`th of the furthest but one of them. The grid
+        has `num_bins` values from `low` to `high`.
         """
+        values = jnp.where(task.var_mask[None], buffer.values, 0.0)
         rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
-        scale = Scale.of(jnp.where(task.var_mask[None], buffer.values, 0.0), rows)
+        observed, kept = Scale.of(values, rows), rows[:, None]
+        furthest = jnp.where(kept, jnp.abs(values - observed.shift[None]), -1.0).argmax(0)
+        others = kept & (jnp.arange(len(values))[:, None] != furthest[None])
+        rest = Scale.of(values, others)
+        apart = jnp.abs(values - rest.shift[None])
+        # MIN_OBSERVATIONS, that vary, say what is usual
+        usual = (others.sum(0) >= MIN_OBSERVATIONS) & (jnp.where(others, apart, 0.0).max(0) > 0)
+        lone = usual & (apart[furthest, jnp.arange(apart.shape[1])] > OUTLIER * rest.spread)
+        observed = Scale(*(jnp.where(lone, *x) for x in zip(rest, observed, strict=True)))
+        ends = jnp.abs(jnp.stack([task.low, task.high]) - observed.shift)
+        reach = jnp.where(task.candidates, ends.max(0) / FARTHEST_END, 0.0)
+        free = buffer.valid[:, None] & ~buffer.intervened & ~(lone[None] & kept & ~others)
+        count, distance = jnp.maximum(free.sum(0), 1), jnp.abs(values - observed.shift[None])
+        mean = jnp.where(free, values, 0.0).sum(0) / count
+        moved = jnp.sqrt(jnp.where(free, (values - mean[None]) ** 2, 0.0).sum(0) / count) / 3.0
+        distance = jnp.where(free & ~kept, distance, 0.0)
+        second = jnp.where(distance < distance.max(0)[None], distance, 0.0).max(0) / MAX_DEVIATIONS
+        unit = jnp.stack([observed.spread, reach, moved, second]).max(0)
+        scale = Scale(observed.shift, unit)
         grid = scale(value_grid(task.low, task.high, num_bins).T).T.clip(
             -MAX_DEVIATIONS, MAX_DEVIATIONS
         )
         # without a range: the variable's mean, so that where its zero lies changes nothing
         ranged = task.var_mask & (task.high > task.low)
-        return Standardisation(scale, jnp.where(ranged[:, None], grid, 0.0))
+        grid = jnp.where(ranged[:, None], grid, 0.0)
+        return Standardisation(scale, grid, observed.spread)
 
     def values(
         self, buffer: ExperienceBuffer, var_mask: Bool[Array, " vars"]

@@ -145,7 +145,8 @@ class SurrogateOutput(eqx.Module):
     over parent sets; `effect_mean` and `effect_std` `[vars, bins]` describe
     E[Y | do(X_i = grid[i, b])], meaningless outside `task.candidates`; `tokens[vars, dim]` and
     `statistics[vars, bins, effect]` (of `effect_statistics`) feed the policy. `shift` and `spread`
-    are the target's mean and standard deviation, by which it was standardised.
+    are the target's mean and unit, by which it was standardised, `observed_std` its standard
+    deviation over the observational rows.
     """
 
     task: Task
@@ -158,6 +159,7 @@ class SurrogateOutput(eqx.Module):
     statistics: Float[Array, "vars bins effect"]
     shift: Float[Array, ""]
     spread: Float[Array, ""]
+    observed_std: Float[Array, ""]
 
     def log_prob(self, parents: Bool[Array, " vars"]) -> Float[Array, ""]:
         """Exact log-probability of one parent set, in nats; variables that cannot be parents are
@@ -248,7 +250,7 @@ class ParentSetPredictionModel(eqx.Module):
         The mean effect is the head's own term plus the estimates of `effect_statistics`, each times
         a weight that the head gives it in every cell.
         """
-        pairs, effects, scale = statistics(data, task, self.config.num_bins)
+        pairs, effects, units = statistics(data, task, self.config.num_bins)
         pairs = mlp(self.embed, pairs)
         dtype = jnp.bfloat16 if self.config.mixed_precision else pairs.dtype
         blocks, pairs = jax.tree.map(
@@ -267,21 +269,25 @@ class ParentSetPredictionModel(eqx.Module):
         ).reshape(*effects.shape[:2], -1)
         own_term, log_std, weights = jnp.split(head, (1, 2), -1)
         means = own_term[..., 0] + (weights * effects[..., :NUM_ESTIMATES]).sum(-1)
-        shift, spread = (x[task.target] for x in scale)
-        return SurrogateOutput(
+        shift, spread = (x[task.target] for x in units.scale)
+        output = SurrogateOutput(
             task=task,
             logits=mlp(self.parent_head, tokens).T,
             log_weights=jax.nn.log_softmax(linear(self.weight_head, own)),
             grid=value_grid(task.low, task.high, self.config.num_bins),
             effect_mean=shift + spread * means,
-            # between 0.018 and 7.4 standard deviations of the target: one cell must not have an
-            # unbounded loss
-            effect_std=spread * jnp.exp(jnp.clip(log_std[..., 0], -4.0, 2.0)),
+            # between 0.018 and 55 units of the target: one cell must not have an unbounded loss
+            effect_std=spread * jnp.exp(jnp.clip(log_std[..., 0], -4.0, 4.0)),
             tokens=tokens,
             statistics=effects,
             shift=shift,
             spread=spread,
+            observed_std=units.observed_std[task.target],
         )
+        if task.known is None:
+            return output
+        known = jnp.take(task.known, task.target, axis=1)
+        return output.given(known > 0, known < 0)
 
     def __call__(
         self, buffer: ExperienceBuffer, target: Int[Array, ""] | int

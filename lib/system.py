@@ -386,7 +386,7 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict
         better=belief.against_nothing[0],
         gain=checked.gain,
         nothing=own(belief.nothing, belief.nothing - band, belief.nothing + band),
-        spread=output.spread,
+        spread=output.observed_std,
         experiments=checked.done.valid.sum(),
         in_band=checked.in_band.sum(),
         widened_by=jnp.nanmedian(wider),

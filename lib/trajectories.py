@@ -256,7 +256,10 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
         low=low[old],
         high=high[old],
         var_mask=scm.var_mask[old],
+        hidden=scm.hidden[old],
     )
+    if scm.known is not None:
+        renamed = replace(renamed, known=scm.known[old][:, old])
     buffer = trajectory.buffer
     surface = jnp.where(flip[None, :, None], trajectory.surface[..., ::-1], trajectory.surface)
     return replace(

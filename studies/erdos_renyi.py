@@ -52,8 +52,8 @@ def erdos_renyi(
         family=jnp.int32(0),
         order=jnp.asarray(order),
         adjacency=jnp.asarray(graph[order][:, order]),
-        mechanism=index_of("linear" if linear else "mlp", MECHANISMS),
-        noise_kind=index_of("gaussian", NOISES),
+        mechanism=jnp.full(num_vars, index_of("linear" if linear else "mlp", MECHANISMS)),
+        noise_kind=jnp.full(num_vars, index_of("gaussian", NOISES)),
         weights=jnp.asarray(rng.normal(2.0, 1.0, (num_vars, num_vars))),
         frequencies=jnp.asarray(rng.standard_normal((num_vars, num_vars, NUM_HIDDEN))),
         phases=jnp.asarray(rng.standard_normal((num_vars, NUM_HIDDEN))),
@@ -65,6 +65,7 @@ def erdos_renyi(
         low=jnp.zeros(num_vars),
         high=jnp.zeros(num_vars),
         var_mask=jnp.ones(num_vars, bool),
+        hidden=jnp.zeros(num_vars, bool),
     )
     variables = np.repeat(np.delete(np.arange(num_vars), target), per_variable)
     chosen = np.concatenate([np.full(num_obs, -1), variables])  # -1: nothing is set

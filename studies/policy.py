@@ -99,7 +99,7 @@ def measure_regret(
         name: scenario.regret(*player, problems, optima, play_key)
         for name, player in tqdm(players.items(), desc=scenario.name)
     }
-    return regret_records(scenario.name, regret, problems.scm.mechanism)
+    return regret_records(scenario.name, regret, problems.scm.mechanism[:, 0])
 
 
 @eqx.filter_jit

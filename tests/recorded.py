@@ -59,8 +59,8 @@ def linear_system(case) -> SyntheticSCM:
         family=jnp.int32(0),
         order=jnp.asarray(topo, jnp.int32),
         adjacency=jnp.asarray(case["adjacency"][topo][:, topo] != 0),
-        mechanism=index_of("linear", MECHANISMS),
-        noise_kind=index_of("gaussian", NOISES),
+        mechanism=jnp.full(d, index_of("linear", MECHANISMS)),
+        noise_kind=jnp.full(d, index_of("gaussian", NOISES)),
         weights=jnp.asarray(case["weights"][topo][:, topo], jnp.float32),
         frequencies=jnp.zeros((d, d, 1)),
         phases=jnp.zeros((d, 1)),
@@ -72,4 +72,5 @@ def linear_system(case) -> SyntheticSCM:
         low=jnp.asarray(low),
         high=jnp.asarray(high),
         var_mask=jnp.ones(d, bool),
+        hidden=jnp.zeros(d, bool),
     )

@@ -77,13 +77,14 @@ def hand_made(mechanism="linear", noise_kind="gaussian"):
         family=jnp.int32(0),
         order=jnp.array([2, 0, 3, 1, 4]),
         adjacency=jnp.zeros((5, 5), bool).at[edges].set(True),
-        mechanism=index_of(mechanism, MECHANISMS),
-        noise_kind=index_of(noise_kind, NOISES),
+        mechanism=jnp.full(5, index_of(mechanism, MECHANISMS)),
+        noise_kind=jnp.full(5, index_of(noise_kind, NOISES)),
         spread=jnp.full(5, 1.7),
         target=jnp.array(1),
         low=jnp.where(there, -2.0, 0.0),
         high=jnp.where(there, 3.0, 0.0),
         var_mask=there,
+        hidden=jnp.zeros_like(there),
         **{name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in shapes.items()},
     )
 
@@ -152,7 +153,7 @@ def test_do_cuts_the_parents(scms):
 def by_hand(scm, noise, do):
     """What `simulate` says, once more in numpy, variable by variable."""
     scm, do, x = jax.device_get(scm), jax.device_get(do), np.zeros(noise.shape)
-    mechanism, kind = list(MECHANISMS)[int(scm.mechanism)], list(NOISES)[int(scm.noise_kind)]
+    mechanism, kind = list(MECHANISMS)[scm.mechanism[0]], list(NOISES)[scm.noise_kind[0]]
     distributions = {
         "laplace": scipy.stats.laplace(scale=np.sqrt(0.5)),
         "uniform": scipy.stats.uniform(-np.sqrt(3), 2 * np.sqrt(3)),
