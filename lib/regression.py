@@ -26,7 +26,7 @@ class Scale(NamedTuple):
         values: Float[Array, "samples vars"],
         rows: Bool[Array, "samples vars"] | Bool[Array, " samples"] | bool = True,
     ) -> "Scale":
-        """Over `rows`, by default all of them, or those of each column; a constant column has the spread 1."""
+        """Over `rows`, by default all, or those of each column; a constant one has the spread 1."""
         each = rows if jnp.ndim(rows) == 2 else jnp.broadcast_to(rows, len(values))[:, None]
         kept = jnp.broadcast_to(each, values.shape)
         count = jnp.maximum(kept.sum(0), 1)
