@@ -63,9 +63,9 @@ class Question:
     target_value: float | None = None
     """Bring the target to this value instead."""
     require: tuple[str, ...] = ()
-    """A variable that is known to be a parent of the target; may be repeated."""
+    """A variable known to be a parent of the target, or an edge "a -> b"; may be repeated."""
     forbid: tuple[str, ...] = ()
-    """A variable that is known to be none; may be repeated."""
+    """A variable known to be none, or an edge "a -> b" known to be absent; may be repeated."""
     tiers: Any = None
     """Tiers, causes before effects: a table (variable,tier), or a dict of names and numbers."""
     constraint: tuple[str, ...] = ()
@@ -98,20 +98,20 @@ class Question:
             )
         )
 
-    def read(self) -> tuple[Experience, tuple[tuple[int, ...], tuple[int, ...]], float]:
-        """The table and all that is known beside it: data with ranges, the target's known parents
-        and those that are none, and what the target is to come to, a deviation.
+    def read(self) -> tuple[Experience, float]:
+        """The table and all that is known beside it: data with ranges and known edges, and what the
+        target is to come to, a deviation.
         """
         bounds = () if self.bounds is None else read_bounds(self.bounds)
         data = read_experiments(self.data, self.target, bounds, self.outcome_scale)
         data = within(data, self.constraint)
-        data, edges = known_edges(data, self.require, self.forbid, self.tiers)
+        data = known_edges(data, self.require, self.forbid, self.tiers)
         goal = data.units.one(data.target).exact(self.target_value or 0.0).item()
         demand(
             self.target_value is None or math.isfinite(goal),
             f"--target-value {self.target_value}: give a number that '{self.target}' can have",
         )
-        return data, edges, goal
+        return data, goal
 
 
 class Suggestion(NamedTuple):
@@ -164,7 +164,7 @@ class System(NamedTuple):
 
     def answer(self, question: Question) -> Suggestion:
         """As `ask`."""
-        data, edges, goal = question.read()
+        data, goal = question.read()
         demand(
             len(data.names) <= BUCKETS[-1],
             f"{data.where}: {len(data.names)} variables, at most {BUCKETS[-1]} are supported: "
@@ -175,7 +175,7 @@ class System(NamedTuple):
         )
 
         def ask(buffer: ExperienceBuffer):
-            asked = jax.device_get(deployed(buffer, data.task, question.remaining, *edges))
+            asked = jax.device_get(deployed(buffer, data.task, question.remaining))
             return asked if question.target_value is None else toward(asked, goal, data.task)
 
         said = ask(data.buffer)

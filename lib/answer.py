@@ -19,6 +19,7 @@ from lib.units import rounded
 
 
 MOST_TRIED = 64  # experiments with what is recommended that are left out in turn
+SURPRISE = 0.05  # probability below which what the user knows is against the data
 VERSION = "1"  # of the answer's format
 REASONS = (  # for an experiment: of another setting than the one to recommend, or of that
     "may turn out better than what is recommended now",
@@ -212,7 +213,7 @@ def in_own_units(question, data, said, following) -> dict:
         "best_effects": sorted(effects, key=lambda one: worse(one["predicted"], goal)),
         "check": check,
         "notes": data.notes,
-        "warnings": warnings_of(data, check),
+        "warnings": warnings_of(data, check, said.untold),
         "version": VERSION,
         "data_sha256": data.sha256,
     }
@@ -232,14 +233,17 @@ def in_own_units(question, data, said, following) -> dict:
     return answer
 
 
-def warnings_of(data, check) -> list[str]:
-    """What limits the answer, each in one sentence."""
+def warnings_of(data, check, untold) -> list[str]:
+    """What limits the answer, each in one sentence; `untold[vars]` are the probabilities of the
+    target's parents if no edge were known.
+    """
     names, buffer, task = data.names, data.buffer, data.task
     done, in_band, settable = check["experiments"], check["in_band"], np.asarray(task.candidates)
     observed = np.asarray(buffer.values, float)[np.asarray(buffer.observational)]
     away = np.abs(np.stack([task.low, task.high]) - observed.mean(0)).max(0)
     reach = away / np.maximum(observed.std(0), 1e-6)
     tried = np.asarray(buffer.intervened.any(0)) | [i in data.bounds for i in range(len(names))]
+    known = np.zeros(len(names)) if task.known is None else np.asarray(task.known)[:, data.target]
     return told(
         (
             len(buffer.valid) < 2 * len(names),
@@ -268,6 +272,15 @@ def warnings_of(data, check) -> list[str]:
                 settable[i] and reach[i] > CheckConfig.far_std,
                 f"'{name}': its range reaches {reach[i]:.0f} deviations from what was "
                 "observed: the surrogate was not trained on such and counts for less there",
+            )
+            for i, name in enumerate(names)
+        ),
+        *(
+            (
+                known[i] * (0.5 - untold[i]) > 0.5 - SURPRISE,
+                f"'{name}' is said to be {'a' if known[i] > 0 else 'no'} parent of "
+                f"'{names[data.target]}', but the data contradict it: without being told so its "
+                f"probability is {untold[i]:.2f}",
             )
             for i, name in enumerate(names)
         ),

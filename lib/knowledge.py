@@ -4,37 +4,48 @@ settings.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lib.reading import Experience, task_of
 from lib.table import demand, find, number_of, read_table, refuse
 
 
-Edges = tuple[tuple[int, ...], tuple[int, ...]]  # variables that are parents, and that are none
 TERM = r"\s*([-+]?)\s*(\d+(?:\.\d*)?|\.\d+)?\s*\*?\s*(%s)\s*"
 
 
-def variable_index(name: str, data: Experience, where: str) -> int:
-    """A variable beside the target; `DataError` for any other name."""
-    others = [one for i, one in enumerate(data.names) if i != data.target]
+def variable_index(name: str, data: Experience, where: str, but: int) -> int:
+    """A variable, save the one at `but`; `DataError` for any other name."""
+    others = [one for i, one in enumerate(data.names) if i != but]
     found = find(name, others)
     demand(found, f"{where}: '{name}' is none of the variables {', '.join(others)}")
     return data.names.index(found)
 
 
+def edges_of(texts: Sequence[str], data: Experience, where: str) -> np.ndarray:
+    """Edges `[vars, vars]`, each as `a -> b` or as the name of a cause of the target."""
+    found = np.zeros((len(data.names),) * 2, bool)
+    for text in texts:
+        cause, arrow, effect = map(str.strip, text.partition("->"))
+        j = variable_index(effect, data, where, -1) if arrow else data.target
+        found[variable_index(cause, data, where, j), j] = True
+    return found
+
+
 def known_edges(
     data: Experience, require: Sequence[str], forbid: Sequence[str], tiers: Any
-) -> tuple[Experience, Edges]:
-    """Variables that are parents of the target and that are none. Those of a later tier than the
-    target (a table `variable,tier`, or a dict; causes before effects) are none and cannot move it,
-    so that the ranges lack them.
+) -> Experience:
+    """The data with a task that knows which edges are there and which are not. Of tiers (a table
+    `variable,tier`, or a dict; causes before effects) no edge goes from a later to an earlier one;
+    what is of a later one than the target cannot move it, so that the ranges lack it.
 
     Raises `DataError` for what is no variable, for contradictions and for a file that does not fit.
     """
-    required = tuple(variable_index(name, data, "--require") for name in require)
-    forbidden = {variable_index(name, data, "--forbid") for name in forbid}
+    required = edges_of(require, data, "--require")
+    forbidden = edges_of(forbid, data, "--forbid")
     if tiers is not None:
         if isinstance(tiers, Mapping) and "variable" not in tiers:
             tiers = {"variable": list(tiers), "tier": list(tiers.values())}
@@ -53,12 +64,25 @@ def known_edges(
             ]
         )
         demand(target in tier, f"{table.where}: '{target}' is not listed: give its tier")
-        later = np.array([tier.get(name, tier[target]) > tier[target] for name in names])
-        forbidden |= set(np.flatnonzero(later).tolist())
-        data = with_ranges(data, data.low, data.high, ~later, table.where)
-    both = ", ".join(data.names[i] for i in sorted(forbidden.intersection(required)))
-    demand(not both, f"--require: {both}: cannot be parents and none: leave out one")
-    return data, (required, tuple(sorted(forbidden)))
+        place = np.array([tier.get(name, np.nan) for name in names])
+        later = place[:, None] > place[None]
+        forbidden |= later
+        data = with_ranges(data, data.low, data.high, ~later[:, data.target], table.where)
+    # which variables required edges lead to, by paths
+    reached = np.linalg.matrix_power(required + np.eye(len(required)), len(required)) > 0
+    refuse(
+        [
+            f"--require: {data.names[i]} -> {data.names[j]}: {why}: leave out one"
+            for why, wrong in (
+                ("cannot be there and be forbidden, by --forbid or by tiers", forbidden),
+                ("is part of a cycle", reached.T),
+            )
+            for i, j in np.argwhere(required & wrong)
+        ]
+    )
+    known = np.int32(required) - forbidden
+    known = jnp.asarray(known) if known.any() else None
+    return data._replace(task=replace(data.task, known=known))
 
 
 def with_ranges(data: Experience, low, high, kept, where: str) -> Experience:
@@ -101,7 +125,7 @@ def within(data: Experience, constraints: Sequence[str]) -> Experience:
             f"{where}: '{parts[0].strip()}' is no sum of numbers times variables; these are "
             f"{', '.join(others)}",
         )
-        which = [variable_index(term[3], data, where) for term in terms]
+        which = [variable_index(term[3], data, where, data.target) for term in terms]
         numbers = [float(f"{term[1]}{term[2] or 1}") for term in terms]
         factors = np.bincount(which, numbers, minlength=len(usual))
         # of each variable alone, others being as usual; NaN for those that the limit does not name

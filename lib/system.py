@@ -3,7 +3,7 @@ the expert and without ground truth.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -276,15 +276,17 @@ class Answer(NamedTuple):
     """What a deployed system says of a data set, in the units of its buffer.
 
     The next experiment; the action that it recommends now (variable -1: nothing is better than
-    doing nothing); the belief about the target's parents; mean and ends of the 90 % band of
-    E[Y | do(X_i = grid[i, b])], the probability that it is better than doing nothing, and what that
-    experiment is expected to gain; mean and ends of E[Y]; how many experiments were checked and how
-    many lay in their band; and the weights `[2, vars]` of the surrogate's surface and of no effect.
+    doing nothing); the probabilities of the target's parents, these if no edge were known, and the
+    likeliest sets of them; mean and ends of the 90 % band of E[Y | do(X_i = grid[i, b])], the
+    probability that it is better than doing nothing, and what that experiment is expected to gain;
+    mean and ends of E[Y]; how many experiments were checked and how many lay in their band; and the
+    weights `[2, vars]` of the surrogate's surface and of no effect.
     """
 
     experiment: Choice
     action: Choice
     marginals: Float[Array, " vars"]
+    untold: Float[Array, " vars"]
     parent_sets: ParentSetPosterior
     grid: Float[Array, "vars bins"]
     mean: Float[Array, "vars bins"]
@@ -306,17 +308,10 @@ class DeployedACBOSystem(NamedTuple):
     system: TrainedACBOSystem
     config: DeploymentConfig
 
-    def __call__(
-        self,
-        buffer: ExperienceBuffer,
-        task: Task,
-        remaining: int,
-        required: tuple[int, ...] = (),
-        forbidden: tuple[int, ...] = (),
-    ) -> Answer:
-        """What to do with `remaining` experiments left, the next one included, where some variables
-        are known to be parents of the target and others to be none; `ValueError` for more variables
-        than the largest bucket. To maximise, the target is mirrored: the system minimises.
+    def __call__(self, buffer: ExperienceBuffer, task: Task, remaining: int) -> Answer:
+        """What to do with `remaining` experiments left, the next one included; `ValueError` for
+        more variables than the largest bucket. To maximise, the target is mirrored: the system
+        minimises.
         """
         num_vars = buffer.values.shape[1]
         if num_vars > BUCKETS[-1]:
@@ -332,11 +327,10 @@ class DeployedACBOSystem(NamedTuple):
         rows = 0, ahead + -(len(buffer.valid) + ahead) % 128
         columns = 0, min(b for b in BUCKETS if b >= num_vars) - num_vars
         # by numpy, which compiles nothing for another number of rows
-        known = [np.isin(np.arange(num_vars), which) for which in (required, forbidden)]
         data = jax.tree.map(lambda x: np.pad(x, (rows, columns)[: x.ndim]), buffer)
-        task, known = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, (task, known))
+        task = jax.tree.map(lambda x: np.pad(x, columns) if np.ndim(x) else x, task)
         sign = np.float32(1 if self.config.objective == "min" else -1)
-        given = self.system, data, task, np.int32(remaining), sign, known
+        given = self.system, data, task, np.int32(remaining), sign
         quickly = len(data.valid) * data.values.shape[1] ** 2 <= LARGEST_QUICK
         found = compiled(_answer, given, (most, self.config.beliefs), quickly)
         return Answer(**found | {"parent_sets": ParentSetPosterior(*found["parent_sets"])})
@@ -354,7 +348,7 @@ def _mode(policy: AcquisitionPolicyNetwork, state: AcquisitionState) -> Choice:
     return policy(state).mode()
 
 
-def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict:
+def _answer(system, buffer, task, remaining, sign, most, beliefs) -> dict:
     """The fields of `Answer`, of the parent sets leaves, about a target that is to be small, or,
     where `sign` is -1, large.
     """
@@ -362,7 +356,9 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict
     buffer = eqx.tree_at(lambda b: b.values, buffer, buffer.values * signs[None])
     checked = check(system.surrogate, buffer, task, most, beliefs)
     belief, output = checked.belief, checked.output
-    believed = output.given(*known)
+    untold = output
+    if task.known is not None:
+        untold = system.surrogate.predict(buffer, replace(task, known=None))
     low, high = belief.quantile(0.05), belief.quantile(0.95)
     wider = jnp.where(task.candidates[:, None], (high - low) / (3.29 * output.effect_std), jnp.nan)
     band = 1.645 * belief.nothing_std
@@ -377,8 +373,9 @@ def _answer(system, buffer, task, remaining, sign, known, most, beliefs) -> dict
     return dict(
         experiment=checked.choose(system.policy(state).logits, beliefs.least_gain_share),
         action=checked.recommended(beliefs.least_gain_ratio),
-        marginals=believed.marginals(),
-        parent_sets=jax.tree.leaves(believed.posterior().top_k(5)),
+        marginals=output.marginals(),
+        untold=untold.marginals(),
+        parent_sets=jax.tree.leaves(output.posterior().top_k(5)),
         grid=output.grid,
         mean=mean,
         low=low,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lib.answer import warnings_of
 from lib.knowledge import known_edges, within
 from lib.reading import read_experiments
 from lib.table import DataError, read_bounds
@@ -47,9 +48,39 @@ def test_a_limit_narrows_ranges_others_being_as_usual(data, limit, low, high):
 
 def test_tiers_leave_out_what_comes_later(data, tmp_path):
     (tmp_path / "tiers.csv").write_text("variable;tier\na;1\nb;3\n2-C;2\ny;2\n")
-    found, (required, forbidden) = known_edges(data, ["a"], ["2-c"], tmp_path / "tiers.csv")
-    assert (required, forbidden) == ((0,), (1, 2))
+    found = known_edges(data, ["a"], ["2-c"], tmp_path / "tiers.csv")
+    # from a tier (rows a, b, 2-c, y) to an earlier one there is no edge; 2-c and y share theirs
+    expected = [[0, 0, 0, 1], [-1, 0, -1, -1], [-1, 0, 0, -1], [-1, 0, 0, 0]]
+    assert np.asarray(found.task.known).tolist() == expected
     assert np.asarray(found.task.candidates).tolist() == [True, False, True, False]
+    # of a variable without a tier nothing is known
+    some = known_edges(data, [], [], {"a": 2, "y": 1}).task
+    assert np.argwhere(np.asarray(some.known)).tolist() == [[0, 3]] and some.known[0, 3] == -1
+
+
+def test_edges_are_read_with_and_without_the_target(data):
+    found = known_edges(data, ["A->b", "2-C"], [" b -> 2-c ", "b", "y -> a"], None).task
+    expected = [[0, 1, 0, 0], [0, 0, -1, -1], [0, 0, 0, 1], [-1, 0, 0, 0]]
+    assert np.asarray(found.known).tolist() == expected
+    # nothing known, or tiers that say nothing, is as if nothing had been asked
+    assert known_edges(data, [], [], None).task.known is None
+    assert known_edges(data, [], [], {"a": 1, "y": 1}).task.known is None
+
+
+def test_what_the_data_contradict_is_said(data):
+    told = known_edges(data, ["a", "b", "2-c -> a"], ["2-c"], None)
+    check = {"experiments": 0, "in_band": 0}
+
+    def said(data, untold):
+        return [one for one in warnings_of(data, check, np.array(untold)) if "is said to" in one]
+
+    assert said(told, [0.012, 0.06, 0.99, 0.0]) == [
+        "'a' is said to be a parent of 'y', but the data contradict it: without being told so its "
+        "probability is 0.01",
+        "'2-c' is said to be no parent of 'y', but the data contradict it: without being told so "
+        "its probability is 0.99",
+    ]
+    assert not said(told, [0.9, 0.06, 0.94, 0.0]) and not said(data, [0.0, 0.0, 1.0, 0.0])
 
 
 def test_limits_between_the_levels_leave_none(data):
@@ -67,7 +98,15 @@ def test_where_no_setting_is_left_the_data_are_blocked(data, limits):
     [
         (["d"], [], None, [], "--require: 'd' is none of the variables a, b, 2-c"),
         ([], ["y"], None, [], "--forbid: 'y' is none"),
-        (["a"], ["a"], None, [], "--require: a: cannot be"),
+        (["a"], ["a"], None, [], "--require: a -> y: cannot be there and be forbidden"),
+        (["a"], [], "variable,tier\na,2\ny,1\n", [], "--require: a -> y: cannot be there"),
+        (["b -> a"], [], "variable,tier\na,1\nb,2\ny,2\n", [], "b -> a: cannot be .* by tiers"),
+        (["a -> b", "b -> a"], [], None, [], "a -> b: is part of a cycle: .*\n.*b -> a: is"),
+        (["a -> b", "b", "y -> a"], [], None, [], "y -> a: is part of a cycle"),
+        (["a -> d"], [], None, [], "--require: 'd' is none of the variables a, b, 2-c, y"),
+        ([], ["a -> a"], None, [], "--forbid: 'a' is none of the variables b, 2-c, y"),
+        ([], ["a -> b -> y"], None, [], "'b -> y' is none"),
+        ([], ["-> b"], None, [], "--forbid: '' is none of the variables a, 2-c, y"),
         ([], [], "variable,tier\na,1\n", [], "'y' is not listed"),
         ([], [], "variable,tier\na,x\ny,1\n", [], "row 2: 'a', 'x'"),
         ([], [], "name,tier\na,1\n", [], "row 1: write variable,tier"),

@@ -273,6 +273,18 @@ def test_suggest_answers_within_the_range(finished, tmp_path, capsys):
     assert "heat" in capsys.readouterr().out
 
 
+def test_what_is_known_of_edges_is_answered_with(finished, tmp_path):
+    data, system = tmp_path / "data.csv", finished / "acbo.eqx"
+    data.write_text(EXPERIMENTS)
+    plain = suggest(data, system=system)
+    sure = suggest(data, system=system, require=("dose",), forbid=("heat",))
+    assert sure["parents"] == {"dose": pytest.approx(1), "heat": pytest.approx(0, abs=1e-6)}
+    assert [one["parents"] for one in sure["parent_sets"]] == [["dose"]]
+    beside = suggest(data, system=system, forbid=("heat -> dose",))
+    assert all(one["best_effects"] != plain["best_effects"] for one in (sure, beside))
+    assert suggest(data, system=system, tiers={"dose": 1, "yield": 1}) == plain
+
+
 def test_demo_scores_the_recommended_action(finished, capsys):
     scores = DEPLOY.demo(DEPLOY.Demo(steps=2, num_obs=20, system=finished / "acbo.eqx"))
     assert len(scores) == 1 and -2.2 < scores[0] < 0.6
@@ -315,7 +327,8 @@ def as_stub(monkeypatch, share, slope=1.0):
         half = np.full_like(grid, 0.5)
         nothing, one, weights = (0.0, -0.1, 0.1), np.float32(1.0), np.full(num_vars, 0.5)
         surface = grid, mean, mean - band, mean + band, half, half, nothing, one
-        said = choice, choice, np.zeros(num_vars), sets, *surface, 2, 1, one, (weights, weights)
+        none = np.zeros(num_vars)
+        said = choice, choice, none, none, sets, *surface, 2, 1, one, (weights, weights)
         return Answer(*said)
 
     monkeypatch.setattr("acbo.deploy_trained_system", lambda *_: deployed)
@@ -412,6 +425,7 @@ def test_what_is_asked_for_changes_the_answer(tmp_path, capsys):
     parents = ask(require=("stirring",), forbid=("catalyst",))
     assert parents["parents"]["stirring"] > 1 - 1e-6 and parents["parents"]["catalyst"] < 1e-6
     assert all("stirring" in one["parents"] for one in parents["parent_sets"])
+    assert any("'catalyst' is said to be no parent" in one for one in parents["warnings"])
     (tmp_path / "tiers.csv").write_text("variable,tier\ncatalyst,3\nyield,2\n")
     later = ask(tiers=tmp_path / "tiers.csv")
     assert "catalyst" not in {name for one in later["best_effects"] for name in one["settings"]}

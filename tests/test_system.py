@@ -3,7 +3,7 @@ are untrained: only the plumbing is tested.
 """
 
 import functools as ft
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import equinox as eqx
@@ -23,6 +23,8 @@ from lib.problems import DataDesign, draw_problem
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import (
+    Answer,
+    DeploymentConfig,
     TrainedACBOSystem,
     deploy_trained_system,
     flip_target,
@@ -264,6 +266,31 @@ def test_a_program_from_a_file_says_the_same(system, problem, tmp_path, monkeypa
     assert not path.exists()
     for other in (again, anew, without):
         assert eqx.tree_equal(first, other)
+
+
+@pytest.mark.parametrize("objective", ["min", "max"])
+def test_what_is_known_reaches_the_network(system, problem, objective):
+    """Both of an edge into the target and of one beside it; nothing known is as untold."""
+    scm, buffer = problem
+    deployed = deploy_trained_system(system, DeploymentConfig(objective))
+    one, two = np.flatnonzero(scm.task.possible_parents)[:2]
+
+    def told(*edges):
+        known = np.zeros((NUM_VARS, NUM_VARS), np.int32)
+        for i, j, mark in edges:
+            known[i, j] = mark
+        return deployed(buffer, replace(scm.task, known=jnp.asarray(known)), 3)
+
+    untold, nothing = deployed(buffer, replace(scm.task, known=None), 3), told()
+    for name, leaf, same in zip(Answer._fields, untold, nothing, strict=True):
+        jax.tree.map(ft.partial(np.testing.assert_allclose, atol=1e-5, err_msg=name), leaf, same)
+    assert (untold.untold == untold.marginals).all()
+    sure = told((one, scm.target, 1), (two, scm.target, -1))
+    np.testing.assert_allclose(sure.marginals[np.array([one, two])], [1.0, 0.0], atol=1e-6)
+    for answer in (sure, told((one, two, -1))):
+        np.testing.assert_allclose(answer.untold, untold.marginals, atol=1e-5)
+        assert abs(answer.mean - untold.mean)[:NUM_VARS][scm.candidates].max() > 1e-5
+        assert abs(answer.marginals - untold.marginals).max() > 1e-5
 
 
 def test_a_campaign_compiles_nothing_after_its_first_answer(system, problem):
