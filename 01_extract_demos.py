@@ -149,7 +149,7 @@ def yields(
     scm = trajectories.scm
     kinds = {
         "family": np.array(list(FAMILIES))[np.asarray(scm.family)],
-        "mechanism": np.array(list(MECHANISMS))[np.asarray(scm.mechanism)],
+        "mechanism": np.array(list(MECHANISMS))[np.asarray(scm.mechanism[:, 0])],
         "variables": np.asarray(scm.var_mask.sum(1)),
     }
     return {

@@ -313,7 +313,7 @@ def evaluate(run: Run) -> tuple[list[Record], dict[str, Arrays]]:
         task = f"d={size}"
         problems, optima, scores, of_parents = measure_parents(run, size)
         regret[task], expert = play_all(run, size, problems, optima)
-        records += of_parents + regret_records(task, regret[task], problems.scm.mechanism)
+        records += of_parents + regret_records(task, regret[task], problems.scm.mechanism[:, 0])
         found[size] = task, problems, scores, expert
     _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
     records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)

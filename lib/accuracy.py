@@ -23,8 +23,8 @@ Arrays = dict[str, np.ndarray]
 
 @eqx.filter_jit
 def predictions(model: ParentSetPredictionModel, problems: Problem) -> dict[str, jax.Array]:
-    """What the model says of every problem beside the truth; effects in observed deviations of the
-    target, so no unit matters.
+    """What the model says of every problem beside the truth; effects in the unit that the
+    target is seen in, so its own does not matter.
     """
 
     def one(problem):

@@ -380,7 +380,8 @@ class SyntheticSCM(AbstractSCM):
         found = graph
         for _ in range(MAX_HIDDEN):
             found |= (found[:, :, None] & (hidden[:, None] & graph)[None]).any(1)
-        return found & ~hidden[:, None] & ~hidden[None]
+        # feedback through a hidden variable leads back to where it starts
+        return found & ~hidden[:, None] & ~hidden[None] & ~jnp.eye(len(hidden), dtype=bool)
 
     @property
     def parents(self) -> Bool[Array, " vars"]:

@@ -322,7 +322,9 @@ def _sample_once(
     scm = replace(scm, noise_scale=loud * scm.noise_scale)
     drops = _largest_drops(scm)
     moved = drops >= prior.min_effect * unit
-    qualifies = scm.var_mask & jnp.where(special.inert, ~moved, moved)
+    # without a least effect there is nothing that an inert model would lack
+    inert = special.inert & (prior.min_effect > 0)
+    qualifies = scm.var_mask & jnp.where(inert, ~moved, moved)
     settled = ~special.feedback | (jnp.abs(drops) < MAX_EFFECT * unit).all()
     return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
 

@@ -63,7 +63,7 @@ class Standardisation(NamedTuple):
         usual = (others.sum(0) >= MIN_OBSERVATIONS) & (jnp.where(others, apart, 0.0).max(0) > 0)
         lone = usual & (apart[furthest, jnp.arange(apart.shape[1])] > OUTLIER * rest.spread)
         observed = Scale(*(jnp.where(lone, *x) for x in zip(rest, observed, strict=True)))
-        ends = jnp.abs(jnp.stack([task.low, task.high]) - observed.shift)
+        ends = jnp.abs(jnp.stack([task.low, task.high]) - observed.shift[None])
         reach = jnp.where(task.candidates, ends.max(0) / FARTHEST_END, 0.0)
         free = buffer.valid[:, None] & ~buffer.intervened & ~(lone[None] & kept & ~others)
         count, distance = jnp.maximum(free.sum(0), 1), jnp.abs(values - observed.shift[None])

@@ -291,9 +291,11 @@ def load_trajectories(path: Path, part: str) -> tuple[ExpertTrajectory, dict]:
         return kind(
             **{
                 name: module(row, field.type, f"{prefix}/{name}")
-                if issubclass(field.type, eqx.Module)
+                if isinstance(field.type, type) and issubclass(field.type, eqx.Module)
                 else jnp.asarray(arrays[f"{prefix}/{name}"])[row]
                 for name, field in kind.__dataclass_fields__.items()
+                # one that may be None is then not in the file
+                if field.default is not None or f"{prefix}/{name}" in arrays
             }
         )
 

@@ -40,6 +40,7 @@ class Fixed(ParentSetPredictionModel):
         grid = value_grid(task.low, task.high, BINS)
         scale, some = summary.units.scale, jnp.zeros((size, BINS, 1))
         shift, spread = (x[task.target] for x in scale)
+        deviation = summary.units.observed_std[task.target]
         mean, std = shift - slope[:, None] * grid, jnp.full_like(grid, 0.1)
         return SurrogateOutput(
             task,
@@ -52,6 +53,7 @@ class Fixed(ParentSetPredictionModel):
             some,
             shift,
             spread,
+            deviation,
         )
 
 

@@ -686,12 +686,15 @@ class SteadyToy(Benchmark):
 
 def make_problem(slots):
     """The system and data sets (leading axis)."""
-    scm = SteadyToy("toy", slots)
+    scm, (variable, value) = SteadyToy("toy", slots), FIRST
+    set_there = variable[:, None] == jnp.arange(slots)
+    settings = jnp.broadcast_to(value[:, None], set_there.shape)
 
     def one(key):
         observed_key, done_key = jr.split(key)
         observed = scm.sample(observed_key, Intervention.none(slots), CONFIG.num_obs)
-        return with_experiments(done_key, scm, observed, *FIRST).grow(CONFIG.num_steps + FREE)
+        buffer = with_experiments(done_key, scm, observed, set_there, settings)
+        return buffer.grow(CONFIG.num_steps + FREE)
 
     return scm, jax.jit(jax.vmap(one))(jr.split(jr.key(12), NUM_RUNS))
 

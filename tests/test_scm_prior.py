@@ -16,6 +16,7 @@ import pytest
 from lib.graphs import FAMILIES, sample_graph
 from lib.problems import DataDesign, draw_data, draw_problems
 from lib.scm import (
+    MAX_HIDDEN,
     MECHANISMS,
     NOISES,
     Intervention,
@@ -24,7 +25,7 @@ from lib.scm import (
     index_of,
     value_grid,
 )
-from lib.scm_prior import SCMPrior, sample_scm
+from lib.scm_prior import QUIET_NOISE, SCMPrior, sample_scm
 
 
 NUM_MODELS, NUM_VARS = 64, 6
@@ -194,8 +195,8 @@ def test_a_mechanism_of_ones_own_is_one_entry(monkeypatch):
 def test_defaults_are_those_of_training(scms):
     assert SCMPrior().families == tuple(FAMILIES)[:5] and SCMPrior().standardised
     known = {int(index_of(name, MECHANISMS)) for name in ("linear", "fourier")}
-    assert set(np.asarray(scms.mechanism)) == known
-    assert set(np.asarray(scms.noise_kind)) == {int(index_of("gaussian", NOISES))}
+    assert set(np.unique(scms.mechanism)) == known
+    assert set(np.unique(scms.noise_kind)) == {int(index_of("gaussian", NOISES))}
     drawn = jax.device_get(jax.jit(ft.partial(sample_scm, prior=SCMPrior()))(jr.key(0)))
     assert drawn.target == 0  # as drawn before there were other kinds
     np.testing.assert_allclose(drawn.weights[0, :3], [-1.724263, -0.654828, -1.031929], atol=1e-5)
@@ -211,7 +212,7 @@ def varied():
 
 def test_every_kind_is_drawn(varied):
     for scms in varied:
-        mechanisms, noises = scms.mechanism.tolist(), scms.noise_kind.tolist()
+        mechanisms, noises = scms.mechanism[:, 0].tolist(), scms.noise_kind[:, 0].tolist()
         assert set(mechanisms) == set(range(len(MECHANISMS)))
         assert set(noises) == set(range(len(NOISES)))
         # one says nothing about the other
@@ -264,6 +265,149 @@ def test_every_target_can_be_lowered(scms, varied):
         # error
         assert (drops > SCMPrior().min_effect - 0.25).all()
         assert (drops >= SCMPrior().min_effect).mean() > 0.9
+
+
+# --- special models ---
+
+
+def sample_special(**shares):
+    """Models of the keys of `scms`."""
+    sample = ft.partial(sample_scm, prior=replace(PRIOR, **shares))
+    return jax.jit(jax.vmap(sample))(jr.split(jr.key(1), NUM_MODELS))
+
+
+@pytest.fixture(scope="module")
+def partly():
+    """The models of `scms`, in all of which something is hidden and something known."""
+    return sample_special(hidden=1.0, told=1.0)
+
+
+@jax.jit
+@jax.vmap
+def look(scm):
+    """Rows without intervention and effects on five values, over some of the reference noise, and
+    the rows after the structural equations once more.
+    """
+    noise = scm.reference_noise()[::4]
+    rows = scm.simulate(noise, Intervention.none(NUM_VARS))
+    x, disturbance = rows[:, scm.order], scm.disturbance(noise)
+    raw = jnp.stack([scm.structural_equation(x, disturbance, k) for k in range(NUM_VARS)], 1)
+    again = ((raw - scm.shift[None]) / scm.spread[None])[:, scm.position]
+    effects = scm.effect_table(value_grid(scm.low, scm.high, 5), noise)
+    return rows, effects, jnp.where(scm.var_mask[None], again, 0.0)
+
+
+def test_hiding_and_telling_leave_the_model_as_it_is(scms, partly):
+    changed = {"hidden", "var_mask", "low", "high", "known"}
+    for name in scms.__dataclass_fields__.keys() - changed:
+        assert (getattr(scms, name) == getattr(partly, name)).all(), name
+    hidden, size = np.asarray(partly.hidden), np.asarray(scms.var_mask).sum(1)
+    assert (partly.var_mask == (scms.var_mask & ~hidden)).all() and scms.known is None
+    assert set(hidden.sum(1)) == {1, MAX_HIDDEN} and (hidden.sum(1) <= size - 2).all()
+    assert not hidden[np.arange(NUM_MODELS), partly.target].any()
+    assert not np.asarray(partly.low)[hidden].any() and not np.asarray(partly.high)[hidden].any()
+    (rows, effects, _), (seen, known_effects, _) = (
+        map(np.asarray, look(x)) for x in (scms, partly)
+    )
+    assert (seen == np.where(hidden[:, None], 0.0, rows)).all()
+    candidates = np.isfinite(known_effects)
+    assert (candidates.any(2) == (np.isfinite(effects).any(2) & ~hidden)).all()
+    np.testing.assert_allclose(known_effects[candidates], effects[candidates], atol=1e-5)
+
+
+def test_parents_reach_the_target_through_what_is_hidden(scms, partly):
+    indirect = 0
+    for i in range(NUM_MODELS):
+        scm, hidden = member(partly, i), {*np.flatnonzero(partly.hidden[i]).tolist()}
+        graph, target = nx.DiGraph(np.asarray(member(scms, i).graph)), int(scm.target)
+        expected = {
+            j
+            for j in np.flatnonzero(scm.task.possible_parents).tolist()
+            if nx.has_path(graph.subgraph({j, target} | hidden), j, target)
+        }
+        assert set(np.flatnonzero(scm.parents)) == expected
+        indirect += len(expected - {*graph.predecessors(target)})
+    assert indirect > 5
+
+
+def test_all_that_is_told_is_true(partly):
+    known, seen = np.asarray(partly.known), np.asarray(jax.vmap(lambda scm: scm.seen_graph)(partly))
+    assert (known[known != 0] == np.where(seen, 1, -1)[known != 0]).all()
+    there, target = np.asarray(partly.var_mask), np.asarray(partly.target)[:, None]
+    allowed = there[:, :, None] & there[:, None] & ~np.eye(NUM_VARS, dtype=bool)
+    assert not known[~allowed].any() and (known > 0).any()
+    others = (np.arange(NUM_VARS) != target)[:, None]
+    assert not (others & (known != 0)).any((1, 2)).all()  # of the target only
+    # tiers: only what is forbidden, and where i may cause j and j may cause k, i may cause k
+    free = (known == 0) & there[:, :, None] & there[:, None]
+    closed = ~((free.astype(int) @ free > 0) & (known != 0)).any((1, 2))
+    tiers = closed & (known < 0).any((1, 2)) & ~(known > 0).any((1, 2)) & (there.sum(1) > 2)
+    assert 0.1 < tiers.mean() < 0.5
+
+
+def test_tight_models_have_a_copy_and_nothing_lowers_the_target_of_inert_ones():
+    scms = sample_special(tight=1.0, inert=1.0)
+    rows, effects, _ = map(np.asarray, look(scms))
+    for i in range(NUM_MODELS):
+        graph, there = np.asarray(member(scms, i).graph), np.flatnonzero(scms.var_mask[i])
+        with np.errstate(invalid="ignore"):
+            correlation = np.abs(np.corrcoef(rows[i].T))
+        copies = [j for j in there if graph[:, j].sum() == 1 and not graph[j].any()]
+        assert max(correlation[graph[:, j], j][0] for j in copies) > 0.9
+        drop = rows[i, :, scms.target[i]].mean() - effects[i].min()
+        assert drop < PRIOR.min_effect + 1e-4
+
+
+def test_models_without_a_least_effect_are_drawn_though_they_are_to_be_inert():
+    prior = SCMPrior(max_vars=3, max_size=3, min_effect=0.0, inert=1.0)
+    assert jax.jit(ft.partial(sample_scm, prior=prior))(jr.key(0)).var_mask.all()
+
+
+def test_quiet_mixed_models_with_feedback():
+    scms = sample_special(quiet=1.0, mixed=1.0, feedback=1.0)
+    rows, _, again = map(np.asarray, look(scms))
+    there = np.asarray(scms.var_mask)
+    assert np.tril(scms.adjacency).any((1, 2)).all()
+    # some turn in circles
+    moved = np.abs(again - rows).max((1, 2))
+    assert (moved < 0.05).mean() > 0.8 and (moved > 1e-4).any()
+    roots = there & ~np.asarray(jax.vmap(lambda scm: scm.graph)(scms)).any(1)
+    deviation = rows.std(1)[roots]
+    assert deviation.min() > 0.5 * QUIET_NOISE[0] and deviation.max() < 1.5 * QUIET_NOISE[1]
+    assert set(np.unique(scms.family)) == set(range(len(FAMILIES)))
+    for kinds, of in ((scms.mechanism, MECHANISMS), (scms.noise_kind, NOISES)):
+        generated = [set(row[:n].tolist()) for row, n in zip(kinds, there.sum(1), strict=True)]
+        assert set.union(*generated) == set(range(len(of)))
+        assert np.mean([len(one) > 1 for one in generated]) > 0.8
+
+
+# --- data ---
+
+
+def levels(buffers, i):
+    """How many values each variable of one data set was set to."""
+    values, intervened = np.asarray(buffers.values[i]), np.asarray(buffers.intervened[i])
+    each = (values[intervened[:, j], j] for j in range(NUM_VARS))
+    return [len(np.unique(np.round(one, 4))) for one in each if len(one)]
+
+
+@pytest.mark.parametrize("kind", ["designed", "alone"])
+def test_designs_of_experiments(scms, kind):
+    design = DataDesign(4, 12, 0, max_interventions=40, levels=1.0, **{kind: 1.0})
+    draw = jax.jit(jax.vmap(lambda key, scm: draw_data(key, scm, design)))
+    buffers = draw(jr.split(jr.key(7), NUM_MODELS), scms)
+    intervened, done = np.asarray(buffers.intervened), np.asarray(buffers.intervened).any(2).sum(1)
+    observed = np.asarray(jax.vmap(lambda buffer: buffer.observational)(buffers)).sum(1)
+    numbers = {max(levels(buffers, i)) for i in np.flatnonzero(done)}
+    assert {2, 3, 4, 5} <= numbers <= {1, 2, 3, 4, 5}
+    several = (intervened.sum(2) > 1).any(1)
+    if kind == "alone":
+        assert (intervened.any(1).sum(1) <= 1).all() and (observed >= 4).all()
+        assert not several.any()
+        return
+    bare = observed == 0
+    assert 0.3 < bare.mean() < 0.7 and (observed[~bare] >= 4).all()
+    assert done[bare].min() >= 10 > done[~bare].min() and several[done >= 10].mean() > 0.9
 
 
 def assert_rows(buffers, tasks):

@@ -229,6 +229,48 @@ def test_outliers_and_constant_columns(problem):
         assert bool(jnp.isfinite(part).all())
 
 
+def quiet_data():
+    """Two thousand quiet observations, a wild one among those of variable 0, and experiments on
+    variable 1 that move the target, variable 2, far: one further than all others.
+    """
+    values = 0.01 * np.random.default_rng(4).normal(size=(2004, 3))
+    values[7, 0], values[2000:, 2], intervened = 1e3, [1.0, -40.0, 50.0, 400.0], np.zeros((2004, 3))
+    intervened[2000:, 1] = values[2000:, 1] = 1.0
+    return values, intervened.astype(bool), np.array([[0.0, -1.0, 0.0], [0.0, 2.0, 0.0]])
+
+
+def units_of(values, intervened, ends):
+    return jax.device_get(
+        Standardisation.of(make_buffer(values, intervened), make_task(2, *ends), 5)
+    )
+
+
+def test_units_hold_what_experiments_move_and_no_single_outlier():
+    values, intervened, ends = quiet_data()
+    units = units_of(values, intervened, ends)
+    np.testing.assert_allclose(units.observed_std, 0.01, rtol=0.1)
+    np.testing.assert_allclose(units.scale.spread, [0.01, 0.4, 5.0], rtol=0.1)
+    apart = np.sort(np.abs(values[:, 2] - units.scale.shift[2]) / units.scale.spread[2])
+    assert apart[-2] <= MAX_DEVIATIONS + 1e-3 < apart[-1]
+    # the wild one is not lost among a few that were observed either
+    few = units_of(values[:12], intervened[:12], ends)
+    assert few.scale.spread[0] < 0.03
+
+
+def test_units_follow_those_of_the_data():
+    values, intervened, ends = quiet_data()
+    factor, offset = np.array([-3.0, 0.01, 700.0]), np.array([1.0, -2.0, 5.0])
+    one = units_of(values, intervened, ends)
+    other = units_of(values * factor + offset, intervened, ends * factor + offset)
+    for name, expected in (
+        ("shift", one.scale.shift * factor + offset),
+        ("spread", one.scale.spread * np.abs(factor)),
+    ):
+        np.testing.assert_allclose(getattr(other.scale, name), expected, rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose(other.observed_std, one.observed_std * np.abs(factor), rtol=1e-3)
+    np.testing.assert_allclose(other.grid, one.grid, atol=1e-3)
+
+
 @pytest.mark.parametrize("offset", [0.0, 8.0])
 def test_a_variable_without_a_range_is_looked_at_around_its_mean(offset):
     """An offset of such a variable once moved its grid, and with it every answer."""

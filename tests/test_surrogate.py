@@ -173,6 +173,26 @@ def test_what_is_known_of_parents_conditions_the_posterior_exactly(outputs):
     np.testing.assert_allclose(known.marginals()[np.array([first, second])], [1.0, 0.0], atol=1e-5)
 
 
+def test_edges_that_are_known_are_certain_and_move_with_their_variables(model, outputs):
+    """And where none is, the answer is that without knowledge."""
+    known, order = np.zeros((SLOTS, SLOTS), int), np.r_[PERMUTATION, REAL:SLOTS]
+    known[[0, 4, 1, 3], [TARGET, TARGET, 3, 5]] = 1, -1, 1, -1
+    each = ("base", 0 * known), ("base", known), ("variables", known[order][:, order])
+    problems = [
+        (VARIANTS[name][0], replace(VARIANTS[name][1], known=jnp.asarray(k))) for name, k in each
+    ]
+    predict = eqx.filter_jit(lambda *problems: jax.vmap(model.predict)(*problems))
+    found = jax.device_get(predict(*stack(problems)))
+    none, told, moved = (
+        jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), found) for i in range(3)
+    )
+    assert_same(outputs["base"], none)
+    assert_same(told, moved, PERMUTATION)
+    np.testing.assert_allclose(told.marginals()[np.array([0, 4])], [1.0, 0.0], atol=1e-6)
+    assert 0.01 < told.marginals()[1] < 0.99
+    assert jnp.abs(told.effect_mean - none.effect_mean)[1].max() > 1e-3
+
+
 @pytest.mark.parametrize("variant", ["rows", "free rows", "padding", "units"])
 def test_order_of_rows_free_rows_padding_and_units_of_other_variables_do_not_matter(
     outputs, variant

@@ -386,7 +386,10 @@ def test_the_model_of_a_copy_is_the_same_system(trajectories):
     originals = edit(
         take(trajectories, kinds % BATCH),
         lambda t: (t.scm.mechanism, t.scm.noise_kind),
-        lambda _: tuple(map(jnp.asarray, divmod(kinds, len(NOISES)))),
+        lambda _: tuple(
+            jnp.asarray(np.repeat(kind[:, None], NUM_VARS, 1))
+            for kind in divmod(kinds, len(NOISES))
+        ),
     )
     copies = jax.jit(jax.vmap(transform))(jr.split(jr.key(1), len(kinds)), originals)
     before, after = (jax.device_get(simulate(t)) for t in (originals, copies))
