@@ -427,6 +427,12 @@ class SyntheticSCM(AbstractSCM):
         return antithetic_normal(2026, NUM_REFERENCE, self.order.shape[0])
 
     def simulate(self, noise, intervention):
+        return self.settle(noise, intervention)[0]
+
+    def settle(
+        self, noise: Float[Array, "samples vars"], intervention: Intervention
+    ) -> tuple[Float[Array, "samples vars"], Float[Array, ""]]:
+        """What `simulate` gives, and by how much the last round of feedback moved any of it."""
         fixed, values = intervention.mask[self.order], intervention.values[self.order]
         present, disturbance = (self.var_mask | self.hidden)[self.order], self.disturbance(noise)
 
@@ -441,14 +447,15 @@ class SyntheticSCM(AbstractSCM):
             return after, jnp.abs(after - x).max(), number + 1
 
         feedback = jnp.tril(self.adjacency).any()
-        x, _, _ = jax.lax.while_loop(
+        x, change, _ = jax.lax.while_loop(
             lambda state: (
                 (state[2] == 0) | (feedback & (state[1] > SETTLED) & (state[2] < MAX_ROUNDS))
             ),
             once_more,
             (jnp.zeros_like(noise), jnp.array(0.0), 0),
         )
-        return jnp.where(self.hidden[None], 0.0, x[:, self.position])
+        rows = jnp.where(self.hidden[None], 0.0, x[:, self.position])
+        return rows, jnp.where(feedback, change, 0.0)
 
 
 def check_scm(scm: AbstractSCM) -> None:

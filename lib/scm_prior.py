@@ -14,6 +14,7 @@ from lib.scm import (
     MAX_HIDDEN,
     MECHANISMS,
     NOISES,
+    SETTLED,
     Intervention,
     SyntheticSCM,
     antithetic_normal,
@@ -29,7 +30,7 @@ QUIET_NOISE = 0.1, 0.35  # of a quiet model, as a share of what its noise would 
 # of a tight model: the same of a variable that is nearly determined, and how many of them there are
 TIGHT_NOISE, TIGHT_SHARE = 0.05, 0.3
 FEEDBACK_WEIGHT = 0.5  # of what an edge that goes back in the order would weigh otherwise
-MAX_EFFECT = 100.0  # of feedback, in deviations: beyond it does not settle
+MAX_EFFECT = 100.0  # of feedback, in deviations: beyond it nothing settles
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,8 @@ def _sample_once(
     # without a least effect there is nothing that an inert model would lack
     inert = special.inert & (prior.min_effect > 0)
     qualifies = scm.var_mask & jnp.where(inert, ~moved, moved)
-    settled = ~special.feedback | (jnp.abs(drops) < MAX_EFFECT * unit).all()
+    _, change = scm.settle(scm.reference_noise()[::4], Intervention.none(d))
+    settled = ~special.feedback | ((change <= SETTLED) & (jnp.abs(drops) < MAX_EFFECT * unit).all())
     return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
 
 

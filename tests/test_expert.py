@@ -687,7 +687,7 @@ class SteadyToy(Benchmark):
 def make_problem(slots):
     """The system and data sets (leading axis)."""
     scm, (variable, value) = SteadyToy("toy", slots), FIRST
-    set_there = variable[:, None] == jnp.arange(slots)
+    set_there = variable[:, None] == jnp.arange(slots)[None]
     settings = jnp.broadcast_to(value[:, None], set_there.shape)
 
     def one(key):

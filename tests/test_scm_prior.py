@@ -368,9 +368,8 @@ def test_quiet_mixed_models_with_feedback():
     rows, _, again = map(np.asarray, look(scms))
     there = np.asarray(scms.var_mask)
     assert np.tril(scms.adjacency).any((1, 2)).all()
-    # some turn in circles
     moved = np.abs(again - rows).max((1, 2))
-    assert (moved < 0.05).mean() > 0.8 and (moved > 1e-4).any()
+    assert moved.max() < 0.1 and (moved > 1e-4).any()
     roots = there & ~np.asarray(jax.vmap(lambda scm: scm.graph)(scms)).any(1)
     deviation = rows.std(1)[roots]
     assert deviation.min() > 0.5 * QUIET_NOISE[0] and deviation.max() < 1.5 * QUIET_NOISE[1]
