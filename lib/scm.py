@@ -307,6 +307,7 @@ NOISES: dict[str, Callable[[Array], Array]] = {
     "heteroscedastic": lambda noise: noise,  # and its deviation varies (`structural_equation`)
     # Tukey's h distribution, h = 0.15, of variance (1 - 2 h)^(-3/2): a kurtosis of 10
     "heavy": lambda noise: 0.7**0.75 * noise * jnp.exp(0.075 * noise**2),
+    "switch": jnp.sign,  # a variable without parents has two levels
 }
 
 

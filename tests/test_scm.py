@@ -162,6 +162,8 @@ def by_hand(scm, noise, do):
     disturbance = distribution.ppf(scipy.stats.norm.cdf(np.asarray(noise, float)))
     if kind == "heavy":
         disturbance *= 0.7**0.75 * np.exp(0.075 * disturbance**2)
+    if kind == "switch":
+        disturbance = np.sign(noise)
     for k, variable in enumerate(scm.order[:4]):
         parents = np.flatnonzero(scm.adjacency[:, k])
         linear = x[:, parents] @ scm.weights[parents, k]
@@ -192,7 +194,13 @@ def test_mechanisms_and_noises_agree_with_numpy(mechanism, noise_kind):
 
 @pytest.mark.parametrize(
     ("kind", "kurtosis"),
-    [("gaussian", 3.0), ("laplace", 6.0), ("uniform", 1.8), ("heavy", 3 * 0.4**-2.5 * 0.7**3)],
+    [
+        ("gaussian", 3.0),
+        ("laplace", 6.0),
+        ("uniform", 1.8),
+        ("heavy", 3 * 0.4**-2.5 * 0.7**3),
+        ("switch", 1.0),
+    ],
 )
 def test_noise_has_unit_variance_and_the_shape_of_its_name(kind, kurtosis):
     normal = np.linspace(-12.0, 12.0, 100_001)
