@@ -40,6 +40,7 @@ Table = Literal[
     "literature",
     "transfer",
     "ablation",
+    "world",
 ]
 
 

@@ -1,7 +1,7 @@
 """One place for a problem: a simulated system, the truth about it, and the data that are there."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lib.buffer import ExperienceBuffer
 from lib.graphs import between, draw, log_between, pick, whole
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM, value_grid
-from lib.scm_prior import SCMPrior, sample_scm
+from lib.scm_prior import SCMPrior, Special, sample_scm
 from lib.training import merged
 
 
@@ -227,6 +227,29 @@ def draw_problems(
         return jax.vmap(lambda buffer: Problem(scm, truth, buffer))(buffers)
 
     return merged(in_batches(one, jr.split(key, count)))
+
+
+# Kinds of problems to judge a system by: what is special about the model, and about the data.
+SUITES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "old": ({}, {}),
+    "hidden": (dict(hidden=1.0), {}),
+    "quiet": (dict(quiet=1.0), {}),
+    "rows": ({}, dict(min_obs=300, max_obs=20_000)),
+    "inert": (dict(inert=1.0), {}),
+    "copies": (dict(tight=1.0), {}),
+    "feedback": (dict(feedback=1.0), {}),
+    "designed": ({}, dict(designed=1.0, max_interventions=40)),
+    "mixed": (dict(mixed=1.0), {}),
+}
+
+
+def suite(name: str, prior: SCMPrior, design: DataDesign) -> tuple[SCMPrior, DataDesign]:
+    """The two with nothing special but what that of `SUITES` has; `ValueError` for another name."""
+    if name not in SUITES:
+        raise ValueError(f"unknown suite '{name}': choose from {', '.join(SUITES)}")
+    models, data = SUITES[name]
+    prior = replace(prior, **dict.fromkeys(Special._fields, 0.0) | models)
+    return prior, replace(design, **dict.fromkeys(DATA, 0.0) | data)
 
 
 @eqx.filter_jit
