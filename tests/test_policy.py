@@ -64,6 +64,7 @@ def make_state(seed):
         jr.normal(keys[4], (SLOTS, BINS, NUM_EFFECT_STATISTICS)),
         jnp.array(0.5),
         jnp.array(2.0),
+        jnp.array(2.0),
     )
     return AcquisitionState(ExperienceBuffer.empty(SLOTS, 4), output, jnp.array(2), jnp.array(5))
 

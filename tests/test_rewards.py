@@ -38,6 +38,7 @@ def make_state(best, logits=(0.0, 0.0), spread=1.0):
         jnp.zeros((4, 3, NUM_EFFECT_STATISTICS)),
         jnp.array(0.0),
         jnp.array(spread),
+        jnp.array(spread),
     )
     surface = value_grid(TASK.low, TASK.high, 3), mean, jnp.ones((4, 3))
     output = SurrogateOutput(TASK, each, jnp.zeros(1), *surface, *blank)
