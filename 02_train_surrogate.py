@@ -77,7 +77,7 @@ class Config:
     """Data sets drawn from each model."""
     design: DataDesign = field(
         default_factory=lambda: DataDesign(
-            max_obs=300, per_variable=0, max_interventions=40, **DATA
+            min_obs=10, max_obs=300, per_variable=0, max_interventions=40, **DATA
         )
     )
     """Distribution of data sets."""
@@ -87,7 +87,7 @@ class Config:
     """Sizes of the surrogate."""
 
     # --- training ---
-    steps: int = 2600
+    steps: int = 3600
     """Most gradient steps."""
     demos_per_step: int = 4
     """Expert states in a step."""
@@ -148,7 +148,7 @@ class Config:
         )
 
 
-LARGE = DataDesign(max_obs=500, per_variable=0, max_interventions=80, **DATA)
+LARGE = DataDesign(min_obs=10, max_obs=500, per_variable=0, max_interventions=80, **DATA)
 PRESETS = settings.presets(
     Config,
     smoke=dict(

@@ -26,7 +26,7 @@ from lib.scm import (
 NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
 KINDS = 0x6B696E64  # folded into a model's key for what is special about it
-QUIET_NOISE = 0.1, 0.35  # of a quiet model, as a share of what its noise would be
+QUIET_NOISE = 0.03, 0.35  # of a quiet model, as a share of what its noise would be
 # of a tight model: the same of a variable that is nearly determined, and how many of them there are
 TIGHT_NOISE, TIGHT_SHARE = 0.05, 0.3
 FEEDBACK_WEIGHT = 0.5  # of what an edge that goes back in the order would weigh otherwise
@@ -260,8 +260,8 @@ def _sample_once(
     v = draw(
         jr.uniform,
         jr.fold_in(key, KINDS),
-        **dict.fromkeys(("family", "loud", "copy", "original", "back"), ()),
-        **dict.fromkeys(("mechanism", "noise", "tight"), (d,)),
+        **dict.fromkeys(("family", "loud", "even", "copy", "original", "back"), ()),
+        **dict.fromkeys(("mechanism", "noise", "tight", "quiet"), (d,)),
     )
     index, edges = jnp.arange(d), (prior.min_density, prior.max_density)
     family = one_of(u["family"], prior.families, FAMILIES)
@@ -319,8 +319,9 @@ def _sample_once(
             jnp.where(scm.var_mask, centre + unit * end, 0.0) for end in (scm.low, scm.high)
         )
         scm = replace(scm, low=low, high=high)
-    loud = jnp.where(special.quiet, log_between(v["loud"], *QUIET_NOISE), 1.0)
-    scm = replace(scm, noise_scale=loud * scm.noise_scale)
+    # all variables are as quiet or, every other time, each is by chance
+    loud = log_between(v["loud"], *QUIET_NOISE) ** jnp.where(v["even"] < 0.5, 1.0, v["quiet"])
+    scm = replace(scm, noise_scale=jnp.where(special.quiet, loud, 1.0) * scm.noise_scale)
     drops = _largest_drops(scm)
     moved = drops >= prior.min_effect * unit
     # without a least effect there is nothing that an inert model would lack
