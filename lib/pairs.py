@@ -72,7 +72,7 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
 
     # Gram matrix of the observations, plus the pseudo-row; scaled to a diagonal of one it is the
     # correlation.
-    gram = linear_terms(sums.observed) + jnp.eye(num_vars)
+    gram = sums.observed + jnp.eye(num_vars)
     precision = positive_inverse(gram)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
     marginal = t_statistic(unit_diagonal(gram), sums.observational)
