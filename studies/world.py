@@ -14,13 +14,16 @@ that of those whose true effect is more than 3 standard deviations of their band
 one; `cover` that of effects inside their 90 % bands; `claims` that of answers that promise a gain
 beyond the band where it is below .02 deviations; `false parents` the number of variables with a
 marginal above .5 that are none. Deviations are Y's over observational rows. Intervals are 95 %,
-over problems. `bo` and the expert start from the fewest observational rows that a problem of the
-suite has, if there are ten.
+over problems. In the suites `told_parent` and `told_other` one edge into Y is told, a true or a
+false one, of problems of `old`: `others' F1` is that of all other variables as parents,
+`contradicted` the share in which the probability untold is below .05, as an answer would say. `bo`
+and the expert start from the fewest observational rows that a problem of the suite has, if there
+are ten.
 """
 
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +40,29 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from lib import baselines, problems, settings
+from lib.answer import SURPRISE
 from lib.artifacts import read_header, replace_file
 from lib.buffer import MIN_OBSERVATIONS, ExperienceBuffer
 from lib.check import PROCESSES, check
 from lib.expert import run_gp_ei, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig
-from lib.metrics import Record, cells, normalised_regret, render, summarise, write_results
+from lib.metrics import (
+    Record,
+    cells,
+    normalised_regret,
+    parent_f1,
+    render,
+    summarise,
+    write_results,
+)
 from lib.scm import AbstractSCM, value_grid
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
 from lib.system import TrainedACBOSystem, load_surrogate
 
 
-NUM_BINS, HALF_BAND, UNCHECKED = 16, 1.645, " unchecked"
+NUM_BINS, HALF_BAND, UNCHECKED, UNTOLD = 16, 1.645, " unchecked", " untold"
+HINTS = "told_parent", "told_other"
 Arrays = dict[str, np.ndarray]
 
 
@@ -61,7 +74,7 @@ class Config:
     """Artifacts of stage 4 or 2; differences are to the first."""
     suites: tuple[str, ...] = (
         *("old", "hidden", "quiet", "rows", "inert"),
-        *("copies", "feedback", "designed", "mixed"),
+        *("copies", "feedback", "designed", "mixed", *HINTS),
     )
     """Kinds of problems."""
     num_problems: int = 300
@@ -90,6 +103,12 @@ class Recorded(AbstractSCM):
     effects: Float[Array, "vars bins"]
     baseline: Float[Array, ""]
     names: tuple[str, ...] = ()
+    known: Int[Array, "vars vars"] | None = None
+
+    @property
+    def task(self):
+        task = super().task
+        return task if self.known is None else replace(task, known=self.known)
 
     def draw_noise(self, key, num_samples):
         return jnp.zeros((num_samples, len(self.low)))
@@ -114,6 +133,22 @@ def stored(name: str, config: Config) -> Arrays:
         replace_file(path, content.getvalue())
     with np.load(path) as file:
         return {key: file[key][: config.num_problems] for key in file.files}
+
+
+def hinted(known: Arrays, truly: bool, seed: int) -> Arrays:
+    """The problems in which Y has a parent and another variable is none, with one of the former
+    (if `truly`) or of the latter told to be a parent; in tens, for `in_batches`.
+    """
+    others = known["var_mask"] & (np.arange(known["var_mask"].shape[1]) != known["target"][:, None])
+    kinds = known["parents"], others & ~known["parents"]
+    both = np.flatnonzero(kinds[0].any(1) & kinds[1].any(1))
+    both = both[: max(len(both) // 10 * 10, 1)]
+    u = np.random.default_rng(seed).random(others.shape)
+    which = np.argmax(u * (kinds[0] if truly else kinds[1]), axis=1)[both]
+    known = {name: values[both] for name, values in known.items()}
+    edges = np.zeros((len(both), *2 * others.shape[1:]), np.int32)
+    edges[np.arange(len(both)), which, known["target"]] = 1
+    return known | {"known": edges}
 
 
 def outcome(scm: Recorded, variable, value, *surface: Float[Array, "vars bins"]) -> dict:
@@ -196,24 +231,37 @@ def judge(said: Arrays, known: Arrays, least_gain: float = 0.25) -> Arrays:
         found["cover"] = said["cover"]
         found["claims"] = said["acts"] & promises & (nothing - reached < 0.02 * unit)
     if "marginals" in said:
-        found["false parents"] = ((said["marginals"] > 0.5) & ~known["parents"]).sum(1)
+        believed = said["marginals"] > 0.5
+        found["false parents"] = (believed & ~known["parents"]).sum(1)
+        if "known" in known:
+            told = known["known"].any(2)
+            rest = known["var_mask"] & ~told
+            found["others' F1"] = parent_f1(believed & rest, known["parents"] & rest, rest)
+            found["contradicted"] = (told & (said["marginals"] < SURPRISE)).any(1)
     return found
 
 
 def measure(name: str, surrogates: dict, config: Config) -> list[Record]:
     """All records of one suite."""
-    known, first = stored(name, config), next(iter(surrogates))
+    known, first = stored("old" if name in HINTS else name, config), next(iter(surrogates))
+    if name in HINTS:
+        known = hinted(known, name == HINTS[0], config.seed)
     model: dict[str, Any] = {key: jnp.asarray(values) for key, values in known.items()}
     rows = [model.pop(key) for key in ("values", "intervened", "valid")]
     given = Recorded(**model), jax.vmap(ExperienceBuffer)(*rows)
     observed = (known["valid"] & ~known["intervened"].any(2)).sum(1)
     most = known["valid"].shape[1] - int(observed.max())  # places for experiments
-    said = jax.device_get(play(surrogates, given, most, int(observed.min()), config.expert))
+    sizes = most, int(observed.min())
+    said = jax.device_get(play(surrogates, given, *sizes, config.expert))
+    if name in HINTS:
+        plain = play(surrogates, (replace(given[0], known=None), given[1]), *sizes, 0)
+        ours = [one + kind for one in surrogates for kind in ("", UNCHECKED)]
+        said |= {one + UNTOLD: jax.device_get(plain[one]) for one in ours}
     least_gain = np.inf if name == "inert" else 0.25
     figures = {method: judge(answers, known, least_gain) for method, answers in said.items()}
     records = []
     for method, found in figures.items():
-        rival = first + UNCHECKED * method.endswith(UNCHECKED)
+        rival = first + UNCHECKED * (UNCHECKED in method)
         if method != rival:
             ours = figures[rival]["regret"][: len(found["regret"])]
             found = {"regret": found["regret"], "above first's": found["regret"] - ours} | found
