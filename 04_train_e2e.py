@@ -62,7 +62,7 @@ class Config:
     """
     design: DataDesign = field(
         default_factory=lambda: DataDesign(
-            max_obs=200, per_variable=0, max_interventions=36, **DATA
+            min_obs=10, max_obs=200, per_variable=0, max_interventions=36, **DATA
         )
     )
     """Distribution of simulated data sets for the surrogate."""

@@ -322,13 +322,15 @@ def _sample_once(
     # all variables are as quiet or, every other time, each is by chance
     loud = log_between(v["loud"], *QUIET_NOISE) ** jnp.where(v["even"] < 0.5, 1.0, v["quiet"])
     scm = replace(scm, noise_scale=jnp.where(special.quiet, loud, 1.0) * scm.noise_scale)
-    drops = _largest_drops(scm)
-    moved = drops >= prior.min_effect * unit
+    drops, largest = _largest_drops(scm)
+    # what moves a quiet target by much less is still seen
+    least = jnp.where(special.quiet, jnp.broadcast_to(loud, d), 1.0)[scm.position]
+    least = prior.min_effect * unit * jnp.where(special.inert, least, 1.0)
     # without a least effect there is nothing that an inert model would lack
     inert = special.inert & (prior.min_effect > 0)
-    qualifies = scm.var_mask & jnp.where(inert, ~moved, moved)
+    qualifies = scm.var_mask & jnp.where(inert, drops < least, drops >= least)
     _, change = scm.settle(scm.reference_noise()[::4], Intervention.none(d))
-    settled = ~special.feedback | ((change <= SETTLED) & (jnp.abs(drops) < MAX_EFFECT * unit).all())
+    settled = ~special.feedback | ((change <= SETTLED) & (largest < MAX_EFFECT * unit.max()))
     return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
 
 
@@ -351,13 +353,14 @@ def _moments(
     return moments
 
 
-def _largest_drops(scm: SyntheticSCM) -> Float[Array, " vars"]:
+def _largest_drops(scm: SyntheticSCM) -> tuple[Float[Array, " vars"], Float[Array, ""]]:
     """For every variable j as a target: the largest E[X_j] - E[X_j | do(X_i = v)] over other
-    variables i and a coarse grid of values.
+    variables i and a coarse grid of values; and the largest of either sign.
     """
     num_vars = scm.order.shape[0]
     noise = scm.reference_noise()[::4]
     shifted = scm.mean_table(value_grid(scm.low, scm.high, 5), noise)
     baseline = scm.simulate(noise, Intervention.none(num_vars)).mean(0)
-    moved = (baseline[None, None] - shifted).max(1)
-    return jnp.where(jnp.eye(num_vars, dtype=bool) | ~scm.var_mask[:, None], 0.0, moved).max(0)
+    others = scm.var_mask[:, None] & ~jnp.eye(num_vars, dtype=bool)
+    moved = jnp.where(others[:, None], baseline[None, None] - shifted, 0.0)
+    return moved.max((0, 1)), jnp.abs(moved).max()

@@ -8,7 +8,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import jax
 import jax.random as jr
 
 from lib.artifacts import ArtifactError
-from lib.scm_prior import SCMPrior
 from lib.table import DataError
 
 
@@ -81,12 +80,13 @@ def presets(config: Callable[..., Any], **changes: dict[str, Any]) -> dict[str, 
     """A script's `config` for every preset, as tyro's `overridable_config_cli` takes them: its
     folder and the sizes of its prior follow from the preset, the rest are the script's `changes`.
     """
+    prior = config().prior
     return {
         name: (
             about,
             config(
                 Path("artifacts") / name,
-                prior=SCMPrior(max_vars=size, max_size=size),
+                prior=replace(prior, max_vars=size, max_size=size),
                 **changes.get(name, {}),
             ),
         )
