@@ -68,7 +68,9 @@ class Config:
 
     # --- problems ---
     prior: SCMPrior = field(default_factory=SCMPrior)
-    """Distribution of causal models; left at its default, save sizes, it is the surrogate's."""
+    """Distribution of causal models; left at its default, save sizes and shares, it is the
+    surrogate's.
+    """
     multimodal_share: float = 0.5
     """Share of the problems whose ranges are wide and whose responses have several valleys, where
     it pays to look around.

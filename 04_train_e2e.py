@@ -57,8 +57,8 @@ class Config:
 
     # --- problems ---
     prior: SCMPrior = field(default_factory=lambda: SCMPrior(**WORLD))
-    """Distribution of causal models at full difficulty; left at its default, save sizes, it is the
-    surrogate's.
+    """Distribution of causal models at full difficulty; left at its default, save sizes and shares,
+    it is the surrogate's.
     """
     design: DataDesign = field(
         default_factory=lambda: DataDesign(

@@ -182,11 +182,11 @@ def thompson_choice(
 
 
 NUM_CELL_FEATURES = 8 + NUM_EFFECT_STATISTICS
-LARGEST_FEATURE = 10.0  # beyond, clipped: standard deviations of the target, or logarithms
+LARGEST_FEATURE = 10.0  # beyond, clipped: units of the target, or logarithms
 
 
 def cell_features(state: AcquisitionState) -> Float[Array, "vars bins features"]:
-    """What the policy sees of a (variable, value), in standard deviations of the target.
+    """What the policy sees of a (variable, value), in the unit of the target.
 
     8 numbers: predicted effect above the incumbent, and tanh of it; log of its standard deviation;
     their ratio; log of the expected improvement; probability that the variable is a parent;

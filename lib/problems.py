@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lib.buffer import ExperienceBuffer
 from lib.graphs import between, draw, log_between, pick, whole
 from lib.scm import AbstractSCM, Intervention, SyntheticSCM, value_grid
-from lib.scm_prior import SCMPrior, Special, sample_scm
+from lib.scm_prior import KINDS, SCMPrior, Special, sample_scm
 from lib.training import merged
 
 
@@ -23,7 +23,6 @@ from lib.training import merged
 # of a campaign that has found where to look: widths of a range, and share of experiments elsewhere
 FOCUS_WIDTH, STRAY_SHARE = 0.4, 0.3
 LEAST_DESIGNED = 10  # experiments where nothing is observed
-KINDS = 0x6B696E64  # folded into a data set's key for what is special about it
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lib.scm import (
 
 NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
-KINDS = 0x6B696E64  # folded into a model's key for what is special about it
+KINDS = 0x6B696E64  # folded into a key for what is special about a model or a data set
 QUIET_NOISE = 0.03, 0.35  # of a quiet model, as a share of what its noise would be
 # of a tight model: the same of a variable that is nearly determined, and how many of them there are
 TIGHT_NOISE, TIGHT_SHARE = 0.05, 0.3
@@ -181,12 +181,12 @@ def sample_scm(
     key: Key[Array, ""], prior: SCMPrior, feedback: Bool[Array, ""] | None = None
 ) -> SyntheticSCM:
     """A random model whose target has an ancestor that can lower it by at least `min_effect`
-    standard deviations, or none if it is to be inert (redrawn until it is so); with `feedback` or
-    without, if that is not to be drawn here.
+    standard deviations, or none if it is to be inert (redrawn until it is so; then variables are
+    hidden, that ancestor perhaps among them). `feedback` says whether there is some, if that is not
+    to be drawn here.
     """
     share_key, hidden_key, told_key = jr.split(jr.fold_in(key, KINDS), 3)
     special = Special(*(jr.uniform(share_key, (len(prior.shares),)) < jnp.array(prior.shares)))
-
     if feedback is not None:
         special = special._replace(feedback=feedback)
 

@@ -5,8 +5,8 @@ the rows here, `statistics` (lib/statistics.py) makes two arrays of the sums, an
 (lib/surrogate.py) reads these. A simulated campaign calls `Summary.add` for each new row and never
 reads the others again. Nothing here is learned. One data set at a time; batch with `vmap`.
 
-Values are standardised: in standard deviations of the observational rows, from their mean. Padding
-variables are zero.
+Values are standardised: in the units that `Standardisation.of` says, from the observational mean.
+Padding variables are zero.
 """
 
 from typing import NamedTuple
@@ -259,8 +259,7 @@ class Summary(NamedTuple):
     def add(self, buffer: ExperienceBuffer, task: Task) -> "Summary":
         """With the rows of `buffer` too, at the cost of these rows alone.
 
-        The units stay those of the first rows. For interventional rows the result is that of `of`
-        for all rows together; observational ones would have changed the units a little.
+        The units stay those of the first rows, where `of` for all rows together might widen them.
         """
         return Summary(
             self.units, jax.tree.map(jnp.add, self.sums, sum_rows(buffer, self.units, task))

@@ -364,8 +364,8 @@ class SurrogateLosses(NamedTuple):
 def surrogate_losses(
     output: SurrogateOutput, parents: Bool[Array, " vars"], effects: Float[Array, "vars bins"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in standard deviations
-    of the target) over candidate variables and values.
+    """NLL of the true parent set, and mean Gaussian NLL of the true effects (in the unit of the
+    target) over candidate variables and values.
     """
     usable = output.task.candidates[:, None] & jnp.isfinite(effects)
     error = jnp.where(usable, effects, output.effect_mean) - output.effect_mean

@@ -405,7 +405,7 @@ def online_policy(
     gain: Float[Array, "vars bins"],
 ) -> InterventionDistribution:
     """The policy's distribution at `state` after a few GRPO updates on groups whose reward is what
-    an experiment is expected to gain, in the target's deviations.
+    an experiment is expected to gain, in the target's unit.
     """
     optimiser, output = optax.adam(ONLINE.learning_rate), state.output
 

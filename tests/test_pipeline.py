@@ -10,7 +10,7 @@ import json
 import runpy
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,7 +34,7 @@ from lib.posterior import ParentSetPosterior
 from lib.problems import DataDesign, draw_problems
 from lib.reading import read_experiments
 from lib.scm import MECHANISMS, Mechanism, index_of
-from lib.scm_prior import SCMPrior, inherit
+from lib.scm_prior import WORLD, SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
 from lib.system import (
     Answer,
@@ -159,6 +159,17 @@ def test_every_stage_writes_what_it_says(finished, own):
     labels = {kind: set(part) for kind, part in metrics["yield"].items()}
     assert labels.keys() == {"family", "mechanism", "variables"} and labels["variables"] == {"3"}
     assert labels["family"] <= set(own.families) and labels["mechanism"] <= set(own.mechanisms)
+
+
+@pytest.mark.parametrize("preset", settings.PRESETS)
+def test_the_surrogate_is_trained_in_the_wide_world_all_else_in_the_narrow_one(preset):
+    """Whatever the preset, and though demonstrations of the narrow one are inherited from."""
+    wide, narrow = tuple(WORLD.values()), (0.0,) * len(WORLD)
+    for stage, shares in zip(STAGES, (narrow, wide, narrow, wide), strict=True):
+        prior = stage.PRESETS[preset][1].prior
+        made = {"config": {"prior": asdict(PRIOR)}}
+        assert prior.shares == shares and inherit(prior, made).shares == shares
+    assert EVALUATE.PRESETS[preset][1].prior.shares == narrow
 
 
 def test_a_model_knows_the_family_of_its_graph():
