@@ -62,6 +62,8 @@ class Config:
 ENUMERATED = (
     "--prior.mechanisms linear --prior.min-effect 0 --prior.min-size 2 --prior.max-size 4 "
     "--prior.max-vars 4 --buckets.0.max-size 2 --buckets.1.max-size 4 --buckets.1.models 12 "
+    "--buckets.2.max-size 4 --prior.hidden 0 --prior.quiet 0 --prior.inert 0 --prior.mixed 0 "
+    "--prior.tight 0 --prior.feedback 0 --prior.told 0 --design.designed 0 --design.alone 0 "
     "--weights.expert 0"
 )
 LEAST_GAIN = 0.5  # deviations of the target: less is no problem of optimisation
