@@ -3,7 +3,7 @@ effect from any data set.
 
 - Reads   artifacts/<preset>/demos.npz (not with --weights.expert 0)
 - Writes  artifacts/<preset>/surrogate.eqx, and logs/surrogate.jsonl beside it
-- Time    `small` about 11 minutes on 2 busy CPU cores; `hour` about 61 on 2 idle ones
+- Time    `small` about 13 minutes on 2 busy CPU cores; `hour` about 70 on 2 idle ones
 
     python 02_train_surrogate.py small --steps 2000
 
@@ -158,7 +158,7 @@ PRESETS = settings.presets(
         evaluate_every=40,
         checkpoint_every=20,
     ),
-    hour=dict(  # 61 minutes on 2 idle CPU cores
+    hour=dict(  # about 70 minutes on 2 idle CPU cores
         buckets=(Bucket(6, 4), Bucket(10, 3), Bucket(10, 1, 2000), Bucket(20, 1)),
         design=LARGE,
         model=surrogate.SurrogateConfig(model_hidden_dim=96, model_n_layers=6),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.graphs import FAMILIES, between, draw, log_between, one_of, pick, sample_graph, whole
 from lib.scm import (
@@ -156,8 +156,7 @@ def prior_in(header: dict) -> dict[str, Any]:
     }
 
 
-# The world that the surrogate is trained in. The shares were chosen on problems of their own, by
-# what each buys outside the simulator against what it costs in the narrow world.
+# The world that the surrogate is trained in: shares by judgement, none of them tuned.
 WORLD: dict[str, Any] = dict(
     hidden=0.35, quiet=0.25, inert=0.1, mixed=0.3, tight=0.15, feedback=0.05, told=0.25
 )
@@ -263,23 +262,18 @@ def _sample_once(
         **dict.fromkeys(("family", "loud", "even", "copy", "original", "back"), ()),
         **dict.fromkeys(("mechanism", "noise", "tight", "quiet"), (d,)),
     )
-    index, edges = jnp.arange(d), (prior.min_density, prior.max_density)
+    index = jnp.arange(d)
     family = one_of(u["family"], prior.families, FAMILIES)
     family = jnp.where(special.mixed, whole(v["family"], 0, len(FAMILIES)), family)
+    density = prior.min_density, prior.max_density
+    graph = sample_graph(graph_key, family, size, d, density)
+    graph, copy, back = _special_edges(graph, v, size, special)
     mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
     mechanism = jnp.where(special.mixed, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
+    mechanism = jnp.where(copy, index_of("linear", MECHANISMS), mechanism)
     noise_kind = one_of(jr.uniform(noise_key), prior.noises, NOISES)
     noise_kind = jnp.where(special.mixed, whole(v["noise"], 0, len(NOISES)), noise_kind)
-    graph = sample_graph(graph_key, family, size, d, edges)
-    # a copy is a leaf whose only parent is its original
-    copy = whole(v["copy"], 1, size)
-    is_copy, original = special.tight & (index == copy), index == whole(v["original"], 0, copy)
-    graph = jnp.where(is_copy[None], original[:, None], graph & ~is_copy[:, None])
-    mechanism = jnp.where(is_copy, index_of("linear", MECHANISMS), mechanism)
-    determined = is_copy | (special.tight & (v["tight"] < TIGHT_SHARE))
-    # feedback turns one of the edges around, beside the edge itself
-    cause, effect = jnp.divmod(pick(v["back"], graph.reshape(-1)), d)
-    back = special.feedback & (index == effect)[:, None] & (index == cause)[None]
+    determined = copy | (special.tight & (v["tight"] < TIGHT_SHARE))
     weigh = jnp.where(back, FEEDBACK_WEIGHT, 1.0)
     phases, fixed = (
         jnp.array([getattr(kind, name) for kind in MECHANISMS.values()])[mechanism]
@@ -324,7 +318,7 @@ def _sample_once(
     scm = replace(scm, noise_scale=jnp.where(special.quiet, loud, 1.0) * scm.noise_scale)
     drops, largest = _largest_drops(scm)
     # what moves a quiet target by much less is still seen
-    least = jnp.where(special.quiet, jnp.broadcast_to(loud, d), 1.0)[scm.position]
+    least = jnp.where(special.quiet, loud, 1.0)[scm.position]
     least = prior.min_effect * unit * jnp.where(special.inert, least, 1.0)
     # without a least effect there is nothing that an inert model would lack
     inert = special.inert & (prior.min_effect > 0)
@@ -332,6 +326,23 @@ def _sample_once(
     _, change = scm.settle(scm.reference_noise()[::4], Intervention.none(d))
     settled = ~special.feedback | ((change <= SETTLED) & (largest < MAX_EFFECT * unit.max()))
     return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
+
+
+def _special_edges(
+    graph: Bool[Array, "vars vars"],
+    u: dict[str, Float[Array, "..."]],
+    size: Int[Array, ""],
+    special: Special,
+) -> tuple[Bool[Array, "vars vars"], Bool[Array, " vars"], Bool[Array, "vars vars"]]:
+    """The graph, in which a copy, if there is one, is a leaf whose only parent is its original;
+    that copy; and the edge of feedback, if there is one: one of the graph's turned around.
+    """
+    index = jnp.arange(len(graph))
+    number = whole(u["copy"], 1, size)
+    copy, original = special.tight & (index == number), index == whole(u["original"], 0, number)
+    graph = jnp.where(copy[None], original[:, None], graph & ~copy[:, None])
+    cause, effect = jnp.divmod(pick(u["back"], graph.reshape(-1)), len(graph))
+    return graph, copy, special.feedback & (index == effect)[:, None] & (index == cause)[None]
 
 
 def _moments(

@@ -107,7 +107,7 @@ class Sums(NamedTuple):
     observational: Float[Array, ""]  # the observational ones
     features: Float[Array, "features features"]  # all rows; variables times their features
     polynomials: Float[Array, "polynomials polynomials"]  # all rows; 1 + 3 vars
-    observed: Float[Array, "vars vars"]  # values, observational rows
+    observed: Float[Array, "polynomials polynomials"]  # polynomials, observational rows
     under_do: Float[Array, "vars polynomials polynomials"]  # polynomials, rows in which j was set
     powers: Float[Array, "powers powers"]  # of all variables, Y not set; 2 + 3 vars
     own_powers: Float[Array, "vars 5 5"]  # of variable i, nothing but i set
@@ -233,7 +233,7 @@ def sum_rows(buffer: ExperienceBuffer, units: Standardisation, task: Task) -> Su
         observational=observed.sum(),
         features=products(features.reshape(num_rows, -1), valid),
         polynomials=polynomials.T @ polynomials,
-        observed=products(values, observed),
+        observed=products(polynomials, observed),
         under_do=(where_set.T @ polynomials).reshape(num_vars, *2 * polynomials.shape[1:]),
         powers=products(powers, usable),
         own_powers=jnp.einsum("nv,nvp,nvq->vpq", alone, own_powers, own_powers),

@@ -29,8 +29,8 @@ import tyro
 from lib import metrics, settings
 from lib.artifacts import code_digest, read_header
 from lib.methods import OptimizationScenario
-from lib.problems import Problem
-from lib.scm_prior import SCMPrior, prior_in
+from lib.problems import DATA, Problem
+from lib.scm_prior import SCMPrior, Special, prior_in
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from lib.system import load_surrogate
 from studies.enumeration import enumerated_effects, enumerated_posterior
@@ -62,9 +62,9 @@ class Config:
 ENUMERATED = (
     "--prior.mechanisms linear --prior.min-effect 0 --prior.min-size 2 --prior.max-size 4 "
     "--prior.max-vars 4 --buckets.0.max-size 2 --buckets.1.max-size 4 --buckets.1.models 12 "
-    "--buckets.2.max-size 4 --prior.hidden 0 --prior.quiet 0 --prior.inert 0 --prior.mixed 0 "
-    "--prior.tight 0 --prior.feedback 0 --prior.told 0 --design.designed 0 --design.alone 0 "
-    "--weights.expert 0"
+    "--buckets.2.max-size 4 --weights.expert 0 "
+    + " ".join(f"--prior.{name} 0" for name in Special._fields)
+    + "".join(f" --design.{name} 0" for name in DATA)
 )
 LEAST_GAIN = 0.5  # deviations of the target: less is no problem of optimisation
 
