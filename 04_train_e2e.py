@@ -136,7 +136,8 @@ def adjust_difficulty(step: int, config: Config = Config()) -> tuple[SCMPrior, D
     Each level has one program: within it nothing depends on `step`.
     """
     level = min(step * (config.levels + 1) // config.rounds, config.levels - 1)
-    share, prior, campaign = (level + 1) / config.levels, config.prior, config.campaign
+    share, campaign = (level + 1) / config.levels, config.campaign
+    prior = replace(config.prior, inert=0.0)  # where nothing can be gained no experiment can earn
     if share == 1.0:
         return prior, campaign
     easier = replace(

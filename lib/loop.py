@@ -12,7 +12,6 @@ with optimisers that remember. `params` are modules. What the documents leave op
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -115,16 +114,7 @@ def _sample_problem(key, prior, design):
     # the target and the last variable (padding where there is some) change names
     last = prior.max_vars - 1
     swap = jnp.where(index == scm.target, last, jnp.where(index == last, scm.target, index))
-    renamed = (
-        swap[scm.order],
-        jnp.array(last),
-        *(x[swap] for x in (scm.low, scm.high, scm.var_mask, scm.hidden)),
-    )
-    scm = eqx.tree_at(
-        lambda s: (s.order, s.target, s.low, s.high, s.var_mask, s.hidden), scm, renamed
-    )
-    if scm.known is not None:
-        scm = replace(scm, known=scm.known[swap][:, swap])
+    scm = scm.reordered(swap)
     return scm, draw_data(data_key, scm, design)
 
 

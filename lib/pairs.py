@@ -1,14 +1,11 @@
 """What the data say of every ordered pair of variables: mean products of features, and what
 regressions and interventions say of the two. Nothing here is learned.
 
-Three facts about Gram matrices give nearly all of it. G is one of centred or standardised columns,
-P its inverse, and A, B are blocks of columns:
+Two facts about Gram matrices, P the inverse of one of centred or standardised columns, give nearly
+all of it:
 
 - Regression of a column i on all others: coefficients -P_ij / P_ii, residual sum of squares
-  1 / P_ii, partial correlations -P_ij / sqrt(P_ii P_jj) (Lauritzen 1996, section 5.1.3). Of a block
-  A on all others: coefficients -R P_AB, residual Gram matrix R = (P_AA)^-1.
-- The inverse of G without A: P_BB - P_BA R P_AB (that of a partitioned matrix, Horn and Johnson
-  2013, section 0.7.3).
+  1 / P_ii, partial correlations -P_ij / sqrt(P_ii P_jj) (Lauritzen 1996, section 5.1.3).
 - Leaving q columns with coefficients b out of a regression adds b' V^-1 b to its residual sum of
   squares, V their block of the inverse Gram matrix of its columns (Wald's form of the F-test, Seber
   and Lee 2003, theorem 4.1).
@@ -32,7 +29,7 @@ from lib.sums import NUM_FEATURES, Sums
 
 
 NUM_LIKELY = 5  # variables whose subsets are compared as the parents of another: 32 of them
-NUM_PAIR_STATISTICS = NUM_FEATURES**2 + 40
+NUM_PAIR_STATISTICS = NUM_FEATURES**2 + 33
 # Compressed statistics are clipped there, lest one degenerate regression outweigh all other inputs.
 # First to reach it are a residual standard deviation of e^-2.5 = 0.08 and 147 rows under do(j).
 MAX_STATISTIC = 5.0
@@ -49,14 +46,11 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     number  what
     ======  ========================================================================
     196     mean products of the 14 features of i and the 14 of j
-    1       covariance, observational
-    2       t-statistics of i on j alone, and given all others, observational
     4       `linear_regressions`, of i on j
-    2       `cubic_regressions`, of i on j
     1       `target_test`, of j, where i is the target; zero elsewhere
     2       `local_posteriors`, of j as a parent of i
     5       `responses`, of i to do(j)
-    14      the five lines above, of j on i
+    12      the four lines above, of j on i
     3       whether i is the target, whether j is, whether they are the same
     4       whether an edge i -> j is known to be there, or not to be; the same of j -> i
     2       log(1 + rows) / 5: observational, interventional
@@ -76,14 +70,12 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     )
     moments = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
 
-    # Gram matrix of the observations, plus the pseudo-row: n + 1 of them. Scaled to a diagonal of
-    # one it is the correlation, and its inverse minus the partial correlation.
-    gram = linear_terms(sums.observed) + jnp.eye(num_vars)
+    # Gram matrix of the observations, plus the pseudo-row; scaled to a diagonal of one it is the
+    # correlation.
+    gram = sums.observed + jnp.eye(num_vars)
     precision = positive_inverse(gram)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
     marginal = t_statistic(unit_diagonal(gram), sums.observational)
-    partial = t_statistic(-unit_diagonal(precision), freedom)
-    symmetric = jnp.stack([gram / (sums.observational + 1.0), marginal, partial], -1)
 
     # Who may be a parent of whom: what correlates with it, or stays in its regression.
     linear = linear_regressions(sums, precision, task)
@@ -91,14 +83,13 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     directed = jnp.stack(
         [
             *linear,
-            *cubic_regressions(sums, task),
             jnp.where(is_target, target_test(sums.powers, task)[None], 0.0),
             *local_posteriors(sums, likely),
             *responses(sums, gram, precision, freedom),
         ],
         -1,
     )
-    found = jnp.concatenate([symmetric, directed, directed.swapaxes(0, 1)], -1)
+    found = jnp.concatenate([directed, directed.swapaxes(0, 1)], -1)
     kept = (present[:, None] & (present[None] | own))[..., None]
     found = jnp.where(kept, jnp.clip(found, -MAX_STATISTIC, MAX_STATISTIC), 0.0)
 
@@ -182,37 +173,6 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
             1.0 / jnp.diag(precision), jnp.maximum(sums.observational - number, 1.0)[None]
         ),
     ]
-
-
-def cubic_regressions(sums: Sums, task: Task) -> list[Pairs]:
-    """The regression of i on three polynomials of each other variable, observational: F-statistic
-    of those of j, and the log of the residual variance, `[i, j]`.
-
-    Unlike `target_test`, all outcomes at once, from one inverse P with blocks P_ij `[3, 3]`.
-    """
-    num_vars = task.var_mask.shape[0]
-    own, same = jnp.arange(num_vars), jnp.eye(num_vars)
-    # at least 5: a variance from fewer degrees of freedom is too noisy to divide by
-    freedom = jnp.maximum(sums.observational - 3.0 * task.var_mask.sum(), 5.0)
-
-    # centred Gram matrix of all polynomials, and P by blocks [i, j, polynomial, polynomial]
-    gram = centred_moments(sums.observed)[1:, 1:] + jnp.eye(3 * num_vars)
-    joint = positive_inverse(gram).reshape(num_vars, 3, num_vars, 3).transpose(0, 2, 1, 3)
-    # R_i = (P_ii)^-1, the residual Gram matrix of i's polynomials given all others'; the first row
-    # of -R_i P_ij is the coefficients of X_i itself on the polynomials of j.
-    residual = jax.vmap(positive_inverse)(joint[own, own])
-    slopes = -jnp.einsum("ip,ijpq->ijq", residual[:, 0], joint)
-    # V: the block of j in the inverse without i, P_jj - P_ji R_i P_ij
-    rest = joint[own, own][None] - jnp.einsum("jiap,ipq,ijqb->ijab", joint, residual, joint)
-    # the identity for j = i, where there is none; 1e-6 keeps the others positive under rounding
-    unit = jnp.eye(3)[None, None]
-    rest = jnp.where(same[..., None, None] > 0, unit, rest + 1e-6 * unit)
-    # b' V^-1 b
-    inverse = jax.vmap(jax.vmap(positive_inverse))(rest)
-    reduction = jnp.einsum("ijp,ijpq,ijq->ij", slopes, inverse, slopes)
-    left = jnp.maximum(residual[:, 0, 0], MIN_SQUARES)
-    f = f_statistic(reduction, left[:, None], freedom) * (1.0 - same)
-    return [f, log_variance(left, freedom[None])]
 
 
 def target_test(moments: Float[Array, "powers powers"], task: Task) -> Float[Array, " vars"]:

@@ -7,6 +7,7 @@ here sees one model; batch with `jax.vmap`.
 
 import abc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import equinox as eqx
@@ -388,6 +389,13 @@ class SyntheticSCM(AbstractSCM):
     def parents(self) -> Bool[Array, " vars"]:
         """Those of the target in `seen_graph`."""
         return jnp.take(self.seen_graph, self.target, axis=1)
+
+    def reordered(self, old: Int[Array, " vars"]) -> "SyntheticSCM":
+        """The same model with other indices outside: variable j is the former `old[j]`."""
+        new = jnp.argsort(old)
+        moved = {name: getattr(self, name)[old] for name in ("low", "high", "var_mask", "hidden")}
+        known = None if self.known is None else self.known[old][:, old]
+        return replace(self, order=new[self.order], target=new[self.target], known=known, **moved)
 
     def disturbance(self, noise: Float[Array, "samples vars"]) -> Float[Array, "samples vars"]:
         """Standard normals mapped, quantile by quantile, to the unit-variance distribution that the

@@ -54,22 +54,15 @@ class Standardisation(NamedTuple):
         """
         values = jnp.where(task.var_mask[None], buffer.values, 0.0)
         rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
-        observed, kept = Scale.of(values, rows), rows[:, None]
-        furthest = jnp.where(kept, jnp.abs(values - observed.shift[None]), -1.0).argmax(0)
-        others = kept & (jnp.arange(len(values))[:, None] != furthest[None])
-        rest = Scale.of(values, others)
-        apart = jnp.abs(values - rest.shift[None])
-        # MIN_OBSERVATIONS, that vary, say what is usual
-        usual = (others.sum(0) >= MIN_OBSERVATIONS) & (jnp.where(others, apart, 0.0).max(0) > 0)
-        lone = usual & (apart[furthest, jnp.arange(apart.shape[1])] > OUTLIER * rest.spread)
-        observed = Scale(*(jnp.where(lone, *x) for x in zip(rest, observed, strict=True)))
+        observed, lone = without_outlier(values, rows)
         ends = jnp.abs(jnp.stack([task.low, task.high]) - observed.shift[None])
         reach = jnp.where(task.candidates, ends.max(0) / FARTHEST_END, 0.0)
-        free = buffer.valid[:, None] & ~buffer.intervened & ~(lone[None] & kept & ~others)
-        count, distance = jnp.maximum(free.sum(0), 1), jnp.abs(values - observed.shift[None])
+        free = buffer.valid[:, None] & ~buffer.intervened & ~lone
+        count = jnp.maximum(free.sum(0), 1)
         mean = jnp.where(free, values, 0.0).sum(0) / count
         moved = jnp.sqrt(jnp.where(free, (values - mean[None]) ** 2, 0.0).sum(0) / count) / 3.0
-        distance = jnp.where(free & ~kept, distance, 0.0)
+        elsewhere = free & ~rows[:, None]
+        distance = jnp.where(elsewhere, jnp.abs(values - observed.shift[None]), 0.0)
         second = jnp.where(distance < distance.max(0)[None], distance, 0.0).max(0) / MAX_DEVIATIONS
         unit = jnp.stack([observed.spread, reach, moved, second]).max(0)
         scale = Scale(observed.shift, unit)
@@ -90,6 +83,24 @@ class Standardisation(NamedTuple):
         return jnp.where(kept, values, 0.0)
 
 
+def without_outlier(
+    values: Float[Array, "samples vars"], rows: Bool[Array, " samples"]
+) -> tuple[Scale, Bool[Array, "samples vars"]]:
+    """Mean and standard deviation of every variable over `rows`, but without a single value that
+    lies beyond `OUTLIER` deviations of all others; and which value that is, where there is one.
+    """
+    all_rows, index = Scale.of(values, rows), jnp.arange(len(values))[:, None]
+    distance = jnp.where(rows[:, None], jnp.abs(values - all_rows.shift[None]), -1.0)
+    furthest = index == distance.argmax(0)[None]
+    others = rows[:, None] & ~furthest
+    rest = Scale.of(values, others)
+    apart = jnp.abs(values - rest.shift[None])
+    # MIN_OBSERVATIONS, that vary, say what is usual
+    usual = (others.sum(0) >= MIN_OBSERVATIONS) & (jnp.where(others, apart, 0.0).max(0) > 0)
+    lone = rows[:, None] & furthest & usual[None] & (apart > OUTLIER * rest.spread[None])
+    return Scale(*(jnp.where(lone.any(0), *x) for x in zip(rest, all_rows, strict=True))), lone
+
+
 class Sums(NamedTuple):
     """Sums over rows of products of columns: Gram matrices X'X, or X'y.
 
@@ -107,7 +118,7 @@ class Sums(NamedTuple):
     observational: Float[Array, ""]  # the observational ones
     features: Float[Array, "features features"]  # all rows; variables times their features
     polynomials: Float[Array, "polynomials polynomials"]  # all rows; 1 + 3 vars
-    observed: Float[Array, "polynomials polynomials"]  # polynomials, observational rows
+    observed: Float[Array, "vars vars"]  # values, observational rows
     under_do: Float[Array, "vars polynomials polynomials"]  # polynomials, rows in which j was set
     powers: Float[Array, "powers powers"]  # of all variables, Y not set; 2 + 3 vars
     own_powers: Float[Array, "vars 5 5"]  # of variable i, nothing but i set
@@ -233,7 +244,7 @@ def sum_rows(buffer: ExperienceBuffer, units: Standardisation, task: Task) -> Su
         observational=observed.sum(),
         features=products(features.reshape(num_rows, -1), valid),
         polynomials=polynomials.T @ polynomials,
-        observed=products(polynomials, observed),
+        observed=products(values, observed),
         under_do=(where_set.T @ polynomials).reshape(num_vars, *2 * polynomials.shape[1:]),
         powers=products(powers, usable),
         own_powers=jnp.einsum("nv,nvp,nvq->vpq", alone, own_powers, own_powers),

@@ -248,18 +248,12 @@ def transform(key: Key[Array, ""], trajectory: ExpertTrajectory) -> ExpertTrajec
     generated = sign[scm.order]
     renamed = replace(
         scm,
-        order=new[scm.order],
         weights=scm.weights * generated[:, None],
         frequencies=scm.frequencies * generated[:, None, None],
         spread=scm.spread * generated,
-        target=new[scm.target],
-        low=low[old],
-        high=high[old],
-        var_mask=scm.var_mask[old],
-        hidden=scm.hidden[old],
-    )
-    if scm.known is not None:
-        renamed = replace(renamed, known=scm.known[old][:, old])
+        low=low,
+        high=high,
+    ).reordered(old)
     buffer = trajectory.buffer
     surface = jnp.where(flip[None, :, None], trajectory.surface[..., ::-1], trajectory.surface)
     return replace(
