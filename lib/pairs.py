@@ -70,9 +70,8 @@ def pair_statistics(sums: Sums, task: Task) -> Float[Array, "vars vars pair"]:
     )
     moments = jnp.sign(moments) * jnp.log1p(5.0 * jnp.abs(moments))
 
-    # Gram matrix of the observations, plus the pseudo-row; scaled to a diagonal of one it is the
-    # correlation.
-    gram = sums.observed + jnp.eye(num_vars)
+    # Gram matrix of the observations; scaled to a diagonal of one it is the correlation.
+    gram = sums.observed + jnp.diag(pseudo_row(sums, sums.observed))
     precision = positive_inverse(gram)
     freedom = jnp.maximum(sums.observational - present.sum(), 1.0)
     marginal = t_statistic(unit_diagonal(gram), sums.observational)
@@ -108,6 +107,18 @@ def linear_terms(
     return moments[..., 1::3, 1::3]
 
 
+def pseudo_row(sums: Sums, gram: Float[Array, "*batch vars vars"]) -> Float[Array, "*batch vars"]:
+    """What is added to the diagonal of a Gram matrix, so that it has an inverse: of each variable
+    the variance over observational rows, as of one more of them, or one where there are none.
+    """
+    variance = jnp.diag(sums.observed) / jnp.maximum(sums.observational, 1.0)
+    known = (sums.observational > 1) & (variance > 0)
+    variance = jnp.where(known, jnp.clip(variance, 1e-4, 1.0), 1.0)
+    # 5e-5 of a sum of squares is some 400 of its roundings, which two copies of one variable sum
+    least = 5e-5 * jnp.diagonal(gram, axis1=-2, axis2=-1)
+    return jnp.clip(least, jnp.broadcast_to(variance, least.shape), 1.0)
+
+
 def unit_diagonal(matrix: Pairs) -> Pairs:
     """m_ij / sqrt(m_ii m_jj) of a positive matrix, but zeros on the diagonal."""
     scale = jnp.sqrt(jnp.diag(matrix))
@@ -139,7 +150,8 @@ def f_statistic(
 def log_variance(residual: Float[Array, " vars"], freedom: Float[Array, "*vars"]) -> Pairs:
     """Log of a residual variance, sum of squares over freedom, of every i; the same for all j."""
     # 1e-4: an error of a hundredth of a standard deviation is as good as none
-    return jnp.log(residual / freedom + 1e-4)[:, None] * jnp.ones((1, residual.shape[0]))
+    variance = jnp.maximum(residual, 0.0) / freedom + 1e-4
+    return jnp.log(variance)[:, None] * jnp.ones((1, residual.shape[0]))
 
 
 # --- regressions of every variable on the others ---
@@ -156,13 +168,13 @@ def linear_regressions(sums: Sums, precision: Pairs, task: Task) -> list[Pairs]:
     own, same, number = jnp.arange(num_vars), jnp.eye(num_vars) > 0, task.var_mask.sum()
 
     # [i]: Gram matrix [vars, vars] over the rows in which i was not set, inverted: P
-    inverse = jax.vmap(positive_inverse)(
-        linear_terms(sums.not_intervened) + jnp.eye(num_vars)[None]
-    )
+    gram = linear_terms(sums.not_intervened)
+    inverse = jax.vmap(positive_inverse)(gram + jax.vmap(jnp.diag)(pseudo_row(sums, gram)))
     # of the P of i: its row i, its diagonal, and of this the entry i
     row, diagonal = inverse[own, own], jax.vmap(jnp.diag)(inverse)
     of_own = diagonal.diagonal()
-    correlation = jnp.where(same, 0.0, -row / jnp.sqrt(of_own[:, None] * diagonal))
+    scale = jnp.sqrt(jnp.maximum(of_own[:, None] * diagonal, 1e-20))  # below is rounding
+    correlation = jnp.where(same, 0.0, -row / scale)
     coefficient = jnp.where(same, 0.0, -row / of_own[:, None])
     freedom = jnp.maximum(sums.count - sums.under_do[:, 0, 0] - number, 1.0)
     return [
@@ -222,7 +234,9 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
     def one(i, likely, moments):
         strength, candidates = jax.lax.top_k(likely, num_likely)
         count = jnp.maximum(moments[0, 0], 1.0)
-        centred = centred_moments(moments) + jnp.eye(moments.shape[0])
+        centred = centred_moments(moments)
+        pseudo = jnp.ones(len(centred)).at[1::3].set(pseudo_row(sums, linear_terms(centred)))
+        centred += jnp.diag(pseudo)
         columns = (1 + 3 * candidates[:, None] + jnp.arange(3)[None]).reshape(-1)
         found = []
         for width, chosen in ((1, columns[::3]), (3, columns)):

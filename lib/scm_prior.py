@@ -26,6 +26,9 @@ from lib.scm import (
 NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents
 NUM_CALIBRATION = 256  # rows behind each variable's standardisation
 KINDS = 0x6B696E64  # folded into a key for what is special about a model or a data set
+# of a quiet model, by how much its lengthscales are longer: who sets ranges far outside what was
+# observed expects one optimum there, not ten
+QUIET_LENGTH = 3.0
 QUIET_NOISE = 0.03, 0.35  # of a quiet model, as a share of what its noise would be
 # of a tight model: the same of a variable that is nearly determined, and how many of them there are
 TIGHT_NOISE, TIGHT_SHARE = 0.05, 0.3
@@ -79,7 +82,9 @@ class SCMPrior:
     hidden: float = 0.0
     """Share of models in which one or two variables are hidden."""
     quiet: float = 0.0
-    """Share whose noise is small, so that ranges reach far outside what is observed."""
+    """Share whose noise is small, so that ranges reach far outside what is observed; mechanisms are
+    of any kind, and smoother.
+    """
     inert: float = 0.0
     """Share in which nothing lowers the target by `min_effect`."""
     mixed: float = 0.0
@@ -158,7 +163,7 @@ def prior_in(header: dict) -> dict[str, Any]:
 
 # The world that the surrogate is trained in: shares by judgement, none of them tuned.
 WORLD: dict[str, Any] = dict(
-    hidden=0.35, quiet=0.25, inert=0.1, mixed=0.3, tight=0.15, feedback=0.05, told=0.25
+    hidden=0.2, quiet=0.25, inert=0.07, mixed=0.25, tight=0.08, feedback=0.05, told=0.2
 )
 
 
@@ -269,7 +274,8 @@ def _sample_once(
     graph = sample_graph(graph_key, family, size, d, density)
     graph, copy, back = _special_edges(graph, v, size, special)
     mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
-    mechanism = jnp.where(special.mixed, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
+    any_kind = special.mixed | special.quiet  # far outside what was seen the kind is what counts
+    mechanism = jnp.where(any_kind, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
     mechanism = jnp.where(copy, index_of("linear", MECHANISMS), mechanism)
     noise_kind = one_of(jr.uniform(noise_key), prior.noises, NOISES)
     noise_kind = jnp.where(special.mixed, whole(v["noise"], 0, len(NOISES)), noise_kind)
@@ -280,6 +286,7 @@ def _sample_once(
         for name in ("phases", "lengthscale")
     )
     length = log_between(u["length"], prior.min_lengthscale, prior.max_lengthscale)
+    length = jnp.where(special.quiet, QUIET_LENGTH, 1.0) * length
     lengthscale = jnp.where(jnp.isnan(fixed), length, fixed)
     low, high = between(u["range"], prior.min_range, prior.max_range)
     scm = SyntheticSCM(  # pyright: ignore[reportCallIssue]  # `parents` and `names` are properties

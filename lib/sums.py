@@ -48,9 +48,10 @@ class Standardisation(NamedTuple):
         fewer than two are observational (one has no standard deviation), without a single row
         beyond `OUTLIER` deviations of all others. The unit is that deviation, but where a system is
         quiet, what experiments do to it must not be clipped: so at least a `FARTHEST_END`th of the
-        distance to the further end of the range, a third of the deviation over the rows in which
-        the variable was not set, and a `MAX_DEVIATIONS`th of the furthest but one of them. The grid
-        has `num_bins` values from `low` to `high`.
+        distance to the further end of the range, what as much of another variable does to it by its
+        slope, a third of the deviation over the rows in which the variable was not set, and a
+        `MAX_DEVIATIONS`th of the furthest but one of them. The grid has `num_bins` values from
+        `low` to `high`.
         """
         values = jnp.where(task.var_mask[None], buffer.values, 0.0)
         rows = jnp.where(buffer.observational.sum() >= 2, buffer.observational, buffer.valid)
@@ -64,7 +65,12 @@ class Standardisation(NamedTuple):
         elsewhere = free & ~rows[:, None]
         distance = jnp.where(elsewhere, jnp.abs(values - observed.shift[None]), 0.0)
         second = jnp.where(distance < distance.max(0)[None], distance, 0.0).max(0) / MAX_DEVIATIONS
-        unit = jnp.stack([observed.spread, reach, moved, second]).max(0)
+        # correlations less two standard errors, times how many deviations a unit is
+        near = jnp.where(rows[:, None] & ~lone, observed(values), 0.0)
+        near, number = near.clip(-MAX_DEVIATIONS, MAX_DEVIATIONS), jnp.maximum(rows.sum(), 1)
+        slopes = jnp.abs(near.T @ near) / number - 2.0 / jnp.sqrt(number)
+        slopes = (slopes * (reach / observed.spread)[:, None]).max(0) * observed.spread
+        unit = jnp.stack([observed.spread, reach, slopes, moved, second]).max(0)
         scale = Scale(observed.shift, unit)
         grid = scale(value_grid(task.low, task.high, num_bins).T).T.clip(
             -MAX_DEVIATIONS, MAX_DEVIATIONS

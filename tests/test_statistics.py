@@ -99,7 +99,7 @@ def test_sums_are_additive(problem, monkeypatch):
 @pytest.mark.parametrize("degree", [1, 3])
 def test_regressions_are_penalised_least_squares(problem, degree):
     """Linear: against effects of a standard deviation; cubic: of the ends of a range, or of two
-    standard deviations.
+    standard deviations; in units of the noise that a first fit leaves.
     """
     (buffer, task), (units, values, sums) = problem, summed(*problem)
     usable, grid = ~np.asarray(buffer.intervened[:, TARGET]), np.asarray(units.grid, float)
@@ -109,8 +109,13 @@ def test_regressions_are_penalised_least_squares(problem, degree):
     design = np.stack([u[:, i] ** p for i in others for p in range(1, degree + 1)], 1)
     centre, y = design.mean(0), np.asarray(values, float)[usable, TARGET]
     penalty = 0.01 * design.var(0) if degree == 1 else np.full(len(centre), 0.5)
-    gram = (design - centre).T @ (design - centre) + np.diag(penalty)
-    weights = np.linalg.solve(gram, (design - centre).T @ y).reshape(-1, degree)
+    design, noise = design - centre, 1.0
+    for _ in range(2):
+        gram = design.T @ design + np.diag(penalty * noise)
+        weights = np.linalg.solve(gram, design.T @ y)
+        noise = (((y - y.mean() - design @ weights) ** 2).sum() + 1) / (len(y) + 1)
+    assert noise < 0.9
+    weights = weights.reshape(-1, degree)
     found = regression_surfaces(sums.powers, units.grid, task)[degree == 3]
     for i, w, c in zip(others, weights, centre.reshape(-1, degree), strict=True):
         powers = at[:, i, None] ** np.arange(1, degree + 1)
