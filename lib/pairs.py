@@ -10,9 +10,9 @@ all of it:
   squares, V their block of the inverse Gram matrix of its columns (Wald's form of the F-test, Seber
   and Lee 2003, theorem 4.1).
 
-Before they are inverted, Gram matrices of standardised columns get the identity added, a ridge
-penalty of one: it is what one more row of independent variables of variance one would add on
-average. So they have an inverse whatever the number of rows.
+Before they are inverted, Gram matrices of standardised columns get a `pseudo_row` added, a ridge
+penalty: what one more row of independent variables, each varying as observed, would add on average.
+So they have an inverse whatever the number of rows.
 
 Numbers are compressed by log1p and arcsinh and divided by a round number, so that the network reads
 inputs of the order of one.
@@ -109,7 +109,7 @@ def linear_terms(
 
 def pseudo_row(sums: Sums, gram: Float[Array, "*batch vars vars"]) -> Float[Array, "*batch vars"]:
     """What is added to the diagonal of a Gram matrix, so that it has an inverse: of each variable
-    the variance over observational rows, as of one more of them, or one where there are none.
+    the variance over observational rows, at most one, or one where there are none.
     """
     variance = jnp.diag(sums.observed) / jnp.maximum(sums.observational, 1.0)
     known = (sums.observational > 1) & (variance > 0)
