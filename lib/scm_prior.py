@@ -274,12 +274,8 @@ def _sample_once(
     density = prior.min_density, prior.max_density
     graph = sample_graph(graph_key, family, size, d, density)
     graph, copy, back = _special_edges(graph, v, size, special)
-    mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
-    any_kind = special.mixed | special.quiet  # far outside what was seen the kind is what counts
-    mechanism = jnp.where(any_kind, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
+    mechanism, noise_kind = _kinds(jr.uniform(noise_key), u, v, prior, special)
     mechanism = jnp.where(copy, index_of("linear", MECHANISMS), mechanism)
-    noise_kind = one_of(jr.uniform(noise_key), prior.noises, NOISES)
-    noise_kind = jnp.where(special.mixed, whole(v["noise"], 0, len(NOISES)), noise_kind)
     determined = copy | (special.tight & (v["tight"] < TIGHT_SHARE))
     weigh = jnp.where(back, FEEDBACK_WEIGHT, 1.0)
     phases, fixed = (
@@ -311,29 +307,44 @@ def _sample_once(
         var_mask=index < size,
         hidden=jnp.zeros(d, bool),
     )
-    mean, deviation = _moments(scm, prior.standardised)
-    if prior.standardised:
-        scm = replace(scm, shift=mean, spread=deviation)
-        unit = jnp.ones(d)
-    else:
-        centre, unit = mean[scm.position], deviation[scm.position]
-        low, high = (
-            jnp.where(scm.var_mask, centre + unit * end, 0.0) for end in (scm.low, scm.high)
-        )
-        scm = replace(scm, low=low, high=high)
+    scm, unit = _in_units(scm, prior.standardised)
     # all variables are as quiet or, every other time, each is by chance
     loud = log_between(v["loud"], *QUIET_NOISE) ** jnp.where(v["even"] < 0.5, 1.0, v["quiet"])
-    scm = replace(scm, noise_scale=jnp.where(special.quiet, loud, 1.0) * scm.noise_scale)
-    drops, largest = _largest_drops(scm)
+    loud = jnp.where(special.quiet, loud, 1.0)
+    scm = replace(scm, noise_scale=loud * scm.noise_scale)
     # what moves a quiet target by much less is still seen
-    least = jnp.where(special.quiet, loud, 1.0)[scm.position]
-    least = prior.min_effect * unit * jnp.where(special.inert, least, 1.0)
-    # without a least effect there is nothing that an inert model would lack
-    inert = special.inert & (prior.min_effect > 0)
-    qualifies = scm.var_mask & jnp.where(inert, drops < least, drops >= least)
-    _, change = scm.settle(scm.reference_noise()[::4], Intervention.none(d))
-    settled = ~special.feedback | ((change <= SETTLED) & (largest < MAX_EFFECT * unit.max()))
+    unseen = jnp.where(special.inert, loud[scm.position], 1.0)
+    qualifies, settled = _qualifies(scm, prior.min_effect * unseen * unit, unit.max(), special)
     return replace(scm, target=pick(u["target"], qualifies)), qualifies.any() & settled
+
+
+def _kinds(
+    u_noise: Float[Array, ""],
+    u: dict[str, Float[Array, "..."]],
+    v: dict[str, Float[Array, "..."]],
+    prior: SCMPrior,
+    special: Special,
+) -> tuple[Int[Array, "*vars"], Int[Array, "*vars"]]:
+    """Kinds of mechanism and of noise, as the prior has them (`u`) or, in special models, of each
+    variable on its own (`v`).
+    """
+    mechanism = one_of(u["mechanism"], prior.mechanisms, MECHANISMS)
+    any_kind = special.mixed | special.quiet  # far outside what was seen the kind is what counts
+    mechanism = jnp.where(any_kind, whole(v["mechanism"], 0, len(MECHANISMS)), mechanism)
+    noise_kind = one_of(u_noise, prior.noises, NOISES)
+    return mechanism, jnp.where(special.mixed, whole(v["noise"], 0, len(NOISES)), noise_kind)
+
+
+def _in_units(scm: SyntheticSCM, standardised: bool) -> tuple[SyntheticSCM, Float[Array, " vars"]]:
+    """The model with `standardised` variables or, if they are not to be, with ranges, given in
+    deviations, in the variables' own units; and the unit of each.
+    """
+    mean, deviation = _moments(scm, standardised)
+    if standardised:
+        return replace(scm, shift=mean, spread=deviation), jnp.ones(len(mean))
+    centre, unit = mean[scm.position], deviation[scm.position]
+    low, high = (jnp.where(scm.var_mask, centre + unit * end, 0.0) for end in (scm.low, scm.high))
+    return replace(scm, low=low, high=high), unit
 
 
 def _special_edges(
@@ -351,6 +362,21 @@ def _special_edges(
     graph = jnp.where(copy[None], original[:, None], graph & ~copy[:, None])
     cause, effect = jnp.divmod(pick(u["back"], graph.reshape(-1)), len(graph))
     return graph, copy, special.feedback & (index == effect)[:, None] & (index == cause)[None]
+
+
+def _qualifies(
+    scm: SyntheticSCM, least: Float[Array, " vars"], unit: Float[Array, ""], special: Special
+) -> tuple[Bool[Array, " vars"], Bool[Array, ""]]:
+    """Which variables may be the target: those that something lowers by at least the `least`
+    effect, or nothing in an inert model; and whether feedback, if there is some, settles.
+    """
+    drops, largest = _largest_drops(scm)
+    # without a least effect there is nothing that an inert model would lack
+    inert = special.inert & (least.max() > 0)
+    qualifies = scm.var_mask & jnp.where(inert, drops < least, drops >= least)
+    nothing = Intervention.none(len(scm.var_mask))
+    _, change = scm.settle(scm.reference_noise()[::4], nothing)
+    return qualifies, ~special.feedback | ((change <= SETTLED) & (largest < MAX_EFFECT * unit))
 
 
 def _moments(
