@@ -271,7 +271,7 @@ def warnings_of(data, check, untold) -> list[str]:
             (
                 settable[i] and reach[i] > CheckConfig.far_std,
                 f"'{name}': its range reaches {reach[i]:.0f} deviations from what was "
-                "observed: the surrogate was not trained on such and counts for less there",
+                "observed, and the surrogate counts for less there",
             )
             for i, name in enumerate(names)
         ),

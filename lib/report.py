@@ -36,9 +36,9 @@ SURFACES = {
 }
 ASSUMED = (
     "One variable is set at a time; all others run as they do when nothing is set.",
-    "Causes have no cycles: nothing acts on itself by way of others.",
-    "Nothing outside the file moves both a variable and the target. The network has seen no such "
-    "hidden causes in training: only experiments can show them.",
+    "No effect acts back on its cause. The network has seen such feedback, but is often wrong there.",
+    "Something outside the file may move both a variable and the target: in a fifth of the systems "
+    "that the network learned from, something did. Only experiments can rule it out.",
     "The system stays as it was when the rows were taken.",
 )
 HEAD = """<meta charset="utf-8">
