@@ -36,7 +36,7 @@ SURFACES = {
 }
 ASSUMED = (
     "One variable is set at a time; all others run as they do when nothing is set.",
-    "No effect acts back on its cause. The network has seen such feedback, but is often wrong there.",
+    "No effect acts back on its cause. The network has seen such feedback, but often errs there.",
     "Something outside the file may move both a variable and the target: in a fifth of the systems "
     "that the network learned from, something did. Only experiments can rule it out.",
     "The system stays as it was when the rows were taken.",
