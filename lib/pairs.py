@@ -232,6 +232,7 @@ def local_posteriors(sums: Sums, likely: Pairs) -> list[Pairs]:
     members = (jnp.arange(2**num_likely)[:, None] >> jnp.arange(num_likely)[None] & 1) > 0
 
     def one(i, likely, moments):
+        """Compressed log odds `[vars]` of every j as a parent of this i, linear and cubic."""
         strength, candidates = jax.lax.top_k(likely, num_likely)
         count = jnp.maximum(moments[0, 0], 1.0)
         centred = centred_moments(moments)

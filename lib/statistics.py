@@ -197,6 +197,7 @@ def kernel_surface(
     near = sums.kernels_observed + sums.kernels_done
 
     def invert(penalty):
+        """A^-1 `[vars, points, points]`, of a penalty `[vars]`."""
         eye = jnp.eye(grid.shape[1])[None]
         return jax.vmap(positive_inverse)(sums.kernels + penalty[:, None, None] * eye)
 
