@@ -29,8 +29,8 @@ from lib.artifacts import save
 from lib.expert_posterior import ParentScaleConfig
 from lib.graphs import FAMILIES
 from lib.problems import DataDesign, draw_problems
-from lib.scm import MECHANISMS
 from lib.scm_prior import SCMPrior
+from lib.synthetic import MECHANISMS
 from lib.table import DataError
 from lib.training import Progress, merged, train
 from lib.trajectories import (

@@ -23,7 +23,7 @@ MAKEFLAGS += -j2
 export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/artifacts/cache
 
 # What each stage computes with, beside its own script (where its settings are).
-COMMON := lib/settings.py lib/artifacts.py lib/training.py lib/scm.py lib/graphs.py lib/scm_prior.py lib/buffer.py
+COMMON := lib/settings.py lib/artifacts.py lib/training.py lib/scm.py lib/synthetic.py lib/graphs.py lib/scm_prior.py lib/buffer.py
 DATA := $(COMMON) lib/problems.py lib/posterior.py lib/linalg.py lib/regression.py
 EXPERT := $(DATA) lib/campaign.py $(wildcard lib/expert*.py) lib/improvement.py lib/trajectories.py
 NETWORK := $(DATA) lib/surrogate.py lib/statistics.py lib/pairs.py lib/sums.py

@@ -12,8 +12,9 @@ from lib import baselines, metrics
 from lib.buffer import ExperienceBuffer
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.problems import Problem, in_batches
-from lib.scm import MECHANISMS, AbstractSCM, highest
+from lib.scm import AbstractSCM, highest
 from lib.surrogate import ParentSetPredictionModel
+from lib.synthetic import MECHANISMS
 
 
 REGRET_STEPS = (1, 3, 5, 10, 20)

@@ -57,7 +57,8 @@ from lib.expert_posterior import (
 from lib.improvement import log_expected_improvement
 from lib.posterior import ParentSetPosterior
 from lib.regression import Scale
-from lib.scm import AbstractSCM, Task, check_scm, refine
+from lib.scm import AbstractSCM, Task, refine
+from lib.synthetic import check_scm
 
 
 # sets below this probability do not count for the exploration set (the published pruning threshold)

@@ -25,7 +25,7 @@ from lib.policy import AcquisitionPolicyNetwork, AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import DataDesign, GroundTruth, draw_data
 from lib.rewards import RewardComponents, RewardConfig, experiment_reward
-from lib.scm import AbstractSCM, Intervention, SyntheticSCM, Task
+from lib.scm import AbstractSCM, Intervention, Task
 from lib.scm_prior import SCMPrior, sample_scm
 from lib.surrogate import (
     ParentSetPredictionModel,
@@ -35,6 +35,7 @@ from lib.surrogate import (
     observed_task,
     surrogate_losses,
 )
+from lib.synthetic import SyntheticSCM
 from lib.training import Learner, clipped_adam
 
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.buffer import ExperienceBuffer
 from lib.graphs import between, draw, log_between, pick, whole
-from lib.scm import AbstractSCM, Intervention, SyntheticSCM, value_grid
+from lib.scm import AbstractSCM, Intervention, value_grid
 from lib.scm_prior import KINDS, SCMPrior, Special, sample_scm
+from lib.synthetic import SyntheticSCM
 from lib.training import merged
 
 

@@ -10,17 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lib.graphs import FAMILIES, between, draw, log_between, one_of, pick, sample_graph, whole
-from lib.scm import (
-    MAX_HIDDEN,
-    MECHANISMS,
-    NOISES,
-    SETTLED,
-    Intervention,
-    SyntheticSCM,
-    antithetic_normal,
-    index_of,
-    value_grid,
-)
+from lib.scm import Intervention, antithetic_normal, value_grid
+from lib.synthetic import MAX_HIDDEN, MECHANISMS, NOISES, SETTLED, SyntheticSCM, index_of
 
 
 NUM_HIDDEN = 16  # hidden units per mechanism: enough for a varied function of up to a few parents

@@ -21,7 +21,8 @@ from lib.buffer import ExperienceBuffer
 from lib.expert import Demonstration, ExpertRun, run_parent_scale
 from lib.expert_posterior import ParentScaleConfig, replay_posterior
 from lib.posterior import ParentSetPosterior
-from lib.scm import AbstractSCM, SyntheticSCM
+from lib.scm import AbstractSCM
+from lib.synthetic import SyntheticSCM
 from lib.training import joined
 
 

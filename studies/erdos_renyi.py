@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lib.buffer import ExperienceBuffer
-from lib.scm import MECHANISMS, NOISES, Intervention, SyntheticSCM, index_of
+from lib.scm import Intervention
+from lib.synthetic import MECHANISMS, NOISES, SyntheticSCM, index_of
 
 
 ERDOS_RENYI_SIZES = (10, 15, 20, 50, 100)  # as published

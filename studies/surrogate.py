@@ -29,9 +29,9 @@ from lib.accuracy import STRUCTURE_BASELINES, Arrays, structure_scores, surrogat
 from lib.graphs import FAMILIES
 from lib.methods import OptimizationScenario
 from lib.problems import Problem, in_batches
-from lib.scm import MECHANISMS, NOISES
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel
+from lib.synthetic import MECHANISMS, NOISES
 from lib.system import TrainedACBOSystem
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib.scm import MECHANISMS, NOISES, SyntheticSCM, index_of
+from lib.synthetic import MECHANISMS, NOISES, SyntheticSCM, index_of
 
 
 FOLDER = Path(os.environ.get("PARENT_SCALE_CASES") or Path(__file__).parent / "cases")

@@ -8,7 +8,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from lib.scm import check_scm
+from lib.synthetic import check_scm
 from studies.erdos_renyi import covered_edges, erdos_renyi, erdos_renyi_graph, topological_order
 
 

@@ -33,9 +33,9 @@ from lib.policy import AcquisitionState, PolicyConfig
 from lib.posterior import ParentSetPosterior
 from lib.problems import DataDesign, draw_problems
 from lib.reading import read_experiments
-from lib.scm import MECHANISMS, Mechanism, index_of
 from lib.scm_prior import WORLD, SCMPrior, inherit
 from lib.surrogate import SurrogateConfig
+from lib.synthetic import MECHANISMS, Mechanism, index_of
 from lib.system import (
     Answer,
     TrainedACBOSystem,

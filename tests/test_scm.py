@@ -13,18 +13,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lib.scm import (
-    MECHANISMS,
-    NOISES,
-    Intervention,
-    SyntheticSCM,
-    Task,
-    check_index,
-    check_scm,
-    index_of,
-    value_grid,
-)
+from lib.scm import Intervention, Task, check_index, value_grid
 from lib.scm_prior import SCMPrior, sample_scm
+from lib.synthetic import MECHANISMS, NOISES, SyntheticSCM, check_scm, index_of
 
 
 NUM_MODELS, NUM_VARS = 64, 6

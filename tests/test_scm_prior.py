@@ -15,17 +15,9 @@ import pytest
 
 from lib.graphs import FAMILIES, sample_graph
 from lib.problems import DataDesign, draw_data, draw_problems
-from lib.scm import (
-    MAX_HIDDEN,
-    MECHANISMS,
-    NOISES,
-    Intervention,
-    Mechanism,
-    check_scm,
-    index_of,
-    value_grid,
-)
+from lib.scm import Intervention, value_grid
 from lib.scm_prior import QUIET_NOISE, SCMPrior, sample_scm
+from lib.synthetic import MAX_HIDDEN, MECHANISMS, NOISES, Mechanism, check_scm, index_of
 
 
 NUM_MODELS, NUM_VARS = 64, 6

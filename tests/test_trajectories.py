@@ -21,9 +21,10 @@ from lib.expert import Demonstration, ExpertRun, check_expert_input, run_parent_
 from lib.expert_posterior import ParentScaleConfig
 from lib.imitation import extract_acquisition_training_data
 from lib.problems import DataDesign, draw_problem
-from lib.scm import MECHANISMS, NOISES, Intervention, value_grid
+from lib.scm import Intervention, value_grid
 from lib.scm_prior import SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
+from lib.synthetic import MECHANISMS, NOISES
 from lib.training import joined
 from lib.trajectories import (
     augment_expert_demonstrations,
