@@ -1,5 +1,6 @@
 """Systems outside the narrow world: their first answers on every suite of problems (`SUITES` of
-lib/problems.py), with the check and without, beside methods that learned nothing.
+lib/problems.py), with the check and without (surrogates of stage 2 only without), beside methods
+that learned nothing.
 
     python studies/world.py --systems pretrained/acbo.eqx artifacts/hour/surrogate.eqx --expert 30
 
@@ -166,10 +167,13 @@ def outcome(scm: Recorded, variable, value, *surface: Float[Array, "vars bins"])
 
 
 @eqx.filter_jit
-def play(surrogates: dict, given: tuple, most: int, num_obs: int, expert: int) -> dict:
+def play(
+    surrogates: dict, alone: tuple[str, ...], given: tuple, most: int, num_obs: int, expert: int
+) -> dict:
     """The `outcome` of every method (leading axis `problems`) from `given` models and buffers, with
-    at most `most` experiments in each, and what it believes of parents; of the expert's family from
-    `num_obs` observational rows, of the expert itself on the first `expert` problems.
+    at most `most` experiments in each, and what it believes of parents; without the check of
+    surrogates that are `alone`; of the expert's family from `num_obs` observational rows, of the
+    expert itself on the first `expert` problems.
     """
 
     def by_check(scm, checked):
@@ -192,12 +196,15 @@ def play(surrogates: dict, given: tuple, most: int, num_obs: int, expert: int) -
         processes = check(some, buffer, scm.task, most, PROCESSES)
         found["gaussian_processes"] = by_check(scm, processes)
         for name, surrogate in surrogates.items():
-            checked = check(surrogate, buffer, scm.task, most)
-            output, half = checked.output, HALF_BAND * checked.output.effect_std
+            output = surrogate.predict(buffer, scm.task)
+            half, parents = HALF_BAND * output.effect_std, {"marginals": output.marginals()}
             surface = output.effect_mean, output.effect_mean - half, output.effect_mean + half
-            parents = {"marginals": output.marginals()}
-            found[name] = by_check(scm, checked) | parents
-            found[name + UNCHECKED] = outcome(scm, *output.best(), *surface) | parents
+            believed = outcome(scm, *output.best(), *surface) | parents
+            if name in alone:
+                found[name] = believed
+            else:
+                checked = check(surrogate, buffer, scm.task, most)
+                found |= {name: by_check(scm, checked) | parents, name + UNCHECKED: believed}
         return found
 
     def slow(problem):
@@ -241,7 +248,7 @@ def judge(said: Arrays, known: Arrays, least_gain: float = 0.25) -> Arrays:
     return found
 
 
-def measure(name: str, surrogates: dict, config: Config) -> list[Record]:
+def measure(name: str, surrogates: dict, alone: tuple[str, ...], config: Config) -> list[Record]:
     """All records of one suite."""
     known, first = stored("old" if name in HINTS else name, config), next(iter(surrogates))
     if name in HINTS:
@@ -252,16 +259,16 @@ def measure(name: str, surrogates: dict, config: Config) -> list[Record]:
     observed = (known["valid"] & ~known["intervened"].any(2)).sum(1)
     most = known["valid"].shape[1] - int(observed.max())  # places for experiments
     sizes = most, int(observed.min())
-    said = jax.device_get(play(surrogates, given, *sizes, config.expert))
+    said = jax.device_get(play(surrogates, alone, given, *sizes, config.expert))
     if name in HINTS:
-        plain = play(surrogates, (replace(given[0], known=None), given[1]), *sizes, 0)
-        ours = [one + kind for one in surrogates for kind in ("", UNCHECKED)]
-        said |= {one + UNTOLD: jax.device_get(plain[one]) for one in ours}
+        plain = play(surrogates, alone, (replace(given[0], known=None), given[1]), *sizes, 0)
+        ours = [method for method in plain if method.removesuffix(UNCHECKED) in surrogates]
+        said |= {method + UNTOLD: jax.device_get(plain[method]) for method in ours}
     least_gain = np.inf if name == "inert" else 0.25
     figures = {method: judge(answers, known, least_gain) for method, answers in said.items()}
     records = []
     for method, found in figures.items():
-        rival = first + UNCHECKED * (UNCHECKED in method)
+        rival = first + UNCHECKED * (UNCHECKED in method and first not in alone)
         if method != rival:
             ours = figures[rival]["regret"][: len(found["regret"])]
             found = {"regret": found["regret"], "above first's": found["regret"] - ours} | found
@@ -272,20 +279,22 @@ def measure(name: str, surrogates: dict, config: Config) -> list[Record]:
     return records
 
 
-def surrogate_in(path: Path) -> ParentSetPredictionModel:
-    """That of a system, or one of its own."""
+def surrogate_in(path: Path) -> tuple[ParentSetPredictionModel, bool]:
+    """That of a system, or one of its own, and whether it is one."""
     if read_header(path)["stage"] == "surrogate":
-        return load_surrogate(path)[0]
-    return TrainedACBOSystem.load(path).surrogate
+        return load_surrogate(path)[0], True
+    return TrainedACBOSystem.load(path).surrogate, False
 
 
 def main(config: Config) -> Path:
     """Play every suite, print and write the table; returns the folder."""
     settings.use_compilation_cache(Path("artifacts/cache"))
-    surrogates = {path.with_suffix("").as_posix(): surrogate_in(path) for path in config.systems}
+    systems = {path.with_suffix("").as_posix(): surrogate_in(path) for path in config.systems}
+    surrogates = {name: surrogate for name, (surrogate, _) in systems.items()}
+    alone = tuple(name for name, (_, own) in systems.items() if own)
     records = []
     for name in tqdm(config.suites, desc="suites"):
-        records += measure(name, surrogates, config)
+        records += measure(name, surrogates, alone, config)
     write_results(config.folder, records, config.seed)
     print(render(records, "world"))
     return config.folder

@@ -1,6 +1,7 @@
 """Suites of problems draw what they are called, and the study that plays them judges as by hand."""
 
 import json
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -14,6 +15,9 @@ from lib.problems import DATA, SUITES, DataDesign, draw_problems, suite
 from lib.scm_prior import WORLD, SCMPrior
 from lib.surrogate import ParentSetPredictionModel, SurrogateConfig
 from studies.world import HINTS, NUM_BINS, Config, Recorded, hinted, judge, main, outcome
+
+
+SMALL = Path(__file__).parents[1] / "pretrained" / "acbo_small.eqx"
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -104,17 +108,19 @@ def test_what_was_drawn_is_played_again(tmp_path):
     save(path, surrogate, hyperparameters=sizes.hyperparameters, **about)
     settings = dict(suites=("old", "inert"), num_problems=4, num_obs=12, folder=tmp_path)
     first, again = (
-        json.loads((main(Config((path,), seed=s, **settings)) / "metrics.json").read_text())
+        json.loads((main(Config((SMALL, path), seed=s, **settings)) / "metrics.json").read_text())
         for s in (1, 2)
     )
     assert first == again and {r["n"] for r in first if r["metric"] != "regret"} == {4}
-    system = (tmp_path / "some").as_posix()
-    methods = {system, system + " unchecked", "additive_ridge", "gaussian_processes", "bo"}
+    system, alone = (p.with_suffix("").as_posix() for p in (SMALL, path))
+    methods = {system, system + " unchecked", alone}
+    methods |= {"additive_ridge", "gaussian_processes", "bo"}
     for name, figures in (("old", {"regret", "worse", "above first's"}), ("inert", {"worse"})):
         cells = {(r["method"], r["metric"]) for r in first if r["task"] == name}
         assert {method for method, _ in cells} == methods
         assert {metric for method, metric in cells if method == "bo"} == figures
         assert (system, "above first's") not in cells and (system, "cover") in cells
+        assert ((alone, "above first's") in cells) == (name == "old")
 
 
 def test_a_hint_is_one_edge_into_the_target_true_or_false():
