@@ -62,7 +62,7 @@ class CheckConfig:
     """The worlds: shares of variables about which the surrogate may be wrong."""
     wrong_probs: tuple[float, ...] = (0.75, 0.2, 0.05)
     """Prior probabilities of these worlds."""
-    untried_factor: float = 10.0
+    untried_factor: float = 20.0
     """Factor by which the shares are larger in a file without experiments."""
     no_effects_prob: float = 0.04
     """Prior probability of the world in which no variable moves the target."""

@@ -13,10 +13,10 @@ deviations can be gained; `above first's` its paired difference to the first sys
 `worse` the share of recommendations that are worse than doing nothing by .05 deviations; `wild`
 that of those whose true effect is more than 3 standard deviations of their band from the predicted
 one; `cover` that of effects inside their 90 % bands; `claims` that of answers that promise a gain
-beyond the band where it is below .02 deviations; `false parents` the number of variables with a
-marginal above .5 that are none. Deviations are Y's over observational rows. Intervals are 95 %,
-over problems. In the suites `told_parent` and `told_other` one edge into Y is told, a true or a
-false one, of problems of `old`: `others' F1` is that of all other variables as parents,
+beyond the band where it is below .02 deviations; `parent F1` and `false parents` are of variables
+with a marginal above .5, the latter a number. Deviations are Y's over observational rows. Intervals
+are 95 %, over problems. In the suites `told_parent` and `told_other` one edge into Y is told, a
+true or a false one, of problems of `old`: `others' F1` is that of all other variables as parents,
 `contradicted` the share in which the probability untold is below .05, as an answer would say. `bo`
 and the expert start from the fewest observational rows that a problem of the suite has, if there
 are ten.
@@ -238,12 +238,13 @@ def judge(said: Arrays, known: Arrays, least_gain: float = 0.25) -> Arrays:
         found["cover"] = said["cover"]
         found["claims"] = said["acts"] & promises & (nothing - reached < 0.02 * unit)
     if "marginals" in said:
-        believed = said["marginals"] > 0.5
+        believed, exists = said["marginals"] > 0.5, known["var_mask"]
+        found["parent F1"] = parent_f1(believed, known["parents"], exists)
         found["false parents"] = (believed & ~known["parents"]).sum(1)
         if "known" in known:
             told = known["known"].any(2)
-            rest = known["var_mask"] & ~told
-            found["others' F1"] = parent_f1(believed & rest, known["parents"] & rest, rest)
+            rest = exists & ~told
+            found["others' F1"] = parent_f1(believed, known["parents"], rest)
             found["contradicted"] = (told & (said["marginals"] < SURPRISE)).any(1)
     return found
 

@@ -77,6 +77,7 @@ def test_figures_by_hand():
         "intervened": np.tile([[False] * 2, [False] * 2, [True, False], [False] * 2], (5, 1, 1)),
         "valid": np.tile([True, True, True, False], (5, 1)),
         "target": np.ones(5, int),
+        "var_mask": np.tile([True, True], (5, 1)),
         "parents": np.tile([False, False], (5, 1)),
         "baseline": np.zeros(5),
         "effects": np.tile(np.array([[-2.0, 1.0], [np.inf, np.inf]]), (5, 1, 1)),
@@ -97,6 +98,7 @@ def test_figures_by_hand():
     np.testing.assert_array_equal(found["wild"], [True, False, False, False, False])
     np.testing.assert_array_equal(found["claims"], [False, False, True, False, False])
     np.testing.assert_array_equal(found["false parents"], [2, 1, 0, 0, 1])
+    np.testing.assert_array_equal(found["parent F1"], [0, 0, 1, 1, 0])  # 1: none, and none said
     assert set(judge({k: said[k][:2] for k in ("reached", "acts")}, known)) == {"regret", "worse"}
 
 
