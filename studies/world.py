@@ -196,14 +196,14 @@ def play(
         processes = check(some, buffer, scm.task, most, PROCESSES)
         found["gaussian_processes"] = by_check(scm, processes)
         for name, surrogate in surrogates.items():
-            output = surrogate.predict(buffer, scm.task)
+            checked = None if name in alone else check(surrogate, buffer, scm.task, most)
+            output = checked.output if checked else surrogate.predict(buffer, scm.task)
             half, parents = HALF_BAND * output.effect_std, {"marginals": output.marginals()}
             surface = output.effect_mean, output.effect_mean - half, output.effect_mean + half
             believed = outcome(scm, *output.best(), *surface) | parents
-            if name in alone:
+            if checked is None:
                 found[name] = believed
             else:
-                checked = check(surrogate, buffer, scm.task, most)
                 found |= {name: by_check(scm, checked) | parents, name + UNCHECKED: believed}
         return found
 
