@@ -20,8 +20,10 @@ problems (its cost), the first of the same list. Thresholds of the structure bas
 separate validation problems, to their advantage.
 """
 
+import itertools
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +48,7 @@ from lib.methods import (
     play,
 )
 from lib.metrics import Estimate, Record, cells
-from lib.problems import DataDesign, Problem, draw_data
+from lib.problems import DataDesign, Problem, draw_data, optima
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior, inherit
 from lib.system import TrainedACBOSystem, load_policy, load_surrogate
@@ -160,22 +162,39 @@ class Run(NamedTuple):
         that `name` is about: the unchecked policies are one program.
         """
         system = self.systems.get(name, self.systems["acbo"])
-        program = "acbo_unchecked" if name in UNCHECKED else name
-        return self.stored(f"{name}_{task}", play, program, system, *problem, num_obs, num_steps)
+        return self.stored(
+            f"{name}_{task}", play, program_of(name), system, *problem, num_obs, num_steps
+        )
+
+
+def program_of(name: str) -> str:
+    """The method whose program plays `name`."""
+    return "acbo_unchecked" if name in UNCHECKED else name
+
+
+def side_by_side(
+    play: Callable[[str], Arrays], methods: Iterable[str], what: str
+) -> dict[str, Arrays]:
+    """`play` of every method by its name: most of it is compilation, which leaves cores idle, so
+    two at a time, but those of one program after each other.
+    """
+    groups = [list(group) for _, group in itertools.groupby(methods, program_of)]
+    with ThreadPoolExecutor(2) as pool:
+        played = pool.map(lambda names: {name: play(name) for name in names}, groups)
+        parts = list(tqdm(played, desc=what, total=len(groups)))
+    return {name: found for part in parts for name, found in part.items()}
 
 
 # --- what is played ---
 
 
-def measure_parents(run: Run, size: int) -> tuple[Problem, jax.Array, Arrays, list[Record]]:
-    """Held-out problems of one size and their optima, scores of their parents, and records of
-    it.
-    """
+def measure_parents(run: Run, size: int) -> tuple[Problem, Arrays, list[Record]]:
+    """Held-out problems of one size, scores of their parents, and records of it."""
     config, surrogate, task = run.config, run.systems["acbo"].surrogate, f"d={size}"
     prior = replace(config.prior, max_vars=max(run.bucket, size), min_size=size, max_size=size)
     lengths = config.num_obs, config.per_variable, config.num_steps
     scenario = OptimizationScenario(task, prior, *lengths)
-    (problems, optima), (validation, _) = (
+    problems, validation = (
         scenario.draw(run.key(use, task), config.num_problems, surrogate.config.num_bins)
         for use in ("problems", "validation")
     )
@@ -184,21 +203,26 @@ def measure_parents(run: Run, size: int) -> tuple[Problem, jax.Array, Arrays, li
         for name, some in (("structure", problems), ("structure_validation", validation))
     )
     records = accuracy.surrogate_records(task, scores, tuning, np.asarray(problems.truth.effects))
-    return problems, optima, scores, records
+    return problems, scores, records
 
 
-def play_all(run: Run, size: int, problems: Problem, optima: jax.Array) -> tuple[Arrays, Arrays]:
+def play_all(run: Run, size: int, problems: Problem) -> tuple[Arrays, Arrays]:
     """Simple regret by method, and what the expert's play gave."""
     config, task = run.config, f"d={size}"
-    problem = jr.split(run.key("play", task), len(optima)), problems.scm, problems.buffer
-    regret, played = {}, {}
-    methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
-    for name in tqdm(methods, desc=f"methods, {task}"):
+    best, nothing = optima(problems.scm), problems.truth.baseline
+    problem = jr.split(run.key("play", task), len(best)), problems.scm, problems.buffer
+
+    def play(name: str) -> Arrays:
         count = config.expert_problems if name in EXPERT_FAMILY else config.num_problems
-        part = jax.tree.map(lambda leaf, n=count: leaf[:n], problem)
-        played[name] = run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
-        ends = optima[:count, None], problems.truth.baseline[:count, None]
-        regret[name] = metrics.normalised_regret(played[name]["recommended"], *ends)
+        part = jax.tree.map(lambda leaf: leaf[:count], problem)
+        return run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
+
+    methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
+    played, regret = side_by_side(play, methods, f"methods, {task}"), {}
+    for name, found in played.items():
+        reached = found["recommended"]
+        ends = (some[: len(reached), None] for some in (best, nothing))
+        regret[name] = metrics.normalised_regret(reached, *ends)
     return regret, played["parent_scale"]
 
 
@@ -218,7 +242,7 @@ def literature_records(run: Run) -> list[Record]:
     def first(key, scm):
         return scm, draw_data(key, scm, design)
 
-    for benchmark in tqdm(config.literature, desc="literature"):
+    for benchmark in config.literature:
         scm = Benchmark(benchmark, run.bucket)
         problem = keys, *first(data_keys, scm)
         known: dict[str, tuple[float | Estimate, int]] = {
@@ -226,9 +250,13 @@ def literature_records(run: Run) -> list[Record]:
             "doing nothing": (float(scm.mean_outcome(Intervention.none(run.bucket))), 1),
             "CBO-U as published (best of 30 trials)": (PUBLISHED[benchmark], 10),
         }
-        for name in ON_LITERATURE:
-            reached = run.play(benchmark, name, problem, *lengths)["recommended"]
-            known[name] = metrics.summarise(reached[:, -1]), count
+        played = side_by_side(
+            lambda name, of=benchmark, problem=problem: run.play(of, name, problem, *lengths),
+            ON_LITERATURE,
+            benchmark,
+        )
+        for name, found in played.items():
+            known[name] = metrics.summarise(found["recommended"][:, -1]), count
         for name, (value, n) in known.items():
             records += cells("literature", benchmark, name, {"E[Y | do]": value}, n)
     return records
@@ -311,11 +339,11 @@ def evaluate(run: Run) -> tuple[list[Record], dict[str, Arrays]]:
     config, records, regret, found = run.config, [], {}, {}
     for size in config.sizes:
         task = f"d={size}"
-        problems, optima, scores, of_parents = measure_parents(run, size)
-        regret[task], expert = play_all(run, size, problems, optima)
+        problems, scores, of_parents = measure_parents(run, size)
+        regret[task], expert = play_all(run, size, problems)
         records += of_parents + regret_records(task, regret[task], problems.scm.mechanism[:, 0])
         found[size] = task, problems, scores, expert
-    _, _, transfer, of_parents = measure_parents(run, config.transfer_size)
+    _, transfer, of_parents = measure_parents(run, config.transfer_size)
     records += of_parents + success_records(run, *found[max(config.sizes)], transfer=transfer)
     return records + literature_records(run), regret
 

@@ -228,7 +228,8 @@ def evaluate_acquisition_performance(
     records = []
     for index, scenario in enumerate(scenarios):
         draw_key, play_key = jr.split(jr.fold_in(jr.key(seed), index))
-        problems, best = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
+        problems = scenario.draw(draw_key, num_problems, system.surrogate.config.num_bins)
+        best = optima(problems.scm)
         regret = {
             name: scenario.regret(name, system, problems, best, play_key)
             for name in ("acbo", *rivals)

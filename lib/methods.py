@@ -28,7 +28,7 @@ from lib.expert import (
 from lib.expert_posterior import ParentScaleConfig
 from lib.metrics import normalised_regret
 from lib.policy import expected_improvement_choice, thompson_choice
-from lib.problems import DataDesign, Problem, draw_problems, in_batches, optima
+from lib.problems import DataDesign, Problem, draw_problems, in_batches
 from lib.scm import AbstractSCM, Intervention
 from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, play_campaign
@@ -192,14 +192,11 @@ class OptimizationScenario:
     num_steps: int = 10
     """Experiments per campaign."""
 
-    def draw(
-        self, key: Key[Array, ""], count: int, num_bins: int
-    ) -> tuple[Problem, Float[Array, " batch"]]:
-        """`count` problems and their optima."""
+    def draw(self, key: Key[Array, ""], count: int, num_bins: int) -> Problem:
+        """`count` problems."""
         rows = self.num_obs, self.num_obs, self.per_variable
         design = DataDesign(*rows, num_steps=self.num_steps)
-        problems = draw_problems(key, count, self.prior, design, num_bins)
-        return problems, optima(problems.scm)
+        return draw_problems(key, count, self.prior, design, num_bins)
 
     def regret(
         self,
@@ -209,8 +206,8 @@ class OptimizationScenario:
         best: Float[Array, " batch"],
         key: Key[Array, ""],
     ) -> Float[np.ndarray, "batch steps"]:
-        """Simple regret of `name` before the first and after each experiment, from the optima
-        `best`; the same `key` pairs methods.
+        """Simple regret of `name` before the first and after each experiment, `best` being
+        `lib.problems.optima`; the same `key` pairs methods.
         """
         problem = jr.split(key, len(best)), problems.scm, problems.buffer
         played = play(name, system, *problem, self.num_obs, self.num_steps)

@@ -226,7 +226,7 @@ def draw_problems(
             buffers = jax.vmap(lambda k: draw_data(k, scm, design))(keys)
         return jax.vmap(lambda buffer: Problem(scm, truth, buffer))(buffers)
 
-    return merged(in_batches(one, jr.split(key, count)))
+    return merged(over_models(one, jr.split(key, count)))
 
 
 # Kinds of problems to judge a system by: what is special about the model, and about the data.
@@ -255,7 +255,14 @@ def suite(name: str, prior: SCMPrior, design: DataDesign) -> tuple[SCMPrior, Dat
 @eqx.filter_jit
 def optima(scms: AbstractSCM) -> Float[Array, " batch"]:
     """The best E[Y | do] of each of a batch of models."""
-    return in_batches(lambda scm: scm.optimum().mean, scms)
+    return over_models(lambda scm: scm.optimum().mean, scms)
+
+
+def over_models(function: Callable, inputs):
+    """`function`, which simulates, over the leading axis: on a CPU one model at a time, for then
+    mechanisms that it lacks, and rounds of feedback that others need, cost nothing.
+    """
+    return (jax.lax.map if jax.default_backend() == "cpu" else in_batches)(function, inputs)
 
 
 def in_batches(function: Callable, inputs):

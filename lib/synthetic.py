@@ -172,7 +172,7 @@ class SyntheticSCM(AbstractSCM):
         linear = x @ jnp.where(edges, self.weights[:, k], 0.0)
         z = x @ jnp.where(edges[:, None], self.frequencies[:, k], 0.0) + self.phases[k][None]
         kinds = MECHANISMS.values()
-        hidden = jax.lax.select_n(self.mechanism[k], *(kind.hidden(z) for kind in kinds))
+        hidden = jax.lax.switch(self.mechanism[k], [kind.hidden for kind in kinds], z)
         direct = jnp.array([kind.linear for kind in kinds])[self.mechanism[k]]
         effect = hidden @ self.amplitudes[k] + jnp.where(direct, linear, 0.0)
         effect = jnp.where(edges.any(), effect, 0.0)

@@ -33,7 +33,7 @@ from lib import settings
 from lib.check import BELIEFS, PROCESSES, CheckConfig, check
 from lib.methods import OptimizationScenario, make_method
 from lib.metrics import Record, cells, normalised_regret, render, summarise, write_results
-from lib.problems import in_batches
+from lib.problems import in_batches, optima
 from lib.scm import Intervention
 from lib.scm_prior import SCMPrior
 from lib.system import TrainedACBOSystem, deploy_trained_system
@@ -122,7 +122,8 @@ def inside_simulator(system, size, num_obs, players, config) -> list[Record]:
         settings.stage_key(config.seed, "check", use, kind.name) for use in ("draw", "play")
     )
     bins = system.surrogate.config.num_bins
-    problems, optima = kind.draw(draw_key, config.num_problems, bins)
+    problems = kind.draw(draw_key, config.num_problems, bins)
+    best = optima(problems.scm)
     keys, baseline = jr.split(play_key, config.num_problems), np.asarray(problems.truth.baseline)
     targets = problems.scm.target[:, None, None]
     outcome = jnp.take_along_axis(problems.buffer.values, targets, axis=2)[:, :num_obs, 0]
@@ -136,7 +137,7 @@ def inside_simulator(system, size, num_obs, players, config) -> list[Record]:
     for name, beliefs in tqdm(players.items(), desc=kind.name):
         played = campaigns(name, system, beliefs, keys, problems, num_obs, config.num_steps)
         reached, nothing, bands = jax.device_get(played)
-        regrets[name] = normalised_regret(reached, optima[:, None], baseline[:, None])
+        regrets[name] = normalised_regret(reached, best[:, None], baseline[:, None])
         figures = after(regrets[name]) | {
             "bands": summarise(bands),
             "nothing": summarise(nothing),

@@ -86,7 +86,7 @@ def draw(size: int, num_obs: int, prior: SCMPrior, config: Config) -> tuple[SCMP
     task = f"d={size}, {num_obs} rows"
     key = settings.stage_key(config.seed, "fidelity", task)
     scenario = OptimizationScenario(task, prior, num_obs, num_steps=1)
-    return prior, scenario.draw(key, config.num_problems, SurrogateConfig.num_bins)[0]
+    return prior, scenario.draw(key, config.num_problems, SurrogateConfig.num_bins)
 
 
 def measure_posterior(

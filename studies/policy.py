@@ -28,7 +28,7 @@ from lib import settings
 from lib.accuracy import regret_records
 from lib.methods import ON_SURFACE, OptimizationScenario
 from lib.metrics import Record, bootstrap, cells, render, write_results
-from lib.problems import Problem, in_batches
+from lib.problems import Problem, in_batches, optima
 from lib.scm_prior import SCMPrior, multimodal
 from lib.system import TrainedACBOSystem
 
@@ -92,11 +92,12 @@ def measure_regret(
         settings.stage_key(config.seed, "policy", use, scenario.name) for use in ("draw", "play")
     )
     bins = systems["acbo"].surrogate.config.num_bins
-    problems, optima = scenario.draw(draw_key, config.num_problems, bins)
+    problems = scenario.draw(draw_key, config.num_problems, bins)
+    best = optima(problems.scm)
     players = {name: ("acbo", system) for name, system in systems.items()}
     players |= {name: (name, systems["acbo"]) for name in config.rivals}
     regret = {
-        name: scenario.regret(*player, problems, optima, play_key)
+        name: scenario.regret(*player, problems, best, play_key)
         for name, player in tqdm(players.items(), desc=scenario.name)
     }
     return regret_records(scenario.name, regret, problems.scm.mechanism[:, 0])
@@ -123,7 +124,7 @@ def measure_bands(systems: dict[str, TrainedACBOSystem], size: int, config: Conf
     key = settings.stage_key(config.seed, "policy", "bands", scenario.name)
     for name, system in systems.items():
         bins = system.surrogate.config.num_bins
-        problems, _ = scenario.draw(key, config.band_problems, bins)
+        problems = scenario.draw(key, config.band_problems, bins)
         effect, inside = jax.device_get(inside_bands(system, problems))
         for label, (low, high) in EFFECTS.items():
             chosen = (effect >= low) & (effect < high)

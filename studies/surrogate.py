@@ -101,7 +101,7 @@ def measure(
 ) -> list[metrics.Record]:
     """All records of one kind of problem."""
     scenario = OptimizationScenario(task, prior, config.num_obs)
-    (problems, _), (validation, _) = (
+    problems, validation = (
         scenario.draw(
             settings.stage_key(config.seed, "surrogate", use, task),
             config.num_problems,
