@@ -3,7 +3,7 @@ validated, filtered, split and augmented.
 
 - Reads   nothing
 - Writes  artifacts/<preset>/demos.npz, and logs/demos.jsonl beside it
-- Time    `small` about 2 minutes on 2 busy CPU cores
+- Time    `small` about 2 minutes on 2 idle CPU cores
 
     python 01_extract_demos.py small --num-models 64
 

@@ -4,7 +4,7 @@
           surrogate.eqx
 - Writes  artifacts/<preset>/policy.eqx (trained), bc_policy.eqx (the expert's clone, if there is
           one), curves.npz, and logs/policy.jsonl beside them
-- Time    `small` about 6 minutes on 2 busy CPU cores, its cold twin beside it
+- Time    `small` about 5 minutes on 2 idle CPU cores, its cold twin beside it
 
     python 03_warmstart_acquisition.py small --iterations 200
     python 03_warmstart_acquisition.py small --folder artifacts/small/cold \\

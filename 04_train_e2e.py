@@ -2,7 +2,7 @@
 
 - Reads   artifacts/<preset>/surrogate.eqx, policy.eqx
 - Writes  artifacts/<preset>/acbo.eqx, and logs/acbo.jsonl beside it
-- Time    `small` about 3 minutes on 2 busy CPU cores
+- Time    `small` about 4 minutes on 2 idle CPU cores
 
     python 04_train_e2e.py small --rounds 100
 

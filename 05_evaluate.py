@@ -5,7 +5,7 @@ noise-free E[Y | do].
           curves.npz, acbo.eqx
 - Writes  artifacts/<preset>/results/: metrics.json, one .md, .csv and .tex per table, figures as
           .png, raw/*.npz (per-problem results, so a stopped run goes on)
-- Time    `small` about 8 minutes on 2 busy CPU cores
+- Time    `small` about 8 minutes on 2 idle CPU cores
 
     python 05_evaluate.py small --num-problems 1000
 
@@ -20,10 +20,8 @@ problems (its cost), the first of the same list. Thresholds of the structure bas
 separate validation problems, to their advantage.
 """
 
-import itertools
 import resource
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -162,27 +160,8 @@ class Run(NamedTuple):
         that `name` is about: the unchecked policies are one program.
         """
         system = self.systems.get(name, self.systems["acbo"])
-        return self.stored(
-            f"{name}_{task}", play, program_of(name), system, *problem, num_obs, num_steps
-        )
-
-
-def program_of(name: str) -> str:
-    """The method whose program plays `name`."""
-    return "acbo_unchecked" if name in UNCHECKED else name
-
-
-def side_by_side(
-    play: Callable[[str], Arrays], methods: Iterable[str], what: str
-) -> dict[str, Arrays]:
-    """`play` of every method by its name: most of it is compilation, which leaves cores idle, so
-    two at a time, but those of one program after each other.
-    """
-    groups = [list(group) for _, group in itertools.groupby(methods, program_of)]
-    with ThreadPoolExecutor(2) as pool:
-        played = pool.map(lambda names: {name: play(name) for name in names}, groups)
-        parts = list(tqdm(played, desc=what, total=len(groups)))
-    return {name: found for part in parts for name, found in part.items()}
+        program = "acbo_unchecked" if name in UNCHECKED else name
+        return self.stored(f"{name}_{task}", play, program, system, *problem, num_obs, num_steps)
 
 
 # --- what is played ---
@@ -211,18 +190,14 @@ def play_all(run: Run, size: int, problems: Problem) -> tuple[Arrays, Arrays]:
     config, task = run.config, f"d={size}"
     best, nothing = optima(problems.scm), problems.truth.baseline
     problem = jr.split(run.key("play", task), len(best)), problems.scm, problems.buffer
-
-    def play(name: str) -> Arrays:
-        count = config.expert_problems if name in EXPERT_FAMILY else config.num_problems
-        part = jax.tree.map(lambda leaf: leaf[:count], problem)
-        return run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
-
+    regret, played = {}, {}
     methods = [name for name in config.methods if name != "bc_policy" or name in run.systems]
-    played, regret = side_by_side(play, methods, f"methods, {task}"), {}
-    for name, found in played.items():
-        reached = found["recommended"]
-        ends = (some[: len(reached), None] for some in (best, nothing))
-        regret[name] = metrics.normalised_regret(reached, *ends)
+    for name in tqdm(methods, desc=f"methods, {task}"):
+        count = config.expert_problems if name in EXPERT_FAMILY else config.num_problems
+        part = jax.tree.map(lambda leaf, n=count: leaf[:n], problem)
+        played[name] = run.play(f"d{size}", name, part, config.num_obs, config.num_steps)
+        ends = best[:count, None], nothing[:count, None]
+        regret[name] = metrics.normalised_regret(played[name]["recommended"], *ends)
     return regret, played["parent_scale"]
 
 
@@ -242,7 +217,7 @@ def literature_records(run: Run) -> list[Record]:
     def first(key, scm):
         return scm, draw_data(key, scm, design)
 
-    for benchmark in config.literature:
+    for benchmark in tqdm(config.literature, desc="literature"):
         scm = Benchmark(benchmark, run.bucket)
         problem = keys, *first(data_keys, scm)
         known: dict[str, tuple[float | Estimate, int]] = {
@@ -250,13 +225,9 @@ def literature_records(run: Run) -> list[Record]:
             "doing nothing": (float(scm.mean_outcome(Intervention.none(run.bucket))), 1),
             "CBO-U as published (best of 30 trials)": (PUBLISHED[benchmark], 10),
         }
-        played = side_by_side(
-            lambda name, of=benchmark, problem=problem: run.play(of, name, problem, *lengths),
-            ON_LITERATURE,
-            benchmark,
-        )
-        for name, found in played.items():
-            known[name] = metrics.summarise(found["recommended"][:, -1]), count
+        for name in ON_LITERATURE:
+            reached = run.play(benchmark, name, problem, *lengths)["recommended"]
+            known[name] = metrics.summarise(reached[:, -1]), count
         for name, (value, n) in known.items():
             records += cells("literature", benchmark, name, {"E[Y | do]": value}, n)
     return records

@@ -1,6 +1,6 @@
 # The pipeline: each artifact is a target with its prerequisites, so only what is stale reruns. A stage that was stopped continues from its checkpoint.
 #   make install what `06_deploy.py suggest` and the pipeline need
-#   make run     every stage at the `small` preset (or PRESET=hour), then the tables   (about half an hour on 2 CPU cores, installation included)
+#   make run     every stage at the `small` preset (or PRESET=hour), then the tables   (about half an hour on 2 idle CPU cores, installation included)
 #   make smoke   the same in minutes, for CI          make hour / make paper   the same code, larger
 #   make test    the tests                            make check               style, types and tests
 PYTHON ?= python3
